@@ -1,0 +1,216 @@
+"""Mean head outputs: what a head gives when it sees the average input (paper, section 4).
+
+Two readings of "mean ablation" are offered. ``attention_input`` averages the input of each
+attention block over reference samples, per position, and computes every head's output from that
+average: the published code's reading. ``head_output`` averages the heads' outputs themselves.
+
+Example
+-------
+>>> means = icl.mean_head_outputs(model, icl.reference_ids(tokenizer, texts))
+>>> means.shape   # [layers, positions, heads, d_head]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from icl_helpers.attention import AttentionCall, AttentionLayout, attention_layout, edited_attention
+from icl_helpers.errors import InputError, UnsupportedArchitectureError
+
+__all__ = ["mean_head_outputs", "reference_ids"]
+
+
+def reference_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    n_samples: int = 500,
+    n_positions: int = 3000,
+) -> Int[torch.Tensor, "samples positions"]:
+    """Reference samples for the means: texts joined by spaces and cut (paper, section 4).
+
+    Texts are taken in order; a sample is complete once it has more than ``n_positions`` tokens, is
+    cut to ``n_positions``, and the next sample starts with the next text. No BOS. Fewer samples
+    than asked for are returned when the texts run out; raises :class:`InputError` when they do not
+    fill even one.
+    """
+    if n_samples < 1 or n_positions < 1:
+        raise InputError(
+            f"n_samples and n_positions must be at least 1, got {n_samples} and {n_positions}"
+        )
+    samples: list[list[int]] = []
+    parts: list[str] = []
+    n_tokens = 0
+    for text in texts:
+        parts.append(text)
+        # Joined text may tokenise to fewer tokens than its parts: count parts first, then check.
+        n_tokens += len(tokenizer(" " + text, add_special_tokens=False).input_ids)
+        if n_tokens <= n_positions:
+            continue
+        ids = tokenizer(" ".join(parts), add_special_tokens=False, verbose=False).input_ids
+        n_tokens = len(ids)
+        if n_tokens > n_positions:
+            samples.append(ids[:n_positions])
+            parts, n_tokens = [], 0
+        if len(samples) == n_samples:
+            break
+    if not samples:
+        raise InputError(
+            f"the reference texts hold fewer than {n_positions + 1} tokens, so not even one "
+            f"sample of {n_positions} positions; give more text or ask for fewer positions"
+        )
+    return torch.tensor(samples)
+
+
+@torch.no_grad()
+def mean_head_outputs(
+    model: PreTrainedModel,
+    input_ids: Int[torch.Tensor, "samples positions"],
+    *,
+    average: Literal["attention_input", "head_output"] = "attention_input",
+    batch_size: int = 1,
+) -> Float[torch.Tensor, "layers positions heads d_head"]:
+    """Output of every head at every position under the average over the samples.
+
+    Samples stream through the model: the only memory beyond it is one accumulator, [layers,
+    positions, hidden] in float32 (or [layers, positions, heads, d_head]), kept on the model's
+    device; nothing is written to disk. The result is float32, on the CPU.
+
+    Raises :class:`InputError` for an unknown ``average``, an empty or misshapen ``input_ids``.
+    """
+    if average not in ("attention_input", "head_output"):
+        raise InputError(
+            f"average must be 'attention_input' (the published code's reading) or 'head_output', "
+            f"got {average!r}"
+        )
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise InputError(
+            f"input_ids must have shape [samples, positions] and not be empty, got "
+            f"{list(input_ids.shape)}"
+        )
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    layout = attention_layout(model)
+    if average == "head_output":
+        return _mean_outputs(model, layout, input_ids, batch_size)
+    means = _mean_inputs(model, layout, input_ids, batch_size)
+    return _replay(model, layout, input_ids[:1], means)
+
+
+class _RunningMean:
+    """Mean over samples in float32, updated batch by batch."""
+
+    def __init__(self) -> None:
+        self.mean: torch.Tensor | None = None
+        self.count = 0
+
+    def update(self, values: Float[torch.Tensor, "batch ..."]) -> None:
+        self.count += len(values)
+        if self.mean is None:
+            self.mean = values.float().mean(dim=0)
+        else:
+            difference = values.float().mean(dim=0) - self.mean
+            self.mean += difference * (len(values) / self.count)
+
+
+def _batches(input_ids: torch.Tensor, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
+    batches = input_ids.split(batch_size)
+    for batch in tqdm(batches, desc="mean activations", unit="batch", disable=len(batches) < 8):
+        yield batch.to(device)
+
+
+def _mean_outputs(
+    model: PreTrainedModel, layout: AttentionLayout, input_ids: torch.Tensor, batch_size: int
+) -> torch.Tensor:
+    running = [_RunningMean() for _ in layout.modules]
+
+    def record(layer: int, call: AttentionCall) -> torch.Tensor:
+        running[layer].update(call.output)
+        return call.output
+
+    with edited_attention(model, _per_layer(layout, record)):
+        for batch in _batches(input_ids, batch_size, model.device):
+            model.base_model(input_ids=batch, use_cache=False)
+    return torch.stack([mean.mean.cpu() for mean in running if mean.mean is not None])
+
+
+def _mean_inputs(
+    model: PreTrainedModel, layout: AttentionLayout, input_ids: torch.Tensor, batch_size: int
+) -> list[torch.Tensor]:
+    running = [_RunningMean() for _ in layout.modules]
+
+    def record(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running[layer].update(_block_input(layout.modules[layer], args, kwargs))
+
+    with _input_hooks(layout, record):
+        for batch in _batches(input_ids, batch_size, model.device):
+            model.base_model(input_ids=batch, use_cache=False)
+    return [mean.mean for mean in running if mean.mean is not None]
+
+
+def _replay(
+    model: PreTrainedModel,
+    layout: AttentionLayout,
+    any_ids: torch.Tensor,
+    means: list[torch.Tensor],
+) -> Float[torch.Tensor, "layers positions heads d_head"]:
+    """One forward pass in which every attention block is fed its mean input.
+
+    The tokens do not matter: whatever the residual stream holds, each block sees its own mean, with
+    the positions, masks and cache handling that the model itself sets up.
+    """
+    outputs: dict[int, torch.Tensor] = {}
+
+    def replace(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        current = _block_input(layout.modules[layer], args, kwargs)
+        mean = means[layer].to(device=current.device, dtype=current.dtype)[None]
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": mean}
+        return (mean, *args[1:]), kwargs
+
+    def record(layer: int, call: AttentionCall) -> torch.Tensor:
+        outputs[layer] = call.output[0].float().cpu()
+        return call.output
+
+    with _input_hooks(layout, replace), edited_attention(model, _per_layer(layout, record)):
+        model.base_model(input_ids=any_ids.to(model.device), use_cache=False)
+    return torch.stack([outputs[layer] for layer in range(layout.n_layers)])
+
+
+def _per_layer(layout: AttentionLayout, function: Any) -> dict[int, list[Any]]:
+    return {
+        layer: [lambda call, layer=layer: function(layer, call)] for layer in range(layout.n_layers)
+    }
+
+
+def _block_input(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    found = kwargs.get("hidden_states", args[0] if args else None)
+    if not isinstance(found, torch.Tensor) or found.ndim != 3:
+        raise UnsupportedArchitectureError(
+            f"{type(module).__name__} does not take its input as hidden states [batch, position, "
+            f"hidden]; use average='head_output' for this architecture"
+        )
+    return found
+
+
+@contextmanager
+def _input_hooks(layout: AttentionLayout, function: Any) -> Iterator[None]:
+    """Call ``function(layer, args, kwargs)`` before each attention block; always unhook."""
+    handles = []
+    try:
+        for layer, module in enumerate(layout.modules):
+            hook = lambda _, args, kwargs, layer=layer: function(layer, args, kwargs)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,198 @@
+"""Training data of the embedded model: repeated sequences and few-shot classification episodes.
+
+Everything is generated from an explicit ``random.Random``. An episode binds fresh labels to its
+classes, lists labelled instances as the evaluation prompts do, and is scored at the labels that a
+reader could know. What the evaluation tasks need to stay unseen is left out here:
+
+* no episode uses two of the labels Foo, Bar, Mur, Res;
+* the word-category pairs of the seven tasks never occur, alone or against each other;
+* the pattern A B B B never occurs, and A B A B and A B C B A never against distinct letters.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import random
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from icl_helpers._paths import synthetic_dir
+
+__all__ = [
+    "DESCRIPTION",
+    "EXTRA_WORDS",
+    "HELD_OUT_LABELS",
+    "HELD_OUT_PAIRS",
+    "HELD_OUT_PATTERN",
+    "HELD_OUT_PATTERN_PAIRINGS",
+    "Episode",
+    "episode",
+    "label_pool",
+    "patterns",
+    "word_categories",
+]
+
+DESCRIPTION = (
+    "Below is a list of various sequences. Your task is to classify each sequence. Use the "
+    "examples provided to understand how to classify each sequence correctly."
+)
+HELD_OUT_LABELS = ("Foo", "Bar", "Mur", "Res")
+HELD_OUT_PATTERN = "ABBB"
+HELD_OUT_PATTERN_PAIRINGS = (frozenset({"ABAB", "ABCD"}), frozenset({"ABCBA", "ABCDE"}))
+HELD_OUT_PAIRS = (
+    ("fruits", "animals"),
+    ("furniture", "professions"),
+    ("furniture", "animals"),
+    ("fruits", "professions"),
+    ("vegetables", "vehicles"),
+    ("body_parts", "instruments"),
+    ("vegetables", "instruments"),
+    ("body_parts", "vehicles"),
+)
+# Categories that no evaluation task uses, so that classes vary more than the tasks' own.
+EXTRA_WORDS = {
+    "colours": "red blue green yellow purple black white brown pink grey silver gold".split(),
+    "clothes": "shirt coat hat glove scarf sock shoe boot dress skirt belt jacket".split(),
+    "drinks": "water tea coffee milk juice wine beer cider cocoa soda lemonade broth".split(),
+    "tools": "hammer saw drill wrench pliers chisel spade rake axe ladder file clamp".split(),
+}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Text of one training window and the character spans of the labels in it.
+
+    ``labels`` holds (start, weight): the label starts at that character, and a weight of 0 means
+    that it cannot be known from what stands before it.
+    """
+
+    text: str
+    labels: tuple[tuple[int, float], ...]
+
+
+@functools.cache
+def word_categories() -> dict[str, list[str]]:
+    """All word categories: the evaluation tasks' eight and four more."""
+    return {**json.loads((synthetic_dir() / "words.json").read_text()), **EXTRA_WORDS}
+
+
+@functools.cache
+def patterns(length: int) -> tuple[str, ...]:
+    """Equality patterns of a length in canonical letters (A first), without the held-out one."""
+    found = {
+        "".join(string.ascii_uppercase[values.index(v)] for v in values)
+        for values in itertools.product(range(length), repeat=length)
+    }
+    canonical = sorted({_canonical(p) for p in found} - {HELD_OUT_PATTERN})
+    return tuple(canonical)
+
+
+def _canonical(pattern: Sequence[str]) -> str:
+    order = list(dict.fromkeys(pattern))
+    return "".join(string.ascii_uppercase[order.index(symbol)] for symbol in pattern)
+
+
+@functools.cache
+def label_pool() -> tuple[str, ...]:
+    """Invented three-letter labels, the four held-out ones among them."""
+    rng = random.Random(0)
+    syllables = ["".join(t) for t in itertools.product("BDFGKLMNPRSTVZ", "aeiou", "bdfgklmnprstvz")]
+    chosen = [s for s in rng.sample(syllables, 120) if s not in HELD_OUT_LABELS]
+    return (*chosen, *HELD_OUT_LABELS)
+
+
+def draw_labels(rng: random.Random, n: int) -> list[str]:
+    """``n`` different labels, at most one of them held out."""
+    while True:
+        labels = rng.sample(label_pool(), n)
+        if sum(label in HELD_OUT_LABELS for label in labels) <= 1:
+            return labels
+
+
+def episode(rng: random.Random, *, fresh: float, n_shots: int | None = None) -> Episode:
+    """One few-shot classification episode.
+
+    Parameters
+    ----------
+    fresh
+        Probability that every instance is new; otherwise each class re-uses one to four
+        instances, so that copying an earlier label suffices.
+    n_shots
+        Labelled instances; default 8 to 24 for words, 6 to 13 for letters.
+    """
+    words = rng.random() < 0.4
+    makers = _word_classes(rng) if words else _letter_classes(rng)
+    if n_shots is None:
+        n_shots = rng.randint(8, 22) if words else rng.randint(6, 13)
+    if rng.random() >= fresh:
+        makers = [_burst(rng, maker) for maker in makers]
+    labels = draw_labels(rng, len(makers))
+    rng.shuffle(makers)
+    instances = _balanced(rng, makers, n_shots + 1)
+    parts, spans, seen = [], [], set()
+    if rng.random() < 0.5:
+        parts.append(DESCRIPTION + "\n\n")
+    length = sum(map(len, parts))
+    for kind, text in instances:
+        parts.append(f"{text}:{labels[kind]}\n\n")
+        spans.append((length + len(text) + 1, float(kind in seen)))
+        seen.add(kind)
+        length += len(parts[-1])
+    return Episode("".join(parts), tuple(spans))
+
+
+def _balanced(
+    rng: random.Random, makers: Sequence[Callable[[], str]], n: int
+) -> list[tuple[int, str]]:
+    """``n`` instances, classes as even as they can be, in random order."""
+    kinds = [index % len(makers) for index in range(n)]
+    rng.shuffle(kinds)
+    return [(kind, makers[kind]()) for kind in kinds]
+
+
+def _burst(rng: random.Random, maker: Callable[[], str]) -> Callable[[], str]:
+    instances = [maker() for _ in range(rng.randint(1, 4))]
+    return lambda: rng.choice(instances)
+
+
+def _letter_classes(rng: random.Random) -> list[Callable[[], str]]:
+    length = rng.choice((3, 4, 4, 4, 5, 5))
+    n_classes = rng.choice((2, 2, 2, 3))
+    distinct = string.ascii_uppercase[:length]
+    while True:
+        chosen = rng.sample(patterns(length), n_classes)
+        # Half of the episodes oppose a pattern to distinct letters, as the evaluation tasks do.
+        if rng.random() < 0.5 and distinct not in chosen:
+            chosen[0] = distinct
+        if not any(pairing <= set(chosen) for pairing in HELD_OUT_PATTERN_PAIRINGS):
+            break
+    return [functools.partial(_letters, rng, pattern) for pattern in chosen]
+
+
+def _letters(rng: random.Random, pattern: str) -> str:
+    letters = rng.sample(string.ascii_uppercase, len(set(pattern)))
+    return " ".join(letters[string.ascii_uppercase.index(symbol)] for symbol in pattern)
+
+
+def _word_classes(rng: random.Random) -> list[Callable[[], str]]:
+    names = list(word_categories())
+    while True:
+        if rng.random() < 0.5:
+            first, second = rng.sample(names, 2), rng.sample(names, 2)
+            pairs = [(a, b) for a in first for b in second]
+            if rng.random() < 0.5:
+                pairs = [(first[0], second[0]), (first[1], second[1])]
+        else:
+            n_classes = rng.choice((2, 2, 3, 4))
+            pairs = [(rng.choice(names), rng.choice(names)) for _ in range(n_classes)]
+        distinct = len(set(pairs)) == len(pairs)
+        if distinct and not any(pair in HELD_OUT_PAIRS for pair in pairs):
+            return [functools.partial(_word_pair, rng, pair) for pair in pairs]
+
+
+def _word_pair(rng: random.Random, pair: tuple[str, str]) -> str:
+    categories = word_categories()
+    return f"{rng.choice(categories[pair[0]])} {rng.choice(categories[pair[1]])}"

@@ -1,0 +1,231 @@
+"""Loading a model and its tokenizer: an embedded one, a hub id or a directory.
+
+Example
+-------
+>>> model, tokenizer = icl.load_model("icl-tiny")
+>>> model, tokenizer = icl.load_model("meta-llama/Meta-Llama-3-8B", dtype="bfloat16")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from icl_helpers._paths import embedded_dir
+from icl_helpers.errors import InputError, MissingArtefactError, UnsupportedArchitectureError
+from icl_helpers.internlm2 import is_internlm2, load_internlm2, load_internlm2_tokenizer
+
+__all__ = [
+    "context_length",
+    "embedded_models",
+    "load_model",
+    "model_fractions",
+    "resolve_model",
+    "weights_fingerprint",
+]
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_PAPER_FRACTIONS = (0.01, 0.03)
+# Elements hashed at a time: bounds the extra memory of the fingerprint to about 0.3 GB.
+_CHUNK = 1 << 24
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(path.parent.name for path in embedded_dir().glob("*/config.json"))
+
+
+def resolve_model(name: str) -> str:
+    """The directory or hub id behind a model name; raises :class:`InputError` for a bad name."""
+    if not isinstance(name, str) or not name.strip() or "\0" in name or len(name) > 4096:
+        raise InputError(
+            f"model must be an embedded model ({', '.join(embedded_models())}), a hub id such as "
+            f"'meta-llama/Meta-Llama-3-8B' or a directory, got {name!r}"
+        )
+    if name in embedded_models():
+        return str(embedded_dir() / name)
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser())
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
+    if looks_local:
+        raise MissingArtefactError(f"model directory {name} does not exist")
+    return name
+
+
+def load_model(
+    name: str = "icl-tiny",
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in evaluation mode, and its fast tokenizer.
+
+    Parameters
+    ----------
+    name
+        An embedded model (``icl-tiny``), a hub id, or a directory.
+    dtype
+        ``"auto"`` (the checkpoint's own), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+    device
+        Default: CUDA if there is one, else the CPU. Not together with ``device_map``.
+    device_map
+        Passed to transformers; ``"auto"`` spreads a large model over several GPUs.
+
+    Raises
+    ------
+    InputError
+        A name, dtype or device that cannot be used, or remote code without permission.
+    MissingArtefactError
+        The model is neither here nor in the cache and the hub cannot be reached.
+    """
+    source = resolve_model(name)
+    torch_dtype = _check_dtype(dtype)
+    target = _check_device(device, device_map)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = _load_config(name, source, options)
+    if is_internlm2(config):
+        model = load_internlm2(
+            _local_snapshot(name, source, revision), dtype=torch_dtype, device=target,
+            device_map=device_map,
+        )  # fmt: skip
+        tokenizer = load_internlm2_tokenizer(_local_snapshot(name, source, revision))
+        return model.eval(), tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=torch_dtype, device_map=device_map, **options
+        )
+    except (OSError, ValueError) as error:
+        raise _explain(name, error) from error
+    if device_map is None:
+        model.to(target)
+    return model.eval(), tokenizer
+
+
+def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def _check_device(device: str | torch.device | None, device_map: Any) -> torch.device:
+    if device is not None and device_map is not None:
+        raise InputError(f"give device ({device}) or device_map ({device_map}), not both")
+    try:
+        chosen = torch.device(
+            device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+        )
+    except RuntimeError as error:
+        raise InputError(
+            f"device must be a torch device such as 'cpu', 'cuda' or 'cuda:1', got {device!r}"
+        ) from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for, but torch sees no CUDA GPU here")
+    return chosen
+
+
+def _load_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(source, revision=options["revision"])
+        if is_internlm2(raw):
+            return PreTrainedConfig.from_dict(raw)
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _explain(name, error) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedArchitectureError(
+            f"{name} is an encoder-decoder ({config.model_type}); only decoder models can be used"
+        )
+    return config
+
+
+def _explain(name: str, error: Exception) -> Exception:
+    """One clear error for the many ways in which loading from the hub or a directory fails."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return InputError(
+            f"model {name!r} needs code from its repository; if you trust it, pass "
+            f"trust_remote_code=True"
+        )
+    if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
+        return MissingArtefactError(
+            f"model {name!r} is not embedded ({', '.join(embedded_models())}), not a directory, "
+            f"not in the Hugging Face cache, and could not be fetched from the hub. Check the "
+            f"name, the network, and for gated models that HF_TOKEN is set in the environment; or "
+            f"download it elsewhere and pass its directory."
+        )
+    return InputError(f"model {name!r} cannot be loaded: {text.splitlines()[0] if text else error!r}")
+
+
+def _local_snapshot(name: str, source: str, revision: str | None) -> Path:
+    """Directory of a checkpoint, downloaded from the hub where it is not local."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision))
+    except OSError as error:
+        raise _explain(name, error) from error
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Most tokens the model's configuration allows in one sequence."""
+    config = model.config.get_text_config()
+    for field in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = getattr(config, field, None)
+        if isinstance(value, int):
+            return value
+    return 2048
+
+
+def model_fractions(name: str) -> tuple[float, ...]:
+    """Fractions of heads to intervene on: the paper's, or those fixed for an embedded model.
+
+    An embedded model states in ``fractions.json`` the share of its heads that score 0.3 or more
+    and a third of it, the rule behind the paper's 3 % and 1 % (paper, section 2).
+    """
+    stated = embedded_dir() / name / "fractions.json"
+    if name in embedded_models() and stated.is_file():
+        values = json.loads(stated.read_text())
+        return (values["smaller"], values["larger"])
+    return _PAPER_FRACTIONS
+
+
+@torch.no_grad()
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Hash of every weight, 16 hex digits; changes with any weight's value, shape or dtype.
+
+    Sums the raw bits twice, plainly and weighted by position, in wrapping 64-bit integers on the
+    weights' own device, so that it is fast and the same on every machine.
+    """
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type == "meta":
+            continue
+        bits = tensor.detach().contiguous().flatten()
+        bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize])
+        for start in range(0, len(bits), _CHUNK):
+            part = bits[start : start + _CHUNK].long()
+            weight = torch.arange(start, start + len(part), device=part.device) * 2654435761 + 1
+            digest.update(f"{int(part.sum())} {int((part * weight).sum())}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,302 @@
+"""Training recipe of the embedded model: induction first, then few-shot episodes hardened slowly.
+
+A run is a function of its seed: every step draws its data from a generator seeded with the seed and
+the step, so a run that was interrupted goes on as if it had not been. A small penalty keeps the
+induction pattern in few heads, so that a layer holds enough other heads for a fair random control.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from icl_helpers.attention import AttentionCall, attention_probabilities, edited_attention
+from icl_helpers.errors import InputError
+from icl_helpers.store import atomic_path, write_json
+from icl_helpers.training_data import Batch, build_tokenizer, episode_batch, repeat_batch
+
+__all__ = ["Recipe", "build_model", "checkpoint_steps", "train"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the trained weights, besides the library versions."""
+
+    seed: int = 0
+    vocab_size: int = 1500
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    n_layers: int = 4
+    n_heads: int = 16
+    n_kv_heads: int = 4
+    head_dim: int = 16
+    max_positions: int = 1024
+    repeat_steps: int = 2200
+    episode_steps: int = 5000
+    bursty_steps: int = 500
+    hardening_steps: int = 1500
+    repeat_rows: int = 96
+    repeat_length: int = 48
+    episode_rows: int = 48
+    max_tokens: int = 192
+    text_share: float = 0.15
+    learning_rate: float = 3e-3
+    episode_learning_rate: float = 2e-3
+    induction_heads: int = 4
+    penalty: float = 0.3
+    penalty_from: int = 500
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+        return self.repeat_steps + self.episode_steps
+
+
+def build_model(recipe: Recipe) -> LlamaForCausalLM:
+    """An untrained Llama with grouped-query attention, initialised from the recipe's seed."""
+    config = LlamaConfig(
+        vocab_size=recipe.vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.n_layers,
+        num_attention_heads=recipe.n_heads,
+        num_key_value_heads=recipe.n_kv_heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=recipe.max_positions,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return LlamaForCausalLM(config)
+
+
+def checkpoint_steps(recipe: Recipe, *, per_phase: int = 12) -> list[int]:
+    """Log-spaced steps within each of the two phases, 0 and the last among them."""
+    steps = {0, recipe.repeat_steps, recipe.steps}
+    for start, length in ((0, recipe.repeat_steps), (recipe.repeat_steps, recipe.episode_steps)):
+        low = math.log(max(1, length // 60))
+        for k in range(per_phase):
+            steps.add(start + round(math.exp(low + (math.log(length) - low) * k / (per_phase - 1))))
+    return sorted(steps)
+
+
+class _Pressure:
+    """Measures the induction pattern per head on watched rows, with gradients."""
+
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+        self.measured: list[torch.Tensor] = []
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        if self.mask is not None and len(self.mask):
+            n = len(self.mask)
+            watched = replace(call, query=call.query[:n], key=call.key[:n], value=call.value[:n])
+            probabilities = attention_probabilities(watched)
+            total = (probabilities * self.mask[:, None]).sum(dim=(0, 2, 3))
+            self.measured.append(total / self.mask.any(dim=-1).sum().clamp(min=1))
+        return call.output
+
+
+def _batches(
+    recipe: Recipe, step: int, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[str, float, Batch]]:
+    """(kind, loss weight, batch) of one step."""
+    rng = random.Random(f"{recipe.seed}-{step}")
+    done = step - recipe.repeat_steps
+    if done < 0:
+        yield "repeat", 1.0, repeat_batch(
+            rng, vocab_size=recipe.vocab_size, rows=recipe.repeat_rows,
+            length=recipe.repeat_length, pool=64, watched=16,
+        )  # fmt: skip
+        return
+    fresh = min(1.0, max(0.0, (done - recipe.bursty_steps) / recipe.hardening_steps))
+    yield "repeat", 0.2, repeat_batch(
+        rng, vocab_size=recipe.vocab_size, rows=16, length=64, pool=256, watched=16
+    )
+    for batch in episode_batch(
+        rng, tokenizer, rows=recipe.episode_rows, fresh=fresh, text_share=recipe.text_share,
+        watched=4, max_tokens=recipe.max_tokens,
+    ):  # fmt: skip
+        yield "episode", 1.0, batch
+
+
+def _learning_rate(recipe: Recipe, step: int) -> float:
+    done = step - recipe.repeat_steps
+    if done < 0:
+        warm = min(1.0, (step + 1) / 100)
+        return recipe.learning_rate * warm * (1 - 0.5 * step / recipe.repeat_steps)
+    warm = min(1.0, (done + 1) / 100)
+    cosine = 0.5 * (1 + math.cos(math.pi * done / recipe.episode_steps))
+    return recipe.episode_learning_rate * warm * (0.03 + 0.97 * cosine)
+
+
+def _step(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    step: int,
+    pressure: _Pressure,
+    scores: torch.Tensor,
+) -> dict[str, float]:
+    """Accumulate the gradients of one step; updates the running induction scores in place."""
+    strength = recipe.penalty * min(1.0, max(0.0, (step - recipe.penalty_from) / 1000))
+    losses: dict[str, float] = {}
+    for kind, weight, batch in _batches(recipe, step, tokenizer):
+        pressure.mask, pressure.measured = batch.induction.to(model.device), []
+        hidden = model.model(input_ids=batch.ids.to(model.device), use_cache=False)[0]
+        where = batch.weights.nonzero(as_tuple=True)
+        logits = model.lm_head(hidden[where[0], where[1] - 1])
+        target = batch.ids[where].to(model.device)
+        each = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        loss = (each * batch.weights[where].to(model.device)).sum()
+        losses[kind] = losses.get(kind, 0.0) + loss.item()
+        measured = torch.stack(pressure.measured).flatten()
+        if kind == "repeat":
+            scores.mul_(0.98).add_(measured.detach().cpu(), alpha=0.02)
+        spared = scores.topk(recipe.induction_heads).indices.to(measured.device)
+        # Attention spread evenly over a window falls on the pattern by chance: that much is free.
+        excess = (measured - (0.05 if kind == "repeat" else 0.3)).clamp(min=0)
+        keep = torch.ones_like(excess).index_fill(0, spared, 0.0)
+        (weight * loss + strength * weight * (excess * keep).sum()).backward()
+    return losses
+
+
+def train(
+    output_dir: str | os.PathLike[str],
+    *,
+    recipe: Recipe | None = None,
+    device: str | None = None,
+    resume: bool = True,
+    save_every: int = 250,
+) -> Path:
+    """Train a model into ``output_dir`` and return the directory of the finished model.
+
+    Parameters
+    ----------
+    output_dir
+        Holds ``state/`` (to resume from), ``checkpoints/`` (log-spaced weights), ``log.jsonl`` and
+        ``model/`` (the finished model, loadable by ``AutoModelForCausalLM``).
+    recipe
+        Default: the recipe of the shipped model, seed 0.
+    resume
+        Go on from the last saved state; a state of another recipe raises :class:`InputError`.
+    """
+    recipe = recipe or Recipe()
+    output = Path(output_dir)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = build_tokenizer(vocab_size=recipe.vocab_size)
+    model = build_model(recipe).to(where).eval()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    scores = torch.zeros(recipe.n_layers * recipe.n_heads)
+    start = _restore(output, recipe, model, optimizer, scores) if resume else 0
+    pressure = _Pressure()
+    wanted = set(checkpoint_steps(recipe))
+    progress = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step")
+    with ExitStack() as stack:
+        stack.enter_context(
+            edited_attention(model, {layer: [pressure] for layer in range(recipe.n_layers)})
+        )
+        for step in progress:
+            if step in wanted:
+                _save_weights(output / "checkpoints" / f"step-{step:06d}.safetensors", model)
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(recipe, step)
+            began = time.perf_counter()
+            losses = _step(model, tokenizer, recipe, step, pressure, scores)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % 20 == 0:
+                _log(output, step, losses, scores, time.perf_counter() - began)
+                progress.set_postfix({k: f"{v:.3f}" for k, v in losses.items()})
+            if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
+                _save_state(output, recipe, step + 1, model, optimizer, scores)
+    _save_weights(output / "checkpoints" / f"step-{recipe.steps:06d}.safetensors", model)
+    model.save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "model")
+    return output / "model"
+
+
+def _log(
+    output: Path, step: int, losses: dict[str, float], scores: torch.Tensor, seconds: float
+) -> None:
+    entry = {"step": step, **losses, "seconds": seconds, "top": scores.topk(8).values.tolist()}
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / "log.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def _save_weights(path: Path, model: LlamaForCausalLM) -> None:
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    with atomic_path(path) as temporary:
+        save_file(weights, temporary)
+
+
+def _save_state(
+    output: Path,
+    recipe: Recipe,
+    step: int,
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.AdamW,
+    scores: torch.Tensor,
+) -> None:
+    tensors = {"scores": scores}
+    for name, parameter in model.named_parameters():
+        tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().contiguous()
+    with atomic_path(output / "state" / "state.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"step": str(step), "recipe": _recipe_text(recipe)})
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    return json.dumps(asdict(recipe), sort_keys=True)
+
+
+def _restore(
+    output: Path,
+    recipe: Recipe,
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.AdamW,
+    scores: torch.Tensor,
+) -> int:
+    from safetensors import safe_open
+
+    path = output / "state" / "state.safetensors"
+    if not path.is_file():
+        write_json(output / "recipe.json", asdict(recipe))
+        return 0
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    if metadata["recipe"] != _recipe_text(recipe):
+        raise InputError(
+            f"{output} holds the state of another recipe; give another output directory, or "
+            f"resume=False to start over"
+        )
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"weight.{name}"])
+            optimizer.state[parameter] = {
+                key: tensors[f"optimizer.{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+    scores.copy_(tensors["scores"])
+    return int(metadata["step"])

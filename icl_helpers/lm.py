@@ -264,7 +264,7 @@ class HFICL(InterventionLM):
         max_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        from icl_helpers.ablation_setup import single_condition
+        from icl_helpers.reference import single_condition
 
         model, tokenizer = load_model(
             pretrained, revision=revision, dtype=dtype, device=device,

@@ -26,7 +26,6 @@ from transformers import (
 
 from icl_helpers._paths import embedded_dir
 from icl_helpers.errors import InputError, MissingArtefactError, UnsupportedArchitectureError
-from icl_helpers.internlm2 import is_internlm2, load_internlm2, load_internlm2_tokenizer
 
 __all__ = [
     "context_length",
@@ -99,13 +98,6 @@ def load_model(
     target = _check_device(device, device_map)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = _load_config(name, source, options)
-    if is_internlm2(config):
-        model = load_internlm2(
-            _local_snapshot(name, source, revision), dtype=torch_dtype, device=target,
-            device_map=device_map,
-        )  # fmt: skip
-        tokenizer = load_internlm2_tokenizer(_local_snapshot(name, source, revision))
-        return model.eval(), tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(
@@ -144,9 +136,6 @@ def _check_device(device: str | torch.device | None, device_map: Any) -> torch.d
 
 def _load_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedConfig:
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(source, revision=options["revision"])
-        if is_internlm2(raw):
-            return PreTrainedConfig.from_dict(raw)
         config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _explain(name, error) from error
@@ -173,18 +162,6 @@ def _explain(name: str, error: Exception) -> Exception:
             f"download it elsewhere and pass its directory."
         )
     return InputError(f"model {name!r} cannot be loaded: {text.splitlines()[0] if text else error!r}")
-
-
-def _local_snapshot(name: str, source: str, revision: str | None) -> Path:
-    """Directory of a checkpoint, downloaded from the hub where it is not local."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision))
-    except OSError as error:
-        raise _explain(name, error) from error
 
 
 def context_length(model: PreTrainedModel) -> int:

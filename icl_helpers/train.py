@@ -43,8 +43,9 @@ class Recipe:
     n_kv_heads: int = 4
     head_dim: int = 16
     max_positions: int = 1024
-    repeat_steps: int = 2200
-    episode_steps: int = 5000
+    repeat_steps: int = 2600
+    repeat_vocab: int = 300
+    episode_steps: int = 4500
     bursty_steps: int = 500
     hardening_steps: int = 1500
     repeat_rows: int = 96
@@ -56,7 +57,7 @@ class Recipe:
     episode_learning_rate: float = 2e-3
     induction_heads: int = 4
     penalty: float = 0.3
-    penalty_from: int = 500
+    penalty_from_score: float = 0.6
 
     @property
     def steps(self) -> int:
@@ -120,7 +121,7 @@ def _batches(
     done = step - recipe.repeat_steps
     if done < 0:
         yield "repeat", 1.0, repeat_batch(
-            rng, vocab_size=recipe.vocab_size, rows=recipe.repeat_rows,
+            rng, vocab_size=recipe.repeat_vocab, rows=recipe.repeat_rows,
             length=recipe.repeat_length, pool=64, watched=16,
         )  # fmt: skip
         return
@@ -154,7 +155,8 @@ def _step(
     scores: torch.Tensor,
 ) -> dict[str, float]:
     """Accumulate the gradients of one step; updates the running induction scores in place."""
-    strength = recipe.penalty * min(1.0, max(0.0, (step - recipe.penalty_from) / 1000))
+    # No pressure before induction exists: it would keep it from forming.
+    strength = recipe.penalty if float(scores.max()) >= recipe.penalty_from_score else 0.0
     losses: dict[str, float] = {}
     for kind, weight, batch in _batches(recipe, step, tokenizer):
         pressure.mask, pressure.measured = batch.induction.to(model.device), []
@@ -170,7 +172,7 @@ def _step(
             scores.mul_(0.98).add_(measured.detach().cpu(), alpha=0.02)
         spared = scores.topk(recipe.induction_heads).indices.to(measured.device)
         # Attention spread evenly over a window falls on the pattern by chance: that much is free.
-        excess = (measured - (0.05 if kind == "repeat" else 0.3)).clamp(min=0)
+        excess = (measured - (0.25 if kind == "repeat" else 0.3)).clamp(min=0)
         keep = torch.ones_like(excess).index_fill(0, spared, 0.0)
         (weight * loss + strength * weight * (excess * keep).sum()).backward()
     return losses

@@ -1,0 +1,181 @@
+"""Parameters of the stages, checked before anything is loaded.
+
+Notebooks hold them as literals in one cell; papermill puts its own cell after it. papermill only
+warns about a parameter that a notebook does not have, so :func:`stage_parameters` compares the
+names itself.
+
+Example
+-------
+>>> P = icl.stage_parameters(globals())
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from icl_helpers.errors import InputError
+
+__all__ = ["StageParameters", "stage_parameters"]
+
+_NONE = type(None)
+# Hub tokens end up in notebooks, HTML and logs when they are passed as parameters.
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}")
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """What a run is about. None means the default that suits the model or the task.
+
+    ``tasks``: None for all. ``shots``: None for each task's own. ``fractions``: None for the
+    model's (the paper's 0.01 and 0.03, or those fixed for an embedded model). ``reference``: a text
+    file for the means.
+    """
+
+    model: str = "icl-tiny"
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    batch_size: int | str = "auto"
+    tasks: list[str] | None = None
+    shots: list[int] | None = None
+    fractions: list[float] | None = None
+    seeds: tuple[int, ...] | list[int] = (42, 43, 44)
+    ablation_seeds: tuple[int, ...] | list[int] = (42, 43, 44)
+    limit: int | None = None
+    run_dir: str = "runs/icl-tiny"
+    data: str = "synthetic"
+    control: str = "published"
+    categories: tuple[str, ...] | list[str] = ("words", "labels", "colons", "blank_lines")
+    average: str = "attention_input"
+    reference: str | None = None
+    trust_remote_code: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values of all parameters."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "revision": (str, _NONE),
+    "dtype": (str,),
+    "device": (str, _NONE),
+    "batch_size": (int, str),
+    "tasks": (list, tuple, _NONE),
+    "shots": (list, tuple, _NONE),
+    "fractions": (list, tuple, _NONE),
+    "seeds": (list, tuple),
+    "ablation_seeds": (list, tuple),
+    "limit": (int, _NONE),
+    "run_dir": (str,),
+    "data": (str,),
+    "control": (str,),
+    "categories": (list, tuple),
+    "average": (str,),
+    "reference": (str, _NONE),
+    "trust_remote_code": (bool,),
+}
+_ITEMS: dict[str, tuple[type, ...]] = {
+    "tasks": (str,),
+    "shots": (int,),
+    "fractions": (float, int),
+    "seeds": (int,),
+    "ablation_seeds": (int,),
+    "categories": (str,),
+}
+
+
+def stage_parameters(values: Mapping[str, Any] | None = None, **given: Any) -> StageParameters:
+    """Check parameters and return them.
+
+    Parameters
+    ----------
+    values
+        A notebook's ``globals()``, or a plain mapping. In a notebook, every plain value that is
+        not a parameter is refused: it is a misspelt one.
+
+    Raises
+    ------
+    InputError
+        An unknown name, a wrong type, or a value that no stage can use, naming what is allowed.
+    """
+    names = {field.name for field in fields(StageParameters)}
+    found = {**{k: v for k, v in (values or {}).items() if _is_plain(k, v)}, **given}
+    unknown = sorted(set(found) - names)
+    if unknown:
+        raise InputError(
+            f"unknown parameter {unknown[0]!r}; the parameters are {', '.join(sorted(names))}"
+        )
+    for name, value in found.items():
+        _check_type(name, value)
+    parameters = StageParameters(**found)
+    _check_values(parameters)
+    return parameters
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    """Whether a global of a notebook is one that its user set, not IPython's or an import."""
+    own = not name.startswith("_") and name not in ("In", "Out", "exit", "quit", "get_ipython", "open")
+    return own and not isinstance(value, (types.ModuleType, type)) and not callable(value)
+
+
+def _check_type(name: str, value: Any) -> None:
+    allowed = _TYPES[name]
+    wrong = not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
+    items = value if isinstance(value, (list, tuple)) else []
+    bad = [
+        item for item in items if not isinstance(item, _ITEMS[name]) or isinstance(item, bool)
+    ]
+    if wrong or bad:
+        words = " or ".join("None" if t is _NONE else t.__name__ for t in allowed)
+        inside = f" of {_ITEMS[name][0].__name__}" if name in _ITEMS else ""
+        got = f"{bad[0]!r} inside {value!r}" if bad else f"{value!r} ({type(value).__name__})"
+        raise InputError(f"parameter {name!r} must be {words}{inside}, got {got}")
+    texts = [text for text in (value, *items) if isinstance(text, str)]
+    if any(_SECRET.search(text) for text in texts):
+        raise InputError(
+            f"parameter {name!r} looks like an access token; parameters are stored in notebooks. "
+            f"Put it in the environment instead (HF_TOKEN)"
+        )
+
+
+def _check_values(parameters: StageParameters) -> None:
+    from icl_helpers.conditions import CATEGORIES
+    from icl_helpers.heads import check_fraction
+    from icl_helpers.models import resolve_model
+    from icl_helpers.store import check_run_dir
+    from icl_helpers.task_registry import get_task_spec
+
+    resolve_model(parameters.model)
+    check_run_dir(parameters.run_dir)
+    for task in parameters.tasks or []:
+        get_task_spec(task)
+    for fraction in parameters.fractions or []:
+        check_fraction(fraction)
+    allowed = {
+        "dtype": ("auto", "float32", "bfloat16", "float16"),
+        "control": ("published", "strict"),
+        "average": ("attention_input", "head_output"),
+    }
+    for name, options in allowed.items():
+        if getattr(parameters, name) not in options:
+            raise InputError(
+                f"parameter {name!r} must be one of {', '.join(options)}, got "
+                f"{getattr(parameters, name)!r}"
+            )
+    for category in parameters.categories:
+        if category not in CATEGORIES:
+            raise InputError(f"categories must be among {', '.join(CATEGORIES)}, got {category!r}")
+    if any(shots < 0 for shots in parameters.shots or []):
+        raise InputError(f"shots must be >= 0, got {parameters.shots}")
+    if parameters.limit is not None and parameters.limit < 1:
+        raise InputError(f"limit must be >= 1 or None, got {parameters.limit}")
+    if not parameters.seeds or not parameters.ablation_seeds:
+        raise InputError("seeds and ablation_seeds must each hold at least one seed")
+    size = parameters.batch_size
+    if (isinstance(size, str) and size != "auto") or (isinstance(size, int) and size < 1):
+        raise InputError(f"batch_size must be 'auto' or >= 1, got {size!r}")

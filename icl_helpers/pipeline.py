@@ -1,0 +1,96 @@
+"""Running the stage notebooks in order with papermill.
+
+Every notebook is executed on each call: finished scores, means and cells are reused from the run
+directory, so a repeated stage costs seconds, and an executed notebook is never taken as proof that
+a stage is complete. A notebook's file appears only when it has run to its end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import papermill
+import yaml
+from papermill.exceptions import PapermillExecutionError
+from tqdm.auto import tqdm
+
+from icl_helpers._paths import notebooks_dir
+from icl_helpers.errors import ICLError, InputError
+from icl_helpers.parameters import StageParameters, stage_parameters
+from icl_helpers.store import atomic_path
+
+__all__ = ["StageError", "execute_stages", "read_parameters", "stage_notebooks"]
+
+
+class StageError(ICLError, RuntimeError):
+    """A notebook failed; results finished before it are kept."""
+
+
+def stage_notebooks() -> list[Path]:
+    """The stage notebooks, in order."""
+    return sorted(notebooks_dir().glob("[0-9]*.ipynb"))
+
+
+def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parameters from a YAML file; raises :class:`InputError` when it is not a mapping."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read parameters from {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a mapping of parameter names to values")
+    return content
+
+
+def execute_stages(
+    parameters: StageParameters, *, only: Sequence[int] | None = None, progress: bool = True
+) -> list[Path]:
+    """Execute the stages and return the executed notebooks, in ``run_dir/notebooks``.
+
+    ``only`` gives the numbers of the stages to run. Raises :class:`StageError` with the failing
+    cell's error when a notebook fails.
+    """
+    stage_parameters(**parameters.as_dict())
+    chosen = stage_notebooks()
+    if only is not None:
+        known = {int(path.name.split("_")[0]) for path in chosen}
+        unknown = [number for number in only if number not in known]
+        if unknown:
+            raise InputError(f"there is no stage {unknown[0]}; the stages are {sorted(known)}")
+        chosen = [path for path in chosen if int(path.name.split("_")[0]) in only]
+    run_dir = Path(parameters.run_dir).expanduser().resolve()
+    values = {**parameters.as_dict(), "run_dir": str(run_dir)}
+    if parameters.reference is not None:
+        values["reference"] = str(Path(parameters.reference).expanduser().resolve())
+    executed = []
+    for notebook in tqdm(chosen, desc="stages", unit="notebook", disable=not progress):
+        executed.append(_execute(notebook, run_dir / "notebooks" / notebook.name, values))
+    return executed
+
+
+def _execute(notebook: Path, target: Path, values: dict[str, Any]) -> Path:
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / notebook.name
+        try:
+            papermill.execute_notebook(
+                str(notebook), str(output), parameters=values, kernel_name="python3",
+                progress_bar=False, cwd=str(notebook.parent),
+            )  # fmt: skip
+        except PapermillExecutionError as error:
+            failed = target.with_suffix(".failed.ipynb")
+            with atomic_path(failed) as temporary:
+                shutil.copyfile(output, temporary)
+            raise StageError(
+                f"stage {notebook.stem} failed: {error.ename}: {error.evalue}. The notebook up to "
+                f"the error is {failed}; finished results are kept, and running again goes on "
+                f"from them"
+            ) from None
+        with atomic_path(target) as temporary:
+            shutil.copyfile(output, temporary)
+        target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+    return target

@@ -1,0 +1,250 @@
+"""A run: one model's scores, means and results below one directory, computed once and reused.
+
+Example
+-------
+>>> run = icl.Run(icl.stage_parameters(model="icl-tiny", run_dir="runs/icl-tiny"))
+>>> run.prefix_scores().mean(0)
+>>> run.evaluate("mean")
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import icl_helpers
+from icl_helpers.conditions import FULL, Condition, conditions
+from icl_helpers.errors import InputError
+from icl_helpers.evaluation import document_results, evaluate, resolve_shots
+from icl_helpers.heads import Head, top_heads
+from icl_helpers.means import mean_head_outputs
+from icl_helpers.models import load_model, model_fractions, weights_fingerprint
+from icl_helpers.parameters import StageParameters
+from icl_helpers.prefix_matching import prefix_matching_scores, random_sequences, token_pool
+from icl_helpers.reference import reference_samples, reference_texts, samples_key
+from icl_helpers.store import atomic_path, check_run_dir, content_key, set_aside, write_json
+from icl_helpers.task_registry import task_names
+
+__all__ = ["Run"]
+
+KINDS = ("full", "mean", "zero", "knockout")
+_PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "numpy", "pandas", "safetensors")
+
+
+class Run:
+    """The artifacts of one model in one directory.
+
+    Raises :class:`InputError` when the directory holds another model's run.
+    """
+
+    def __init__(self, parameters: StageParameters) -> None:
+        self.parameters = parameters
+        self.directory = check_run_dir(parameters.run_dir)
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        stored = self.info.get("model")
+        if stored not in (None, parameters.model):
+            raise InputError(
+                f"run directory {self.directory} holds the run of model {stored!r}, not of "
+                f"{parameters.model!r}; choose another run_dir"
+            )
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What ``run.json`` says: model, fingerprint, versions, parameters, seconds per stage."""
+        path = self.directory / "run.json"
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            set_aside(path, "is damaged")
+            return {}
+        return content
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, loaded on first use."""
+        return self._load()[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self._load()[1]
+
+    def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self._loaded is None:
+            p = self.parameters
+            self._loaded = load_model(
+                p.model, revision=p.revision, dtype=p.dtype, device=p.device,
+                trust_remote_code=p.trust_remote_code,
+            )  # fmt: skip
+            self._record(fingerprint=self.fingerprint, parameters=p.as_dict())
+        return self._loaded
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the loaded weights."""
+        return weights_fingerprint(self.model)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks of the run."""
+        return list(self.parameters.tasks or task_names())
+
+    @property
+    def fractions(self) -> list[float]:
+        """Fractions of heads that the run intervenes on, smallest first."""
+        return sorted(self.parameters.fractions or model_fractions(self.parameters.model))
+
+    def prefix_scores(self) -> torch.Tensor:
+        """Prefix-matching scores, [sequences, layers, heads]; computed once."""
+        key = content_key(["prefix scores", self._identity(), icl_helpers.__version__])
+
+        def compute() -> torch.Tensor:
+            sequences = random_sequences(self.tokenizer)
+            scores = prefix_matching_scores(self.model, sequences)
+            ranking = token_pool(self.tokenizer)[1]
+            write_json(self.directory / "heads.json", self._heads_json(scores, ranking))
+            return scores
+
+        return self._tensor("prefix_scores", key, compute)
+
+    def _heads_json(self, scores: torch.Tensor, ranking: str) -> dict[str, Any]:
+        mean = scores.mean(0)
+        chosen = {f"{f:g}": [list(head) for head in top_heads(mean, f)] for f in self.fractions}
+        return {"tokens_ranked_by": ranking, "induction_heads": chosen, "scores": mean.tolist()}
+
+    def induction_heads(self, fraction: float | None = None) -> list[Head]:
+        """The top heads at a fraction; default the largest of the run."""
+        return top_heads(self.prefix_scores().mean(0), fraction or self.fractions[-1])
+
+    def mean_head_outputs(self) -> torch.Tensor:
+        """Mean head outputs, [layers, positions, heads, d_head]; computed once."""
+        p = self.parameters
+        texts = reference_texts(p.model, reference=p.reference)
+        ids = reference_samples(self.model, self.tokenizer, texts)
+        key = content_key(["means", self._identity(), samples_key(ids), p.average])
+
+        def compute() -> torch.Tensor:
+            average: Any = p.average
+            return mean_head_outputs(self.model, ids, average=average, batch_size=4)
+
+        return self._tensor("mean_head_outputs", key, compute)
+
+    def conditions(self, kind: str) -> list[Condition]:
+        """Conditions of one kind: full, mean, zero or knockout."""
+        if kind not in KINDS:
+            raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if kind == "full":
+            return [FULL]
+        p = self.parameters
+        control: Any = p.control
+        return conditions(
+            self.prefix_scores().mean(0), fractions=self.fractions, ablations=[kind],
+            head_outputs=self.mean_head_outputs() if kind == "mean" else None,
+            ablation_seeds=p.ablation_seeds, control=control, categories=p.categories, full=False,
+        )  # fmt: skip
+
+    def evaluate(self, *kinds: str) -> pd.DataFrame:
+        """Accuracies under the conditions of these kinds; finished cells are reused."""
+        p = self.parameters
+        chosen = [condition for kind in kinds for condition in self.conditions(kind)]
+        return evaluate(
+            self.model, self.tokenizer, tasks=self.tasks, shots=p.shots, conditions=chosen,
+            seeds=p.seeds, limit=p.limit, batch_size=p.batch_size, run_dir=self.directory,
+            data=p.data, revision=p.revision,
+        )  # fmt: skip
+
+    def results(self) -> pd.DataFrame:
+        """All accuracies evaluated so far with the run's tasks, shots, fractions and seeds."""
+        path = self.directory / "results.parquet"
+        if not path.is_file():
+            raise InputError(
+                f"{path} does not exist: run the evaluation stages first (notebooks 3 to 5)"
+            )
+        return self._selected(pd.read_parquet(path))
+
+    def documents(self) -> pd.DataFrame:
+        """Per-document results behind :meth:`results`."""
+        return self._selected(document_results(self.directory))
+
+    def _selected(self, frame: pd.DataFrame) -> pd.DataFrame:
+        wanted = {(t, n) for t in self.tasks for n in resolve_shots(t, self.parameters.shots)}
+        kept = [pair in wanted for pair in zip(frame["task"], frame["shots"], strict=True)]
+        return frame[
+            pd.Series(kept, index=frame.index)
+            & frame["fraction"].isin([0.0, *self.fractions])
+            & frame["demonstration_seed"].isin(self.parameters.seeds)
+        ].reset_index(drop=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Run]:
+        """Note in ``run.json`` how long a stage took, once it has succeeded."""
+        began = time.perf_counter()
+        yield self
+        seconds = {**self.info.get("seconds", {}), name: round(time.perf_counter() - began, 2)}
+        self._record(seconds=seconds)
+
+    def _identity(self) -> list[str]:
+        return [self.fingerprint, str(self.model.dtype), str(self.parameters.revision)]
+
+    def _record(self, **values: Any) -> None:
+        config = self.model.config
+        content = {
+            **self.info,
+            "model": self.parameters.model,
+            "model_type": config.model_type,
+            "versions": {**_versions(), "icl_helpers": icl_helpers.__version__},
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "device": str(self.model.device.type),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **values,
+        }
+        write_json(self.directory / "run.json", content)
+
+    def _tensor(self, name: str, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        path = self.directory / f"{name}.safetensors"
+        stored = _read_tensor(path, name, key)
+        if stored is None:
+            stored = compute().contiguous()
+            with atomic_path(path) as temporary:
+                save_file({name: stored}, temporary, metadata={"key": key})
+        return stored
+
+
+def _read_tensor(path: Path, name: str, key: str) -> torch.Tensor | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            fits = (file.metadata() or {}).get("key") == key
+            return file.get_tensor(name) if fits else None
+    except FileNotFoundError:
+        return None
+    except SafetensorError as error:
+        set_aside(path, f"is damaged ({error})")
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,83 @@
+"""The abstract pattern tasks: where their rows come from, their labels and their sampler.
+
+Paper, section 6. Adding a task is one entry here and one YAML file in ``tasks/``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from icl_helpers.errors import InputError
+
+__all__ = ["DEMONSTRATION_SEEDS", "DESCRIPTION", "TaskSpec", "get_task_spec", "task_names"]
+
+DEMONSTRATION_SEEDS = (42, 43, 44)
+DESCRIPTION = (
+    "Below is a list of various sequences. Your task is to classify each sequence. Use the "
+    "examples provided to understand how to classify each sequence correctly."
+)
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task.
+
+    ``field`` names the text of a row, ``original_file`` its file in the published repository.
+    ``sampler`` is balanced, or disjoint_words: demonstrations share no word with the query in its
+    place (the published "synthetic" sampler).
+    """
+
+    name: str
+    field: str
+    choices: tuple[str, ...]
+    sampler: Literal["balanced", "disjoint_words"]
+    default_shots: tuple[int, ...]
+    original_file: str
+    original_name: str
+    default_labels: str = "unrelated"
+    description: str = DESCRIPTION
+
+
+def _letters(name: str) -> TaskSpec:
+    return TaskSpec(
+        name, "sequence", ("Foo", "Bar"), "balanced", (0, 5, 10), f"{name}_dataset_500.json", name
+    )
+
+
+_TASKS = {
+    spec.name: spec
+    for spec in (
+        _letters("repetition"),
+        _letters("recursion"),
+        _letters("centre_embedding"),
+        TaskSpec(
+            "wordseq1_binary", "text", ("Foo", "Bar"), "disjoint_words", (0, 5, 10),
+            "fruit-animal_furniture-profession_500.json", "f_a_f_p",
+        ),
+        TaskSpec(
+            "wordseq2_binary", "text", ("Foo", "Bar"), "disjoint_words", (0, 5, 10),
+            "vegetable-vehicle_body-instrument_500.json", "v_v_b_i",
+        ),
+        TaskSpec(
+            "wordseq1_4way", "text", ("Foo", "Bar", "Mur", "Res"), "disjoint_words", (0, 20),
+            "f_a_f_p_four_way.json", "f_a_f_p_4way",
+        ),
+        TaskSpec(
+            "wordseq2_4way", "text", ("Foo", "Bar", "Mur", "Res"), "disjoint_words", (0, 20),
+            "v_v_b_i_four_way.json", "v_v_b_i_4way",
+        ),
+    )
+}  # fmt: skip
+
+
+def task_names() -> list[str]:
+    """Names of all tasks."""
+    return list(_TASKS)
+
+
+def get_task_spec(name: str) -> TaskSpec:
+    """The task of that name; raises :class:`InputError` naming the tasks there are."""
+    if name not in _TASKS:
+        raise InputError(f"unknown task {name!r}; the tasks are {', '.join(_TASKS)}")
+    return _TASKS[name]

@@ -1,0 +1,100 @@
+"""Generate the abstract pattern tasks' data sets, the same bytes every time.
+
+Usage::
+
+    python synthetic/generate.py [--out DIRECTORY]
+
+Letter rows use distinct letters and every row occurs once; word rows are all ordered pairs of their
+two categories. Each data set is drawn by its own generator, so that changing one leaves the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import string
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROWS_PER_LABEL = 250
+
+# Name: pattern of the Foo rows; Bar rows are as many distinct letters.
+LETTER_TASKS = {"repetition": "ABAB", "recursion": "ABBB", "centre_embedding": "ABCBA"}
+
+# Name: label -> (category of the first word, category of the second word).
+WORD_TASKS = {
+    "wordseq1_binary": {"Foo": ("fruits", "animals"), "Bar": ("furniture", "professions")},
+    "wordseq2_binary": {"Foo": ("vegetables", "vehicles"), "Bar": ("body_parts", "instruments")},
+    "wordseq1_4way": {
+        "Foo": ("fruits", "animals"),
+        "Bar": ("furniture", "professions"),
+        "Mur": ("furniture", "animals"),
+        "Res": ("fruits", "professions"),
+    },
+    "wordseq2_4way": {
+        "Foo": ("vegetables", "vehicles"),
+        "Bar": ("body_parts", "instruments"),
+        "Mur": ("vegetables", "instruments"),
+        "Res": ("body_parts", "vehicles"),
+    },
+}
+
+Row = dict[str, str]
+
+
+def letter_rows(name: str, pattern: str, *, seed: int = 0) -> list[Row]:
+    """Distinct rows of a letter task, half with the pattern (Foo), half without (Bar), shuffled."""
+    rng = random.Random(f"{name}-{seed}")
+    rows: list[Row] = []
+    for label, shape in (("Foo", pattern), ("Bar", string.ascii_uppercase[: len(pattern)])):
+        seen: dict[str, None] = {}
+        while len(seen) < ROWS_PER_LABEL:
+            letters = rng.sample(string.ascii_uppercase, len(set(shape)))
+            drawn = [letters[string.ascii_uppercase.index(symbol)] for symbol in shape]
+            seen.setdefault(" ".join(drawn))
+        rows += [{"sequence": sequence, "label": label} for sequence in seen]
+    rng.shuffle(rows)
+    return rows
+
+
+def word_rows(
+    name: str, classes: dict[str, tuple[str, str]], words: dict[str, list[str]], *, seed: int = 0
+) -> list[Row]:
+    """Every pair of words of each class, shuffled."""
+    rng = random.Random(f"{name}-{seed}")
+    rows = [
+        {"text": f"{first} {second}", "label": label}
+        for label, (one, two) in classes.items()
+        for first, second in itertools.product(words[one], words[two])
+    ]
+    rng.shuffle(rows)
+    return rows
+
+
+def generate(out: Path) -> list[Path]:
+    """Write every data set below ``out`` and return the files."""
+    words = json.loads((HERE / "words.json").read_text())
+    data = {name: letter_rows(name, pattern) for name, pattern in LETTER_TASKS.items()}
+    data |= {name: word_rows(name, classes, words) for name, classes in WORD_TASKS.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, rows in data.items():
+        path = out / f"{name}.json"
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        path.write_text(f"[\n{lines}\n]\n")
+        files.append(path)
+    return files
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE, help="directory to write to")
+    for path in generate(parser.parse_args().out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

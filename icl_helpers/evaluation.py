@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import icl_helpers

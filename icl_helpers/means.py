@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers.attention import AttentionCall, AttentionLayout, attention_layout, edited_attention

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from icl_helpers.errors import MissingArtefactError
 from icl_helpers.store import atomic_path

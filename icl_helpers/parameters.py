@@ -12,7 +12,6 @@ Example
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -22,6 +21,7 @@ from icl_helpers.errors import InputError
 __all__ = ["StageParameters", "stage_parameters"]
 
 _NONE = type(None)
+_CHECKED = "_icl_parameters_checked"
 # Hub tokens end up in notebooks, HTML and logs when they are passed as parameters.
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}")
 
@@ -95,8 +95,9 @@ def stage_parameters(values: Mapping[str, Any] | None = None, **given: Any) -> S
     Parameters
     ----------
     values
-        A notebook's ``globals()``, or a plain mapping. In a notebook, every plain value that is
-        not a parameter is refused: it is a misspelt one.
+        A notebook's ``globals()``, or a plain mapping. Any plain value in it that is not a
+        parameter is refused: it is a misspelt one. When the cell is run again, values that the
+        notebook has set since are left alone.
 
     Raises
     ------
@@ -104,7 +105,10 @@ def stage_parameters(values: Mapping[str, Any] | None = None, **given: Any) -> S
         An unknown name, a wrong type, or a value that no stage can use, naming what is allowed.
     """
     names = {field.name for field in fields(StageParameters)}
-    found = {**{k: v for k, v in (values or {}).items() if _is_plain(k, v)}, **given}
+    source = {} if values is None else values
+    found = {**{k: v for k, v in source.items() if _is_plain(k, v)}, **given}
+    if _CHECKED in source:
+        found = {name: value for name, value in found.items() if name in names}
     unknown = sorted(set(found) - names)
     if unknown:
         raise InputError(
@@ -114,13 +118,15 @@ def stage_parameters(values: Mapping[str, Any] | None = None, **given: Any) -> S
         _check_type(name, value)
     parameters = StageParameters(**found)
     _check_values(parameters)
+    if isinstance(source, dict):
+        source[_CHECKED] = True
     return parameters
 
 
 def _is_plain(name: str, value: Any) -> bool:
-    """Whether a global of a notebook is one that its user set, not IPython's or an import."""
-    own = not name.startswith("_") and name not in ("In", "Out", "exit", "quit", "get_ipython", "open")
-    return own and not isinstance(value, (types.ModuleType, type)) and not callable(value)
+    """Whether a global of a notebook is a literal that its user set, not IPython's own."""
+    own = not name.startswith("_") and name not in ("In", "Out")
+    return own and isinstance(value, (str, int, float, list, tuple, dict, _NONE))
 
 
 def _check_type(name: str, value: Any) -> None:

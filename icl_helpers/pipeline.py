@@ -17,7 +17,7 @@ from typing import Any
 import papermill
 import yaml
 from papermill.exceptions import PapermillExecutionError
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from icl_helpers._paths import notebooks_dir
 from icl_helpers.errors import ICLError, InputError

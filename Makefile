@@ -1,0 +1,39 @@
+# Two commands matter: `make book` and `make test`. Both set up .venv on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  ?= icl-tiny
+RUN    ?= runs/$(notdir $(MODEL))
+# Parameters of the run; the embedded model has its own file.
+PARAMETERS ?= $(wildcard notebooks/parameters/$(notdir $(MODEL)).yaml)
+
+.PHONY: setup book run test lint serve clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+run: setup
+	$(BIN)/icl run $(if $(PARAMETERS),-f $(PARAMETERS)) --model $(MODEL) --run-dir $(RUN)
+
+book: run
+	$(BIN)/icl book --runs $(dir $(RUN)) --out _build
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+serve:
+	$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html 8000
+
+clean:
+	rm -rf _build build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,111 @@
+"""Figures of the book. Each function returns a matplotlib figure and draws nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from icl_helpers.heads import Head
+from icl_helpers.tables import accuracy_means
+
+__all__ = ["accuracy_bars", "attention_over_prompt", "ranked_heads", "score_heatmap"]
+
+_COLOURS = {
+    "full": "#444444",
+    "induction_heads": "#b2182b",
+    "induction_pattern": "#ef8a62",
+    "random_heads": "#2166ac",
+}
+
+
+def score_heatmap(
+    values: Float[torch.Tensor, "layers heads"], *, label: str, upper: float | None = 1.0
+) -> Figure:
+    """Heatmap layers x heads, layer 0 at the bottom (paper, Figures 2 and 8)."""
+    n_layers, n_heads = values.shape
+    figure, axes = plt.subplots(
+        figsize=(min(10, 2.2 + 0.28 * n_heads), min(9, 1.6 + 0.28 * n_layers)), layout="constrained"
+    )
+    sns.heatmap(
+        values.numpy(), vmin=0, vmax=upper, cmap="rocket_r", ax=axes, cbar_kws={"label": label},
+        linewidths=0.4 if n_layers * n_heads <= 256 else 0,
+    )  # fmt: skip
+    axes.invert_yaxis()
+    axes.set(xlabel="head", ylabel="layer")
+    axes.tick_params(rotation=0)
+    return _finished(figure)
+
+
+def ranked_heads(scores: Float[torch.Tensor, "layers heads"], *, counts: Sequence[int]) -> Figure:
+    """All heads by score, highest first, with the head counts that are removed marked."""
+    ordered = scores.flatten().sort(descending=True).values.numpy()
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    axes.plot(np.arange(1, len(ordered) + 1), ordered, marker="o", markersize=3, color="#444444")
+    for count in counts:
+        axes.axvline(count + 0.5, color=_COLOURS["induction_heads"], linestyle="--", linewidth=1)
+        axes.annotate(f"top {count}", (count + 0.7, 0.92), color=_COLOURS["induction_heads"])
+    axes.axhline(0.3, color="#999999", linewidth=0.8)
+    axes.set(xlabel="rank of the head", ylabel="prefix-matching score", ylim=(0, 1))
+    return _finished(figure)
+
+
+def accuracy_bars(results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most") -> Figure:
+    """Accuracy per task under each condition at the larger fraction; lines span the runs' range.
+
+    ``shots`` is ``"most"`` (each task's largest number) or ``"none"`` (zero-shot).
+    """
+    rows = results[results["ablation"].isin(["none", *ablations])]
+    largest = rows[rows["fraction"] > 0]["fraction"].max()
+    rows = rows[(rows["fraction"] == 0) | (rows["fraction"] == largest)]
+    picked = rows.groupby("task")["shots"].transform("max" if shots == "most" else "min")
+    rows = rows[rows["shots"] == picked]
+    means = accuracy_means(rows)
+    tasks = list(dict.fromkeys(means["task"]))
+    names = [name for name in _COLOURS if name in set(means["condition"])]
+    figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        part = means[means["condition"] == name].set_index("task").reindex(tasks)
+        low = rows[rows["condition"] == name].groupby("task")["accuracy"].min().reindex(tasks) * 100
+        high = rows[rows["condition"] == name].groupby("task")["accuracy"].max().reindex(tasks) * 100
+        centre = np.arange(len(tasks)) + (index - (len(names) - 1) / 2) * width
+        spread = np.clip([part["accuracy"] - low, high - part["accuracy"]], 0, None)
+        axes.bar(
+            centre, part["accuracy"], width, yerr=spread, color=_COLOURS[name],
+            label=name.replace("_", " "), error_kw={"linewidth": 1},
+        )  # fmt: skip
+    axes.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
+    axes.set(ylabel="accuracy (%)", ylim=(0, 105))
+    axes.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
+    return _finished(figure)
+
+
+def attention_over_prompt(
+    attention: Float[torch.Tensor, "heads tokens"], tokens: Sequence[str], heads: Sequence[Head]
+) -> Figure:
+    """Attention of a few heads from one position over the tokens before it (paper, Figures 6, 7)."""
+    shown = [token.replace("\n", "\\n") for token in tokens]
+    figure, axes = plt.subplots(
+        figsize=(min(16, 2 + 0.16 * len(shown)), 1.4 + 0.45 * len(heads)), layout="constrained"
+    )
+    sns.heatmap(
+        attention.numpy(), vmin=0, vmax=1, cmap="rocket_r", ax=axes, cbar_kws={"label": "attention"}
+    )
+    axes.set_xticks(np.arange(len(shown)) + 0.5, shown, rotation=90, fontsize=7)
+    axes.set_yticks(np.arange(len(heads)) + 0.5, [str(head) for head in heads], rotation=0)
+    axes.set(ylabel="layer.head")
+    return _finished(figure)
+
+
+def _finished(figure: Figure) -> Figure:
+    # A closed figure is shown once, where its cell returns it, and not again by the notebook.
+    plt.close(figure)
+    return figure

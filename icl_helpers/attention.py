@@ -72,7 +72,7 @@ class AttentionCall:
     value: Float[torch.Tensor, "batch kv_heads key d_value"]
     mask: torch.Tensor | None
     kwargs: dict[str, Any]
-    positions: Int[torch.Tensor, "*batch query"]
+    positions: Int[torch.Tensor, "... query"]
     last_position: int
     offset: int
     output: Float[torch.Tensor, "batch query heads d_value"]
@@ -195,7 +195,7 @@ def attention_probabilities(
     call: AttentionCall,
     *,
     heads: Sequence[int] | None = None,
-    blocked: Bool[torch.Tensor, "*batch query key"] | None = None,
+    blocked: Bool[torch.Tensor, "... query key"] | None = None,
 ) -> Float[torch.Tensor, "batch chosen query key"]:
     """Attention of the chosen heads (default: all) in float32, from the call's query and key.
 

@@ -71,7 +71,7 @@ def build_book(
         )
     target = Path(out).resolve()
     staged = target / "source"
-    for stale in (staged, target / "html"):
+    for stale in (staged, target / "html", target / "doctrees"):
         shutil.rmtree(stale, ignore_errors=True)
     pages = _stage(staged, found)
     _sphinx(staged, target)
@@ -97,7 +97,7 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
     (staged / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
     (staged / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
     chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
-    return ["intro", "index", *(chapter["file"] for chapter in chapters)]
+    return ["index", *(chapter["file"] for chapter in chapters)]
 
 
 def _stage_run(staged: Path, run: Path, slug: str) -> Iterator[str]:
@@ -109,6 +109,8 @@ def _stage_run(staged: Path, run: Path, slug: str) -> Iterator[str]:
         _check_outputs(notebook, run / "notebooks" / stage.name)
         for cell in notebook.cells:
             _make_static(cell, slug)
+            # Where the run lay on the machine that made it is nobody's business.
+            cell.source = cell.source.replace(str(run.resolve()), f"runs/{run.name}")
         nbformat.write(notebook, folder / stage.name)
         yield f"run/{slug}/{stage.stem}"
 
@@ -186,17 +188,25 @@ def _repository_buttons(config: dict[str, Any]) -> None:
 
 
 def _sphinx(staged: Path, target: Path) -> None:
-    """Run jupyter-book on the staged source into a fresh folder."""
-    scratch = target / "jupyter-book"
-    shutil.rmtree(scratch, ignore_errors=True)
-    command = [sys.executable, "-m", "jupyter_book", "build", str(staged)]
-    command += ["--path-output", str(scratch), "-W", "-n", "--keep-going", "--all"]
+    """Turn the settings into Sphinx's, then build into a fresh folder with warnings as errors."""
+    entry = "from jupyter_book.cli.main import main; main()"
+    _call([sys.executable, "-c", entry, "config", "sphinx", str(staged)])
+    with open(staged / "conf.py", "a") as file:
+        # Thebe runs code on a server elsewhere: it is not used, and its script is not local.
+        file.write('\nextensions = [name for name in extensions if name != "sphinx_thebe"]\n')
+    log = _call(
+        [sys.executable, "-m", "sphinx", "-b", "html", "-E", "-a", "-W", "-n", "--keep-going"]
+        + ["-d", str(target / "doctrees"), str(staged), str(target / "html")]
+    )
+    if "WARNING" in log:
+        raise BookError(f"Sphinx warned:\n{log[-3000:]}")
+
+
+def _call(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     log = done.stdout + done.stderr
-    warnings = [line for line in log.splitlines() if re.search(r"WARNING|ERROR", line)]
-    html = scratch / "_build" / "html"
-    if done.returncode or warnings or not (html / "index.html").is_file():
+    if done.returncode:
+        warnings = [line for line in log.splitlines() if re.search(r"WARNING|ERROR", line)]
         shown = "\n".join(warnings[:20]) or log[-3000:]
-        raise BookError(f"jupyter-book failed (exit code {done.returncode}):\n{shown}")
-    shutil.move(html, target / "html")
-    shutil.rmtree(scratch)
+        raise BookError(f"{' '.join(command[1:4])} failed (exit code {done.returncode}):\n{shown}")
+    return log

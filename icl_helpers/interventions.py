@@ -122,12 +122,12 @@ class AttentionKnockout:
     """
 
     heads: tuple[Head, ...]
-    blocked: Bool[torch.Tensor, "*batch query key"]
+    blocked: Bool[torch.Tensor, "... query key"]
 
     def __init__(
         self,
         heads: Iterable[Head | tuple[int, int]],
-        blocked: Bool[torch.Tensor, "*batch query key"],
+        blocked: Bool[torch.Tensor, "... query key"],
     ) -> None:
         if not isinstance(blocked, torch.Tensor) or blocked.dtype != torch.bool:
             got = getattr(blocked, "dtype", type(blocked).__name__)
@@ -216,12 +216,12 @@ class _BlockedWindow:
     All layers of a pass see the same pairs, so the last cut is kept.
     """
 
-    def __init__(self, blocked: Bool[torch.Tensor, "*batch query key"]) -> None:
+    def __init__(self, blocked: Bool[torch.Tensor, "... query key"]) -> None:
         self.blocked = blocked
         self.key: tuple[int, int, int, int] | None = None
         self.cut = blocked
 
-    def at(self, call: AttentionCall) -> Bool[torch.Tensor, "*batch query key"]:
+    def at(self, call: AttentionCall) -> Bool[torch.Tensor, "... query key"]:
         batch, n_query, n_key = call.query.shape[0], call.query.shape[2], call.key.shape[2]
         if self.blocked.ndim == 3 and self.blocked.shape[0] not in (1, batch):
             raise InterventionError(
@@ -239,7 +239,7 @@ class _BlockedWindow:
             self.key = wanted
         return self.cut
 
-    def _cut(self, offset: int, n_query: int, n_key: int) -> Bool[torch.Tensor, "*batch query key"]:
+    def _cut(self, offset: int, n_query: int, n_key: int) -> Bool[torch.Tensor, "... query key"]:
         # A sliding-window cache drops the oldest keys: the first key left is then not token 0.
         first_key = max(0, offset + n_query - n_key)
         part = self.blocked[..., offset : offset + n_query, first_key : first_key + n_key]

@@ -192,7 +192,7 @@ def attention_patterns(
     input_ids: Int[torch.Tensor, "batch tokens"],
     heads: Iterable[Head | tuple[int, int]],
     *,
-    blocked: Bool[torch.Tensor, "*batch tokens tokens"] | None = None,
+    blocked: Bool[torch.Tensor, "... tokens tokens"] | None = None,
 ) -> dict[Head, Float[torch.Tensor, "batch tokens tokens"]]:
     """Attention of a few heads over a prompt, [batch, query, key] each (paper, Figures 6 and 7).
 

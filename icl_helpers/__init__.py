@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 
 _EXPORTS: dict[str, str] = {
     "AttentionKnockout": "interventions",
-    "Condition": "conditions",
+    "Condition": "condition",
     "Head": "heads",
     "ICLError": "errors",
     "InputError": "errors",
@@ -35,7 +35,7 @@ _EXPORTS: dict[str, str] = {
     "ZeroAblation": "interventions",
     "attention_patterns": "prefix_matching",
     "build_prompts": "prompts",
-    "conditions": "conditions",
+    "conditions": "condition",
     "document_results": "evaluation",
     "evaluate": "evaluation",
     "induction_pattern": "patterns",
@@ -58,8 +58,6 @@ __all__ = sorted([*_EXPORTS, "__version__"])
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
-        # A submodule may share its function's name (`conditions`), and importing it binds the
-        # submodule here: the exported object is bound after it, so the function wins.
         value = getattr(importlib.import_module(f"icl_helpers.{_EXPORTS[name]}"), name)
         globals()[name] = value
         return value

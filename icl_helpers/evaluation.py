@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import icl_helpers
 from icl_helpers.attention import attention_layout
-from icl_helpers.conditions import FULL, Condition
+from icl_helpers.condition import FULL, Condition
 from icl_helpers.errors import InputError
 from icl_helpers.interventions import check_heads
 from icl_helpers.lm import Encoded, InterventionLM
@@ -35,7 +35,7 @@ from icl_helpers.models import weights_fingerprint
 from icl_helpers.store import CellStore, atomic_path, check_run_dir, set_aside
 from icl_helpers.task_registry import get_task_spec
 
-__all__ = ["KEYS", "collect_results", "document_results", "evaluate", "resolve_shots"]
+__all__ = ["KEYS", "EvaluationResults", "collect_results", "document_results", "evaluate", "resolve_shots"]
 
 KEYS = [
     "task",
@@ -49,6 +49,13 @@ KEYS = [
 ]
 
 Shots = int | Sequence[int] | Mapping[str, Sequence[int]] | None
+
+
+class EvaluationResults(pd.DataFrame):
+    """A tidy frame of accuracies; ``documents`` is the per-document frame behind it."""
+
+    _metadata = ["documents"]  # noqa: RUF012 - the name and form that pandas looks for
+    documents: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def evaluate(
     labels: str | None = None,
     data: str = "synthetic",
     revision: str | None = None,
-) -> pd.DataFrame:
+) -> EvaluationResults:
     """Accuracy of every task x shots x condition x demonstration seed, as a tidy frame.
 
     Parameters
@@ -98,11 +105,11 @@ def evaluate(
 
     Returns
     -------
-    DataFrame
-        Columns task, labels, shots, condition, ablation, fraction, ablation_seed,
+    EvaluationResults
+        A DataFrame with columns task, labels, shots, condition, ablation, fraction, ablation_seed,
         demonstration_seed, n, n_invalid, accuracy. ``n_invalid`` documents had logits that were not
-        finite; they are left out of ``n`` and ``accuracy``. ``attrs["documents"]`` holds the
-        per-document frame.
+        finite; they are left out of ``n`` and ``accuracy``. Its attribute ``documents`` is
+        the per-document frame, as :func:`document_results` describes it.
 
     Raises
     ------
@@ -285,7 +292,7 @@ def _accuracies(documents: pd.DataFrame) -> pd.DataFrame:
     return results[[*KEYS, "n", "n_invalid", "accuracy"]]
 
 
-def _finish(documents: pd.DataFrame, directory: Path | None) -> pd.DataFrame:
+def _finish(documents: pd.DataFrame, directory: Path | None) -> EvaluationResults:
     results = _accuracies(documents)
     invalid = int(results["n_invalid"].sum())
     if invalid:
@@ -296,8 +303,9 @@ def _finish(documents: pd.DataFrame, directory: Path | None) -> pd.DataFrame:
         )
     if directory is not None:
         collect_results(directory, documents)
-    results.attrs["documents"] = documents
-    return results
+    found = EvaluationResults(results)
+    found.documents = documents
+    return found
 
 
 def _read_parquet(path: Path) -> pd.DataFrame | None:

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icl_helpers.conditions import FULL, Condition
+from icl_helpers.condition import FULL, Condition
 from icl_helpers.errors import InputError
 from icl_helpers.interventions import intervene
 from icl_helpers.models import context_length, load_model, model_fractions

@@ -150,7 +150,7 @@ def _check_type(name: str, value: Any) -> None:
 
 
 def _check_values(parameters: StageParameters) -> None:
-    from icl_helpers.conditions import CATEGORIES
+    from icl_helpers.condition import CATEGORIES
     from icl_helpers.heads import check_fraction
     from icl_helpers.models import resolve_model
     from icl_helpers.store import check_run_dir

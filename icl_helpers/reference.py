@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers._paths import embedded_dir
-from icl_helpers.conditions import FULL, Condition, conditions
+from icl_helpers.condition import FULL, Condition, conditions
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.means import mean_head_outputs, reference_ids
 from icl_helpers.models import context_length, embedded_models

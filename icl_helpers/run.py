@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import icl_helpers
-from icl_helpers.conditions import FULL, Condition, conditions
+from icl_helpers.condition import FULL, Condition, conditions
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation import document_results, evaluate, resolve_shots
 from icl_helpers.heads import Head, top_heads

@@ -24,11 +24,11 @@ __all__ = ["PatternTask", "load_task"]
 
 
 class PatternTask(ConfigurableTask):
-    """An abstract pattern task as a multiple-choice task of lm-eval.
+    """A task of :func:`icl_helpers.build_prompts` as a multiple-choice task of lm-eval.
 
-    Its ``metadata`` name the task (``pattern_task``) and may give the data (``data``, default
-    synthetic) and a pinned demonstration seed (``demonstration_seed``); without one the seed is
-    lm-eval's ``fewshot_random_seed``.
+    Its ``metadata`` name the task (``pattern_task``) and may give the label set (``labels``), the
+    data (``data``, default synthetic) and a pinned demonstration seed (``demonstration_seed``);
+    without one the seed is lm-eval's ``fewshot_random_seed``.
     """
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
@@ -36,6 +36,7 @@ class PatternTask(ConfigurableTask):
         metadata = settings.get("metadata") or {}
         self._task = str(metadata.get("pattern_task", settings.get("task")))
         self._data = str(metadata.get("data", "synthetic"))
+        self._labels: str | None = metadata.get("labels")
         self._pinned_seed: int | None = metadata.get("demonstration_seed")
         self._seed = self._pinned_seed
         super().__init__(config=settings)
@@ -49,7 +50,7 @@ class PatternTask(ConfigurableTask):
                 "choices": list(prompt.choices),
                 "target": prompt.target,
             }
-            for prompt in build_prompts(self._task, shots=0, seed=0, data=self._data)
+            for prompt in _prompts(self._task, 0, 0, self._labels, self._data)
         ]
         self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
 
@@ -72,12 +73,13 @@ class PatternTask(ConfigurableTask):
                 f"task {self.config.task} is defined without chat template or system instruction; "
                 f"leave both out"
             )
-        return _prompts(self._task, num_fewshot, self._seed or 0, self._data)[doc["doc_id"]].context
+        prompts = _prompts(self._task, num_fewshot, self._seed or 0, self._labels, self._data)
+        return prompts[doc["doc_id"]].context
 
 
 @functools.lru_cache(maxsize=4)
-def _prompts(task: str, shots: int, seed: int, data: str) -> list[Prompt]:
-    return build_prompts(task, shots=shots, seed=seed, data=data)
+def _prompts(task: str, shots: int, seed: int, labels: str | None, data: str) -> list[Prompt]:
+    return build_prompts(task, shots=shots, seed=seed, labels=labels, data=data)
 
 
 def load_task(
@@ -89,8 +91,13 @@ def load_task(
     :func:`icl_helpers.build_prompts` does.
     """
     _prompts.cache_clear()
-    build_prompts(name, shots=shots, seed=seed, labels=labels, data=data)
+    _prompts(name, shots, seed, labels, data)
     config = yaml.safe_load((tasks_dir() / "_pattern.yaml").read_text())
     config |= {"task": name, "num_fewshot": shots}
-    config["metadata"] |= {"pattern_task": name, "data": data, "demonstration_seed": seed}
+    config["metadata"] |= {
+        "pattern_task": name,
+        "labels": labels,
+        "data": data,
+        "demonstration_seed": seed,
+    }
     return PatternTask(config)

@@ -1,4 +1,4 @@
-"""Few-shot prompts of the abstract pattern tasks (paper, section 6).
+"""Few-shot prompts of the abstract pattern and text tasks (paper, sections 6 to 8).
 
 Example
 -------
@@ -18,8 +18,10 @@ from typing import Any
 
 from icl_helpers._paths import synthetic_dir
 from icl_helpers.errors import InputError, MissingArtefactError
+from icl_helpers.nlp_tasks import TextTaskSpec
 from icl_helpers.sampling import Pool, draw_demonstrations
-from icl_helpers.task_registry import TaskSpec, get_task_spec
+from icl_helpers.task_registry import TaskSpec, get_task_spec, pattern_spec
+from icl_helpers.text_prompts import text_contexts
 
 __all__ = ["Prompt", "build_prompts", "data_file", "load_rows"]
 
@@ -51,10 +53,13 @@ def build_prompts(
     seed
         Demonstration seed; the paper's are 42, 43 and 44.
     labels
-        The task's label set; the abstract tasks have ``"unrelated"`` labels only. None: default.
+        ``"semantic"`` or ``"unrelated"``; None: the task's default. The abstract tasks have
+        unrelated labels only. A text task's choices carry the space before the label.
     data
         ``"synthetic"``: the data sets of this project; ``"original"``: the published repository's,
-        fetched by ``icl data original``; or a directory that holds those files.
+        fetched by ``icl data original``; or a directory that holds those files. NLP tasks come from
+        the hub in the first two cases, and from ``<directory>/<task>/train.jsonl`` and
+        ``validation.jsonl`` in the third.
 
     Raises
     ------
@@ -64,11 +69,22 @@ def build_prompts(
         The data are not there.
     """
     spec = get_task_spec(task)
-    if labels not in (None, spec.default_labels):
-        raise InputError(f"task {task} has {spec.default_labels!r} labels only, got {labels!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be a whole number, got {seed!r}")
-    rows = load_rows(task, data=data)
+    if isinstance(spec, TextTaskSpec):
+        choices = tuple(f" {word}" for word in spec.labels(labels))
+        contexts = text_contexts(spec, shots=shots, seed=seed, labels=labels, data=data)
+        return [
+            Prompt(context, choices, target, doc_id)
+            for doc_id, (context, target) in enumerate(contexts)
+        ]
+    if labels not in (None, spec.default_labels):
+        raise InputError(f"task {task} has {spec.default_labels!r} labels only, got {labels!r}")
+    return _pattern_prompts(spec, shots=shots, seed=seed, data=data)
+
+
+def _pattern_prompts(spec: TaskSpec, *, shots: int, seed: int, data: str) -> list[Prompt]:
+    rows = load_rows(spec.name, data=data)
     texts, row_labels = [row[0] for row in rows], [row[1] for row in rows]
     pool: Pool[str] = Pool(texts, row_labels, sampler=spec.sampler)
     drawn = draw_demonstrations(pool, rows, shots=shots, seed=seed)
@@ -87,8 +103,8 @@ def build_prompts(
 
 
 def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:
-    """File that holds a task's rows."""
-    spec = get_task_spec(task)
+    """File that holds an abstract task's rows."""
+    spec = pattern_spec(task)
     if os.fspath(data) == "synthetic":
         return synthetic_dir() / f"{task}.json"
     if os.fspath(data) == "original":
@@ -105,14 +121,14 @@ def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:
 
 
 def load_rows(task: str, *, data: str | os.PathLike[str] = "synthetic") -> list[tuple[str, str]]:
-    """(text, label) of every row of a task, checked."""
+    """(text, label) of every row of an abstract task, checked."""
     path = data_file(task, data=data)
     if not path.is_file():
         raise MissingArtefactError(
             f"{path} is missing, which holds the rows of task {task}; put the published "
             f"repository's file there, or use data='synthetic'"
         )
-    return list(_checked_rows(get_task_spec(task), path, path.stat().st_mtime_ns))
+    return list(_checked_rows(pattern_spec(task), path, path.stat().st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=32)

@@ -39,7 +39,8 @@ class Pool(Generic[Key]):
             label: [i for i, found in enumerate(self.labels) if found == label]
             for label in self.classes
         }
-        self._words = [tuple(text.split()) for text in self.texts]
+        words = sampler == "disjoint_words"
+        self._words = [tuple(text.split()) for text in self.texts] if words else []
         self._disjoint = functools.cache(self._disjoint_rows)
 
     def candidates(self, label: str, query: str) -> list[int]:
@@ -69,15 +70,15 @@ def draw_demonstrations(
     queries
         (text, label) of every document, in order.
     same_split
-        True when the queries are themselves rows of the pool: one more row is drawn, rows equal to
-        the query are dropped, and the first ``shots`` are kept.
+        True when the queries are themselves rows of the pool: one more row is drawn. Rows equal to
+        the query are dropped in either case, and the first ``shots`` are kept.
 
     Raises
     ------
     InputError
         Negative shots, a pool with a single class, or more shots than the pool can give.
     """
-    _check(pool, shots)
+    _check(pool, shots, len(pool.texts) - same_split)
     if shots == 0:
         return [[] for _ in queries]
     rng = random.Random(seed)
@@ -94,21 +95,20 @@ def draw_demonstrations(
             size = min(count + (name in extra), len(candidates))
             drawn += rng.sample(candidates, size)
         rng.shuffle(drawn)
-        if same_split:
-            drawn = [i for i in drawn if (pool.texts[i], pool.labels[i]) != (text, label)]
+        drawn = [i for i in drawn if (pool.texts[i], pool.labels[i]) != (text, label)]
         drawn_for_all.append(drawn[:shots])
     return drawn_for_all
 
 
-def _check(pool: Pool[str], shots: int) -> None:
+def _check(pool: Pool[str], shots: int, most: int) -> None:
     if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0:
         raise InputError(f"shots must be a whole number >= 0, got {shots!r}")
     if len(pool.classes) < 2:
         raise InputError(
-            f"the pool of demonstrations has the single class {pool.classes}; at least two are needed"
+            f"the demonstration pool has a single class, {pool.classes}; at least two are needed"
         )
-    if shots > len(pool.texts) - 1:
+    if shots > most:
         raise InputError(
             f"{shots} shots are more than the pool of {len(pool.texts)} rows can give; ask for at "
-            f"most {len(pool.texts) - 1}"
+            f"most {most}"
         )

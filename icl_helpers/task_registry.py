@@ -1,6 +1,7 @@
-"""The abstract pattern tasks: where their rows come from, their labels and their sampler.
+"""The tasks by name; the abstract pattern tasks' rows, labels and sampler (paper, section 6).
 
-Paper, section 6. Adding a task is one entry here and one YAML file in ``tasks/``.
+Adding an abstract task is one entry here and one YAML file in ``tasks/``; text tasks are listed in
+:mod:`icl_helpers.nlp_tasks`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from icl_helpers.errors import InputError
+from icl_helpers.nlp_tasks import NLP_TASKS, STAND_IN_TASKS, TextTaskSpec
 
-__all__ = ["DEMONSTRATION_SEEDS", "DESCRIPTION", "TaskSpec", "get_task_spec", "task_names"]
+__all__ = [
+    "DEMONSTRATION_SEEDS",
+    "DESCRIPTION",
+    "TaskSpec",
+    "get_task_spec",
+    "pattern_spec",
+    "task_names",
+]
 
 DEMONSTRATION_SEEDS = (42, 43, 44)
 DESCRIPTION = (
@@ -71,13 +80,37 @@ _TASKS = {
 }  # fmt: skip
 
 
-def task_names() -> list[str]:
-    """Names of all tasks."""
-    return list(_TASKS)
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "abstract": tuple(_TASKS),
+    "nlp": tuple(NLP_TASKS),
+    "stand_in": tuple(STAND_IN_TASKS),
+}
 
 
-def get_task_spec(name: str) -> TaskSpec:
+def task_names(group: str = "abstract") -> list[str]:
+    """Names of a group's tasks.
+
+    ``abstract``: the pattern tasks; ``nlp``: the paper's NLP tasks, whose data come from the hub;
+    ``stand_in``: the embedded text tasks in their place; ``all``: every task.
+    """
+    if group == "all":
+        return [name for names in _GROUPS.values() for name in names]
+    if group not in _GROUPS:
+        raise InputError(f"unknown group {group!r}; the groups are {', '.join(_GROUPS)} and all")
+    return list(_GROUPS[group])
+
+
+def get_task_spec(name: str) -> TaskSpec | TextTaskSpec:
     """The task of that name; raises :class:`InputError` naming the tasks there are."""
-    if name not in _TASKS:
-        raise InputError(f"unknown task {name!r}; the tasks are {', '.join(_TASKS)}")
-    return _TASKS[name]
+    spec = _TASKS.get(name) or NLP_TASKS.get(name) or STAND_IN_TASKS.get(name)
+    if spec is None:
+        raise InputError(f"unknown task {name!r}; the tasks are {', '.join(task_names('all'))}")
+    return spec
+
+
+def pattern_spec(name: str) -> TaskSpec:
+    """The abstract task of that name; raises :class:`InputError` for any other."""
+    spec = get_task_spec(name)
+    if not isinstance(spec, TaskSpec):
+        raise InputError(f"task {name!r} is a text task; needed: one of {', '.join(_TASKS)}")
+    return spec

@@ -1,4 +1,4 @@
-"""Generate the abstract pattern tasks' data sets, the same bytes every time.
+"""Generate the abstract pattern tasks' and the stand-in text tasks' data, always the same bytes.
 
 Usage::
 
@@ -6,6 +6,8 @@ Usage::
 
 Letter rows use distinct letters and every row occurs once; word rows are all ordered pairs of their
 two categories. Each data set is drawn by its own generator, so that changing one leaves the others.
+Text rows are distinct template sentences, half of each label; those of ``validation.jsonl`` are
+kept out of the embedded model's training.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import json
 import random
 import string
 from pathlib import Path
+
+from icl_helpers.text_corpus import TEXT_TASKS, evaluation_rows
 
 HERE = Path(__file__).resolve().parent
 ROWS_PER_LABEL = 250
@@ -40,6 +44,9 @@ WORD_TASKS = {
         "Res": ("body_parts", "vehicles"),
     },
 }
+
+# Name: rows a split. The templates hold few facts: a quarter of them, 63, is kept for validation.
+TEXT_TASKS_ROWS = {"review_sentiment": 400, "fact_opinion": 120}
 
 Row = dict[str, str]
 
@@ -73,6 +80,19 @@ def word_rows(
     return rows
 
 
+def text_files(out: Path) -> list[Path]:
+    """Write the stand-in text tasks' splits below ``out/text`` and return the files."""
+    files = []
+    for task in TEXT_TASKS:
+        folder = out / "text" / task.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, rows in evaluation_rows(task, n=TEXT_TASKS_ROWS[task.name]).items():
+            path = folder / f"{split}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            files.append(path)
+    return files
+
+
 def generate(out: Path) -> list[Path]:
     """Write every data set below ``out`` and return the files."""
     words = json.loads((HERE / "words.json").read_text())
@@ -85,7 +105,7 @@ def generate(out: Path) -> list[Path]:
         lines = ",\n".join(json.dumps(row) for row in rows)
         path.write_text(f"[\n{lines}\n]\n")
         files.append(path)
-    return files
+    return files + text_files(out)
 
 
 def main() -> None:

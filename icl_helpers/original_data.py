@@ -28,9 +28,7 @@ HASHES = {
     "centre_embedding_dataset_500.json": (
         "2dfaee255aab6f14673809e6144f0d3dcf9bdacd73a0358e4ab01e0b812c331e"
     ),
-    "f_a_f_p_four_way.json": (
-        "f0117ce7cbca3768de435b30afd3f595bb61c70c27ab552e6ca0845bdb8e2a30"
-    ),
+    "f_a_f_p_four_way.json": ("f0117ce7cbca3768de435b30afd3f595bb61c70c27ab552e6ca0845bdb8e2a30"),
     "fruit-animal_furniture-profession_500.json": (
         "519f298f447d0b54847e148dfa55151ef25d79916db80bca54e0cc0acaa2111c"
     ),
@@ -40,9 +38,7 @@ HASHES = {
     "repetition_dataset_500.json": (
         "abcf0810b1a72deb83c9f52487f293c06d19996ad84880208addc81af0114f5c"
     ),
-    "v_v_b_i_four_way.json": (
-        "00c5bd31c0551155f4df93741260222d367cd547067339b6bf55893ca744bf5a"
-    ),
+    "v_v_b_i_four_way.json": ("00c5bd31c0551155f4df93741260222d367cd547067339b6bf55893ca744bf5a"),
     "vegetable-vehicle_body-instrument_500.json": (
         "433bef0dc6fd35b0216e6c32d6a8c1b92535efac2bbbaf731288de1741405fa7"
     ),
@@ -50,20 +46,24 @@ HASHES = {
 
 
 def original_data_dir() -> Path:
-    """Where the files are cached: ``$ICL_CACHE_DIR/original`` or ``~/.cache/icl_helpers/original``."""
+    """The cache: ``$ICL_CACHE_DIR/original`` or ``~/.cache/icl_helpers/original``."""
     root = os.environ.get("ICL_CACHE_DIR")
     return (Path(root) if root else Path.home() / ".cache" / "icl_helpers") / "original"
 
 
-def fetch_original(*, source: str | os.PathLike[str] | None = None) -> Path:
-    """Put the seven files into the cache and return its directory.
+def fetch_original(
+    *,
+    source: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Put the seven files into a directory and return it; None: :func:`original_data_dir`.
 
     Files that are there already and match their SHA-256 are kept. ``source`` is a clone of the
     published repository, or the directory of the files. Raises :class:`MissingArtefactError`,
     naming the file and where to put it by hand, when one cannot be had or does not match; a file is
     written only when it is whole.
     """
-    target = original_data_dir()
+    target = original_data_dir() if cache_dir is None else Path(cache_dir).expanduser()
     for name in tqdm(HASHES, desc="original data", unit="file"):
         path = target / name
         if path.is_file() and _digest(path.read_bytes()) == HASHES[name]:
@@ -96,7 +96,9 @@ def _download(name: str, target: Path) -> bytes:
             content: bytes = response.read()
             return content
     except (urllib.error.URLError, OSError) as error:
-        raise MissingArtefactError(f"{name} cannot be downloaded ({error}). {_by_hand(name, target)}") from error
+        raise MissingArtefactError(
+            f"{name} cannot be downloaded ({error}). {_by_hand(name, target)}"
+        ) from error
 
 
 def _copy(source: Path, name: str) -> bytes:

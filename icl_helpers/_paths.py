@@ -6,7 +6,14 @@ from pathlib import Path
 
 from icl_helpers.errors import MissingArtefactError
 
-__all__ = ["book_dir", "embedded_dir", "notebooks_dir", "project_root", "synthetic_dir", "tasks_dir"]
+__all__ = [
+    "book_dir",
+    "embedded_dir",
+    "notebooks_dir",
+    "project_root",
+    "synthetic_dir",
+    "tasks_dir",
+]
 
 _PACKAGE = Path(__file__).resolve().parent
 

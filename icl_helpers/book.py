@@ -167,8 +167,8 @@ def _answer(numbers: dict[str, Any]) -> str:
         f"the two-label sequences correctly. Without {numbers['fraction']:.1%} of its heads, those "
         f"with the highest induction score, {numbers['induction_heads']:.0f} % "
         f"({-lost['induction_heads']:+.0f} points); with only their induction pattern blocked, "
-        f"{numbers['induction_pattern']:.0f} % ({-lost['induction_pattern']:+.0f}); without as many "
-        f"random heads of the same layers, {numbers['random_heads']:.0f} % "
+        f"{numbers['induction_pattern']:.0f} % ({-lost['induction_pattern']:+.0f}); without as "
+        f"many random heads of the same layers, {numbers['random_heads']:.0f} % "
         f"({-lost['random_heads']:+.0f}). "
     )
     zero = (numbers["zero_shot"], numbers["zero_shot_induction_heads"])
@@ -194,10 +194,9 @@ def _sphinx(staged: Path, target: Path) -> None:
     with open(staged / "conf.py", "a") as file:
         # Thebe runs code on a server elsewhere: it is not used, and its script is not local.
         file.write('\nextensions = [name for name in extensions if name != "sphinx_thebe"]\n')
-    log = _call(
-        [sys.executable, "-m", "sphinx", "-b", "html", "-E", "-a", "-W", "-n", "--keep-going"]
-        + ["-d", str(target / "doctrees"), str(staged), str(target / "html")]
-    )
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-E", "-a", "-W", "-n"]
+    command += ["--keep-going", "-d", str(target / "doctrees"), str(staged), str(target / "html")]
+    log = _call(command)
     if "WARNING" in log:
         raise BookError(f"Sphinx warned:\n{log[-3000:]}")
 

@@ -89,7 +89,9 @@ def _means(args: argparse.Namespace) -> int:
     from icl_helpers.run import Run
 
     run = Run(_parameters(args))
-    print("mean head outputs [layers, positions, heads, d_head]:", list(run.mean_head_outputs().shape))
+    print(
+        "mean head outputs [layers, positions, heads, d_head]:", list(run.mean_head_outputs().shape)
+    )
     return 0
 
 
@@ -141,7 +143,8 @@ def _lm_eval(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="icl", description="Find induction heads, remove or block them, measure few-shot accuracy."
+        prog="icl",
+        description="Find induction heads, remove or block them, measure few-shot accuracy.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -171,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("output_dir")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device")
-    commands.add_parser("lm-eval", help="lm-eval's command line with hf-icl and our tasks", add_help=False)
+    commands.add_parser(
+        "lm-eval", help="lm-eval's command line with hf-icl and our tasks", add_help=False
+    )
     return parser
 
 

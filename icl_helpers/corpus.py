@@ -28,9 +28,12 @@ __all__ = [
     "HELD_OUT_PAIRS",
     "HELD_OUT_PATTERN",
     "HELD_OUT_PATTERN_PAIRINGS",
+    "NAMING_DESCRIPTION",
     "Episode",
     "episode",
     "label_pool",
+    "naming_episode",
+    "pattern_names",
     "patterns",
     "word_categories",
 ]
@@ -39,6 +42,7 @@ DESCRIPTION = (
     "Below is a list of various sequences. Your task is to classify each sequence. Use the "
     "examples provided to understand how to classify each sequence correctly."
 )
+NAMING_DESCRIPTION = "Give the name of the pattern of each sequence."
 HELD_OUT_LABELS = ("Foo", "Bar", "Mur", "Res")
 HELD_OUT_PATTERN = "ABBB"
 HELD_OUT_PATTERN_PAIRINGS = (frozenset({"ABAB", "ABCD"}), frozenset({"ABCBA", "ABCDE"}))
@@ -54,10 +58,62 @@ HELD_OUT_PAIRS = (
 )
 # Categories that no evaluation task uses, so that classes vary more than the tasks' own.
 EXTRA_WORDS = {
-    "colours": "red blue green yellow purple black white brown pink grey silver gold".split(),
-    "clothes": "shirt coat hat glove scarf sock shoe boot dress skirt belt jacket".split(),
-    "drinks": "water tea coffee milk juice wine beer cider cocoa soda lemonade broth".split(),
-    "tools": "hammer saw drill wrench pliers chisel spade rake axe ladder file clamp".split(),
+    "colours": [
+        "red",
+        "blue",
+        "green",
+        "yellow",
+        "purple",
+        "black",
+        "white",
+        "brown",
+        "pink",
+        "grey",
+        "silver",
+        "gold",
+    ],
+    "clothes": [
+        "shirt",
+        "coat",
+        "hat",
+        "glove",
+        "scarf",
+        "sock",
+        "shoe",
+        "boot",
+        "dress",
+        "skirt",
+        "belt",
+        "jacket",
+    ],
+    "drinks": [
+        "water",
+        "tea",
+        "coffee",
+        "milk",
+        "juice",
+        "wine",
+        "beer",
+        "cider",
+        "cocoa",
+        "soda",
+        "lemonade",
+        "broth",
+    ],
+    "tools": [
+        "hammer",
+        "saw",
+        "drill",
+        "wrench",
+        "pliers",
+        "chisel",
+        "spade",
+        "rake",
+        "axe",
+        "ladder",
+        "file",
+        "clamp",
+    ],
 }
 
 
@@ -112,7 +168,40 @@ def draw_labels(rng: random.Random, n: int) -> list[str]:
             return labels
 
 
-def episode(rng: random.Random, *, fresh: float, n_shots: int | None = None) -> Episode:
+@functools.cache
+def pattern_names() -> dict[str, str]:
+    """The code word of every trained equality pattern of 3, 4 or 5 letters, fixed over training."""
+    words = [word for category in word_categories().values() for word in category]
+    random.Random(1).shuffle(words)
+    every = [pattern for length in (3, 4, 5) for pattern in patterns(length)]
+    return dict(zip(every, words, strict=False))
+
+
+def naming_episode(rng: random.Random) -> Episode:
+    """Letter sequences of one length, each followed by the code word of its equality pattern.
+
+    Nothing in context is needed to answer, so every row teaches which letters are equal. The code
+    words are never the labels of a few-shot episode.
+    """
+    length = rng.choice((3, 4, 4, 4, 5, 5))
+    names = pattern_names()
+    while True:
+        chosen = [rng.choice(patterns(length)) for _ in range(rng.randint(6, 10))]
+        if not any(pairing <= set(chosen) for pairing in HELD_OUT_PATTERN_PAIRINGS):
+            break
+    parts, spans = [NAMING_DESCRIPTION + "\n\n"], []
+    position = len(parts[0])
+    for pattern in chosen:
+        text = _letters(rng, pattern)
+        parts.append(f"{text}:{names[pattern]}\n\n")
+        spans.append((position + len(text) + 1, 1.0))
+        position += len(parts[-1])
+    return Episode("".join(parts), tuple(spans))
+
+
+def episode(
+    rng: random.Random, *, fresh: float, n_shots: int | None = None, word_share: float = 0.4
+) -> Episode:
     """One few-shot classification episode.
 
     Parameters
@@ -121,9 +210,11 @@ def episode(rng: random.Random, *, fresh: float, n_shots: int | None = None) -> 
         Probability that every instance is new; otherwise each class re-uses one to four
         instances, so that copying an earlier label suffices.
     n_shots
-        Labelled instances; default 8 to 24 for words, 6 to 13 for letters.
+        Labelled instances; default 8 to 22 for words, 6 to 13 for letters.
+    word_share
+        Probability of word pairs; otherwise letters.
     """
-    words = rng.random() < 0.4
+    words = rng.random() < word_share
     makers = _word_classes(rng) if words else _letter_classes(rng)
     if n_shots is None:
         n_shots = rng.randint(8, 22) if words else rng.randint(6, 13)

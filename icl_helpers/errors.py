@@ -16,7 +16,7 @@ class ICLError(Exception):
 
 
 class InputError(ICLError, ValueError):
-    """A value given by the user cannot be used; raised before any model is loaded where possible."""
+    """A value given by the user cannot be used; raised before a model is loaded if possible."""
 
 
 class MissingArtefactError(ICLError, FileNotFoundError):

@@ -25,17 +25,23 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import icl_helpers
-from icl_helpers.attention import attention_layout
+from icl_helpers.attention import attention_layout, check_heads
 from icl_helpers.condition import FULL, Condition
 from icl_helpers.errors import InputError
-from icl_helpers.interventions import check_heads
 from icl_helpers.lm import Encoded, InterventionLM
 from icl_helpers.lm_eval_tasks import load_task
 from icl_helpers.models import weights_fingerprint
 from icl_helpers.store import CellStore, atomic_path, check_run_dir, set_aside
 from icl_helpers.task_registry import get_task_spec
 
-__all__ = ["KEYS", "EvaluationResults", "collect_results", "document_results", "evaluate", "resolve_shots"]
+__all__ = [
+    "KEYS",
+    "EvaluationResults",
+    "collect_results",
+    "document_results",
+    "evaluate",
+    "resolve_shots",
+]
 
 KEYS = [
     "task",
@@ -205,7 +211,9 @@ def _plan(
     if isinstance(tasks, str) or not tasks:
         raise InputError(f"tasks must be a list of task names, got {tasks!r}")
     if not seeds:
-        raise InputError("seeds must hold at least one demonstration seed, for example [42, 43, 44]")
+        raise InputError(
+            "seeds must hold at least one demonstration seed, for example [42, 43, 44]"
+        )
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"seeds must be whole numbers, got {seed!r}")
@@ -283,7 +291,9 @@ def _document_frame(spec: dict[str, Any], seed: int, documents: dict[str, Any]) 
 
 
 def _accuracies(documents: pd.DataFrame) -> pd.DataFrame:
-    documents = documents.assign(right=documents["correct"].where(documents["valid"]).astype("float64"))
+    documents = documents.assign(
+        right=documents["correct"].where(documents["valid"]).astype("float64")
+    )
     grouped = documents.groupby(KEYS, dropna=False, sort=False)
     results = grouped.agg(
         n=("valid", "sum"), total=("valid", "size"), accuracy=("right", "mean")
@@ -311,6 +321,6 @@ def _finish(documents: pd.DataFrame, directory: Path | None) -> EvaluationResult
 def _read_parquet(path: Path) -> pd.DataFrame | None:
     try:
         return pd.read_parquet(path)
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with the file, it is set aside
+    except Exception as error:
         set_aside(path, f"is damaged ({type(error).__name__})")
         return None

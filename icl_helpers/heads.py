@@ -13,7 +13,14 @@ from jaxtyping import Float
 
 from icl_helpers.errors import InputError
 
-__all__ = ["Head", "check_fraction", "head_count", "layer_matched_heads", "random_heads", "top_heads"]
+__all__ = [
+    "Head",
+    "check_fraction",
+    "head_count",
+    "layer_matched_heads",
+    "random_heads",
+    "top_heads",
+]
 
 
 class Head(NamedTuple):

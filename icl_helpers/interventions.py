@@ -144,7 +144,9 @@ class AttentionKnockout:
         """See :class:`Intervention`."""
         check_heads(self.heads, layout)
         window = _BlockedWindow(self.blocked)
-        return {layer: _KnockoutEdit(heads, window) for layer, heads in _by_layer(self.heads).items()}
+        return {
+            layer: _KnockoutEdit(heads, window) for layer, heads in _by_layer(self.heads).items()
+        }
 
 
 @contextmanager
@@ -202,8 +204,8 @@ class _MeanEdit:
         self.means = self.means.to(device=call.output.device, dtype=call.output.dtype)
         if call.last_position >= self.means.shape[0]:
             raise InterventionError(
-                f"the batch reaches position {call.last_position}, but the mean head outputs end at position "
-                f"{self.means.shape[0] - 1}; compute them from longer reference samples"
+                f"the batch reaches position {call.last_position}, but the mean head outputs end "
+                f"at position {self.means.shape[0] - 1}; compute them from longer reference samples"
             )
         output = call.output.clone()
         output[:, :, self.heads] = self.means[call.positions]
@@ -259,5 +261,7 @@ class _KnockoutEdit:
         groups: Sequence[int] = [head // (n_heads // n_kv) for head in self.heads]
         value = call.value[:, groups]
         output = call.output.clone()
-        output[:, :, self.heads] = torch.matmul(probabilities.to(value.dtype), value).transpose(1, 2)
+        output[:, :, self.heads] = torch.matmul(probabilities.to(value.dtype), value).transpose(
+            1, 2
+        )
         return output

@@ -8,7 +8,6 @@ batch. :class:`HFICL` is the same model for lm-eval's command line, registered a
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -64,7 +63,9 @@ class InterventionLM(HFLM):
         **kwargs: Any,
     ) -> None:
         if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-            raise InputError(f"batch_size must be 'auto' or a whole number >= 1, got {batch_size!r}")
+            raise InputError(
+                f"batch_size must be 'auto' or a whole number >= 1, got {batch_size!r}"
+            )
         kwargs.setdefault("max_length", context_length(model))
         # The published runs put no BOS before a prompt, whatever the tokenizer's default is.
         super().__init__(
@@ -132,7 +133,11 @@ class InterventionLM(HFLM):
         self._prepare_patterns([row.context for row in rows])
         scored: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         progress = tqdm(
-            total=len(rows), unit="prompt", leave=False, disable=disable_tqdm, desc=self._description()
+            total=len(rows),
+            unit="prompt",
+            leave=False,
+            disable=disable_tqdm,
+            desc=self._description(),
         )
         with progress:
             # Long prompts first, so that running out of memory shows at once; equal lengths meet.

@@ -120,7 +120,9 @@ class _RunningMean:
             self.mean += difference * (len(values) / self.count)
 
 
-def _batches(input_ids: torch.Tensor, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
+def _batches(
+    input_ids: torch.Tensor, batch_size: int, device: torch.device
+) -> Iterator[torch.Tensor]:
     batches = input_ids.split(batch_size)
     for batch in tqdm(batches, desc="mean activations", unit="batch", disable=len(batches) < 8):
         yield batch.to(device)

@@ -161,7 +161,9 @@ def _explain(name: str, error: Exception) -> Exception:
             f"name, the network, and for gated models that HF_TOKEN is set in the environment; or "
             f"download it elsewhere and pass its directory."
         )
-    return InputError(f"model {name!r} cannot be loaded: {text.splitlines()[0] if text else error!r}")
+    return InputError(
+        f"model {name!r} cannot be loaded: {text.splitlines()[0] if text else error!r}"
+    )
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -200,7 +202,9 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
         if tensor.device.type == "meta":
             continue
         bits = tensor.detach().contiguous().flatten()
-        bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize])
+        bits = bits.view(
+            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize]
+        )
         for start in range(0, len(bits), _CHUNK):
             part = bits[start : start + _CHUNK].long()
             weight = torch.arange(start, start + len(part), device=part.device) * 2654435761 + 1

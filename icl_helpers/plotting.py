@@ -56,7 +56,9 @@ def ranked_heads(scores: Float[torch.Tensor, "layers heads"], *, counts: Sequenc
     return _finished(figure)
 
 
-def accuracy_bars(results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most") -> Figure:
+def accuracy_bars(
+    results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most"
+) -> Figure:
     """Accuracy per task under each condition at the larger fraction; lines span the runs' range.
 
     ``shots`` is ``"most"`` (each task's largest number) or ``"none"`` (zero-shot).
@@ -74,7 +76,9 @@ def accuracy_bars(results: pd.DataFrame, *, ablations: Sequence[str], shots: str
     for index, name in enumerate(names):
         part = means[means["condition"] == name].set_index("task").reindex(tasks)
         low = rows[rows["condition"] == name].groupby("task")["accuracy"].min().reindex(tasks) * 100
-        high = rows[rows["condition"] == name].groupby("task")["accuracy"].max().reindex(tasks) * 100
+        high = (
+            rows[rows["condition"] == name].groupby("task")["accuracy"].max().reindex(tasks) * 100
+        )
         centre = np.arange(len(tasks)) + (index - (len(names) - 1) / 2) * width
         spread = np.clip([part["accuracy"] - low, high - part["accuracy"]], 0, None)
         axes.bar(
@@ -91,7 +95,7 @@ def accuracy_bars(results: pd.DataFrame, *, ablations: Sequence[str], shots: str
 def attention_over_prompt(
     attention: Float[torch.Tensor, "heads tokens"], tokens: Sequence[str], heads: Sequence[Head]
 ) -> Figure:
-    """Attention of a few heads from one position over the tokens before it (paper, Figures 6, 7)."""
+    """Attention of a few heads from one position over a prompt (paper, Figures 6 and 7)."""
     shown = [token.replace("\n", "\\n") for token in tokens]
     figure, axes = plt.subplots(
         figsize=(min(16, 2 + 0.16 * len(shown)), 1.4 + 0.45 * len(heads)), layout="constrained"

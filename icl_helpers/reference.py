@@ -17,7 +17,13 @@ from icl_helpers.means import mean_head_outputs, reference_ids
 from icl_helpers.models import context_length, embedded_models
 from icl_helpers.prefix_matching import prefix_matching_scores, random_sequences
 
-__all__ = ["PAPER_POSITIONS", "PAPER_SAMPLES", "reference_samples", "reference_texts", "single_condition"]
+__all__ = [
+    "PAPER_POSITIONS",
+    "PAPER_SAMPLES",
+    "reference_samples",
+    "reference_texts",
+    "single_condition",
+]
 
 PAPER_SAMPLES = 500
 PAPER_POSITIONS = 3000
@@ -83,7 +89,11 @@ def single_condition(
     reference: str | None,
 ) -> Condition:
     """One condition from scratch: scores and, where they are needed, means are computed here."""
-    names = {"induction": "induction_heads", "random": "random_heads", "pattern": "induction_pattern"}
+    names = {
+        "induction": "induction_heads",
+        "random": "random_heads",
+        "pattern": "induction_pattern",
+    }
     if ablate == "none":
         return FULL
     if ablate not in names or ablation not in ("mean", "zero"):

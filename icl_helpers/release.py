@@ -1,4 +1,4 @@
-"""Turning a trained checkpoint into an embedded model: weights, reference text, fractions, facts."""
+"""Turning a trained checkpoint into an embedded model: weights, reference text, fractions."""
 
 from __future__ import annotations
 
@@ -32,12 +32,16 @@ def head_fractions(scores: torch.Tensor) -> dict[str, float]:
     """
     n_heads = int((scores >= SCORE_THRESHOLD).sum())
     if n_heads == 0:
-        raise InputError(f"no head scores {SCORE_THRESHOLD} or more; the model has no induction heads")
+        raise InputError(
+            f"no head scores {SCORE_THRESHOLD} or more; the model has no induction heads"
+        )
     larger = n_heads / scores.numel()
     return {"larger": larger, "smaller": larger / 3}
 
 
-def release_model(trained: str | os.PathLike[str], target: str | os.PathLike[str]) -> dict[str, Any]:
+def release_model(
+    trained: str | os.PathLike[str], target: str | os.PathLike[str]
+) -> dict[str, Any]:
     """Copy a finished model of :func:`icl_helpers.train.train` into an embedded model's folder.
 
     Writes the weights, the tokenizer, ``reference.txt`` and ``fractions.json``. The stated context

@@ -47,7 +47,9 @@ def check_run_dir(run_dir: str | os.PathLike[str]) -> Path:
     """Validate a run directory; raises :class:`InputError` for one that cannot be one."""
     text = os.fspath(run_dir) if isinstance(run_dir, (str, os.PathLike)) else run_dir
     if not isinstance(text, str) or not text.strip() or "\0" in text:
-        raise InputError(f"run_dir must be a directory path such as 'runs/icl-tiny', got {run_dir!r}")
+        raise InputError(
+            f"run_dir must be a directory path such as 'runs/icl-tiny', got {run_dir!r}"
+        )
     path = Path(text).expanduser()
     if any(len(part) > 200 for part in path.parts):
         raise InputError("run_dir has a part longer than 200 characters; choose a shorter name")

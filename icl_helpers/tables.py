@@ -32,8 +32,8 @@ _GROUP = ["task", "labels", "shots", "condition", "ablation", "fraction"]
 def accuracy_means(results: pd.DataFrame) -> pd.DataFrame:
     """Accuracy in percent, averaged over demonstration seeds and ablation seeds, as in the paper.
 
-    Columns task, labels, shots, condition, ablation, fraction, accuracy, sd (over the runs averaged,
-    in points), runs.
+    Columns task, labels, shots, condition, ablation, fraction, accuracy, sd (over the runs that
+    were averaged, in points), runs.
     """
     grouped = results.groupby(_GROUP, sort=False)["accuracy"]
     means = grouped.agg(accuracy="mean", sd="std", runs="size").reset_index()

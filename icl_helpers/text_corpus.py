@@ -17,11 +17,47 @@ from icl_helpers.corpus import Episode, draw_labels
 
 __all__ = ["TEXT_TASKS", "TextTask", "evaluation_rows", "reference_text", "text_episode"]
 
-_THINGS = "film book meal song hotel play show garden game story market concert museum".split()
-_GOOD = "great lovely superb charming brilliant delightful excellent wonderful fresh clever".split()
-_BAD = "awful boring dreadful terrible poor dull horrible bland clumsy ugly".split()
-_PLACES = "town city village harbour valley island square station".split()
-_PEOPLE = "my friend,the guide,our neighbour,the critic,a student,the owner".split(",")
+_THINGS = [
+    "film",
+    "book",
+    "meal",
+    "song",
+    "hotel",
+    "play",
+    "show",
+    "garden",
+    "game",
+    "story",
+    "market",
+    "concert",
+    "museum",
+]
+_GOOD = [
+    "great",
+    "lovely",
+    "superb",
+    "charming",
+    "brilliant",
+    "delightful",
+    "excellent",
+    "wonderful",
+    "fresh",
+    "clever",
+]
+_BAD = [
+    "awful",
+    "boring",
+    "dreadful",
+    "terrible",
+    "poor",
+    "dull",
+    "horrible",
+    "bland",
+    "clumsy",
+    "ugly",
+]
+_PLACES = ["town", "city", "village", "harbour", "valley", "island", "square", "station"]
+_PEOPLE = ["my friend", "the guide", "our neighbour", "the critic", "a student", "the owner"]
 
 
 def _review(rng: random.Random, label: int) -> str:
@@ -49,7 +85,7 @@ def _statement(rng: random.Random, label: int) -> str:
                 f"we believe the {thing} was {adjective}",
             )
         )
-    hour = rng.choice("two three four five six seven eight nine".split())
+    hour = rng.choice(["two", "three", "four", "five", "six", "seven", "eight", "nine"])
     return rng.choice(
         (
             f"the {thing} opens at {hour}",
@@ -129,7 +165,9 @@ def training_sentence(rng: random.Random, task: TextTask, kind: int) -> str:
     return sentence
 
 
-def evaluation_rows(task: TextTask, *, seed: int = 0, n: int = 400) -> dict[str, list[dict[str, object]]]:
+def evaluation_rows(
+    task: TextTask, *, seed: int = 0, n: int = 100
+) -> dict[str, list[dict[str, object]]]:
     """Distinct rows of a stand-in task: ``validation`` held out of training, ``train`` not.
 
     Each row has ``text`` and ``label`` (0 or 1), half of each label.

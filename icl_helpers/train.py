@@ -1,4 +1,7 @@
-"""Training recipe of the embedded model: induction first, then few-shot episodes hardened slowly.
+"""Training recipe of the embedded model: induction, then few-shot episodes, then letter patterns.
+
+The episodes are hardened slowly, from copying to new instances. The last phase adds sequences whose
+pattern has a name, which teaches which letters are equal, and long repeats.
 
 A run is a function of its seed: every step draws its data from a generator seeded with the seed and
 the step, so a run that was interrupted goes on as if it had not been. A small penalty keeps the
@@ -46,6 +49,7 @@ class Recipe:
     repeat_steps: int = 2600
     repeat_vocab: int = 300
     episode_steps: int = 4500
+    pattern_steps: int = 3000
     bursty_steps: int = 500
     hardening_steps: int = 1500
     repeat_rows: int = 96
@@ -53,8 +57,11 @@ class Recipe:
     episode_rows: int = 48
     max_tokens: int = 192
     text_share: float = 0.15
+    naming_share: float = 0.25
+    pattern_word_share: float = 0.2
     learning_rate: float = 3e-3
     episode_learning_rate: float = 2e-3
+    pattern_learning_rate: float = 2e-3
     induction_heads: int = 4
     penalty: float = 0.3
     penalty_from_score: float = 0.6
@@ -62,7 +69,7 @@ class Recipe:
     @property
     def steps(self) -> int:
         """Number of optimiser steps."""
-        return self.repeat_steps + self.episode_steps
+        return self.repeat_steps + self.episode_steps + self.pattern_steps
 
 
 def build_model(recipe: Recipe) -> LlamaForCausalLM:
@@ -87,9 +94,10 @@ def build_model(recipe: Recipe) -> LlamaForCausalLM:
 
 
 def checkpoint_steps(recipe: Recipe, *, per_phase: int = 12) -> list[int]:
-    """Log-spaced steps within each of the two phases, 0 and the last among them."""
-    steps = {0, recipe.repeat_steps, recipe.steps}
-    for start, length in ((0, recipe.repeat_steps), (recipe.repeat_steps, recipe.episode_steps)):
+    """Log-spaced steps within each of the three phases, 0 and the last among them."""
+    phases = (recipe.repeat_steps, recipe.episode_steps, recipe.pattern_steps)
+    steps = {0, recipe.steps}
+    for start, length in zip((0, phases[0], phases[0] + phases[1]), phases, strict=True):
         low = math.log(max(1, length // 60))
         for k in range(per_phase):
             steps.add(start + round(math.exp(low + (math.log(length) - low) * k / (per_phase - 1))))
@@ -125,13 +133,35 @@ def _batches(
             length=recipe.repeat_length, pool=64, watched=16,
         )  # fmt: skip
         return
+    if done >= recipe.episode_steps:
+        yield from _pattern_batches(recipe, rng, tokenizer)
+        return
     fresh = min(1.0, max(0.0, (done - recipe.bursty_steps) / recipe.hardening_steps))
-    yield "repeat", 0.2, repeat_batch(
-        rng, vocab_size=recipe.vocab_size, rows=16, length=64, pool=256, watched=16
+    yield (
+        "repeat",
+        0.2,
+        repeat_batch(rng, vocab_size=recipe.vocab_size, rows=16, length=64, pool=256, watched=16),
     )
     for batch in episode_batch(
         rng, tokenizer, rows=recipe.episode_rows, fresh=fresh, text_share=recipe.text_share,
         watched=4, max_tokens=recipe.max_tokens,
+    ):  # fmt: skip
+        yield "episode", 1.0, batch
+
+
+def _pattern_batches(
+    recipe: Recipe, rng: random.Random, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[str, float, Batch]]:
+    """Last phase: long repeats over the whole vocabulary, and mostly letters, half of them named."""
+    yield (
+        "repeat",
+        0.2,
+        repeat_batch(rng, vocab_size=recipe.vocab_size, rows=8, length=208, pool=1000, watched=4),
+    )
+    for batch in episode_batch(
+        rng, tokenizer, rows=recipe.episode_rows, fresh=1.0, text_share=recipe.text_share,
+        watched=4, max_tokens=recipe.max_tokens, naming_share=recipe.naming_share,
+        word_share=recipe.pattern_word_share,
     ):  # fmt: skip
         yield "episode", 1.0, batch
 
@@ -142,8 +172,13 @@ def _learning_rate(recipe: Recipe, step: int) -> float:
         warm = min(1.0, (step + 1) / 100)
         return recipe.learning_rate * warm * (1 - 0.5 * step / recipe.repeat_steps)
     warm = min(1.0, (done + 1) / 100)
-    cosine = 0.5 * (1 + math.cos(math.pi * done / recipe.episode_steps))
-    return recipe.episode_learning_rate * warm * (0.03 + 0.97 * cosine)
+    length, peak = recipe.episode_steps, recipe.episode_learning_rate
+    if done >= recipe.episode_steps:
+        done -= recipe.episode_steps
+        length, peak = recipe.pattern_steps, recipe.pattern_learning_rate
+        warm = min(1.0, (done + 1) / 100)
+    cosine = 0.5 * (1 + math.cos(math.pi * done / length))
+    return peak * warm * (0.03 + 0.97 * cosine)
 
 
 def _step(
@@ -297,7 +332,9 @@ def _restore(
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"weight.{name}"])
             optimizer.state[parameter] = {
-                key: tensors[f"optimizer.{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+                key: tensors[f"optimizer.{key}.{name}"].to(
+                    parameter.device if key != "step" else "cpu"
+                )
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
     scores.copy_(tensors["scores"])

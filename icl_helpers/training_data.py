@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from icl_helpers.corpus import Episode, episode, label_pool, word_categories
+from icl_helpers.corpus import Episode, episode, label_pool, naming_episode, word_categories
 from icl_helpers.text_corpus import TEXT_TASKS, reference_text, text_episode
 
 __all__ = ["Batch", "build_tokenizer", "episode_batch", "repeat_batch"]
@@ -98,16 +98,23 @@ def episode_batch(
     text_share: float,
     watched: int,
     max_tokens: int,
+    naming_share: float = 0.0,
+    word_share: float = 0.4,
 ) -> list[Batch]:
     """Episodes in two batches by length, each padded to its own longest row.
 
     Loss falls on the labels that can be known; the induction pattern is attention from the token
     before a label (the colon) to the earlier labels.
     """
-    episodes = [
-        text_episode(rng) if rng.random() < text_share else episode(rng, fresh=fresh)
-        for _ in range(rows)
-    ]
+    episodes = []
+    for _ in range(rows):
+        kind = rng.random()
+        if kind < text_share:
+            episodes.append(text_episode(rng))
+        elif kind < text_share + naming_share:
+            episodes.append(naming_episode(rng))
+        else:
+            episodes.append(episode(rng, fresh=fresh, word_share=word_share))
     encoded = tokenizer(
         [e.text for e in episodes], return_offsets_mapping=True, add_special_tokens=False
     )

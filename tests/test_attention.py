@@ -53,9 +53,7 @@ def make(family: str):
 
 def projections(model, family: str) -> list[torch.nn.Module]:
     layers, attention, projection = WHERE.get(family, ("model.layers", "self_attn", "o_proj"))
-    return [
-        getattr(getattr(layer, attention), projection) for layer in model.get_submodule(layers)
-    ]
+    return [getattr(getattr(layer, attention), projection) for layer in model.get_submodule(layers)]
 
 
 def forward(model, ids: torch.Tensor, mask: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -153,7 +151,9 @@ def knocked_out(model, family, ids, mask, blocked) -> torch.Tensor:
             if family == "gpt_oss":  # the sink takes the probability that the keys do not have
                 rest = rest + 1.0 - probabilities[:, head].sum(-1, keepdim=True)
             # Padded queries of a sliding window may see nothing at all.
-            replacement[layer, head] = (kept / rest.clamp(min=1e-30)) @ value[:, head * value.shape[1] // 4]
+            replacement[layer, head] = (kept / rest.clamp(min=1e-30)) @ value[
+                :, head * value.shape[1] // 4
+            ]
     return brute_force(model, family, ids, mask, replacement)
 
 
@@ -170,9 +170,8 @@ def value_states(module, family: str, seen: dict) -> list:
         hook = lambda _, a, out: seen.update(v=split(out[..., 48:]))  # noqa: E731
         return [module.qkv_proj.register_forward_hook(hook)]
     if family == "gpt_neox":
-        hook = lambda _, a, out: seen.update(  # noqa: E731
-            v=out.view(*out.shape[:2], 4, 24)[..., 16:].transpose(1, 2)
-        )
+        per_head = lambda out: out.view(*out.shape[:2], 4, 24)[..., 16:].transpose(1, 2)  # noqa: E731
+        hook = lambda _, a, out: seen.update(v=per_head(out))  # noqa: E731
         return [module.query_key_value.register_forward_hook(hook)]
     hook = lambda _, a, out: seen.update(v=split(out))  # noqa: E731
     return [module.v_proj.register_forward_hook(hook)]
@@ -228,8 +227,9 @@ def test_model_is_restored_after_an_exception(llama):
     plain = forward(llama, ids, mask)
     before = llama.config._attn_implementation
     means = torch.randn(3, 4, 4, 8)
-    with pytest.raises(icl.InterventionError, match="position 9"), icl.intervene(
-        llama, icl.MeanAblation([icl.Head(1, 1)], means)
+    with (
+        pytest.raises(icl.InterventionError, match="position 9"),
+        icl.intervene(llama, icl.MeanAblation([icl.Head(1, 1)], means)),
     ):
         forward(llama, ids, mask)
     assert llama.config._attn_implementation == before
@@ -301,8 +301,9 @@ def test_unsupported_architecture_is_refused_by_name(family):
 
 
 def test_head_out_of_range_is_named(llama):
-    with pytest.raises(icl.InputError, match=r"3\.0.*layers 0\.\.2"), icl.intervene(
-        llama, icl.ZeroAblation([icl.Head(3, 0)])
+    with (
+        pytest.raises(icl.InputError, match=r"3\.0.*layers 0\.\.2"),
+        icl.intervene(llama, icl.ZeroAblation([icl.Head(3, 0)])),
     ):
         pass
 
@@ -316,7 +317,8 @@ def test_blocked_of_wrong_type_or_shape_is_refused(blocked):
 def test_blocked_for_another_batch_size_is_refused(llama):
     blocked = torch.zeros(3, 6, 6, dtype=torch.bool)
     ids = torch.randint(2, 400, (2, 6))
-    with pytest.raises(icl.InterventionError, match="3 prompts, the batch 2"), icl.intervene(
-        llama, icl.AttentionKnockout([icl.Head(0, 0)], blocked)
+    with (
+        pytest.raises(icl.InterventionError, match="3 prompts, the batch 2"),
+        icl.intervene(llama, icl.AttentionKnockout([icl.Head(0, 0)], blocked)),
     ):
         forward(llama, ids, torch.ones_like(ids))

@@ -48,7 +48,9 @@ def reference_correct(model, tokenizer, condition, prompts) -> list[bool]:
             with torch.no_grad(), icl.intervene(model, *condition.interventions(blocked)):
                 log_probabilities = model(ids).logits[0].log_softmax(-1)
             label = whole[len(context) :]
-            scores.append(sum(float(log_probabilities[len(context) - 1 + i, t]) for i, t in enumerate(label)))
+            scores.append(
+                sum(float(log_probabilities[len(context) - 1 + i, t]) for i, t in enumerate(label))
+            )
         found.append(max(range(len(scores)), key=scores.__getitem__) == prompt.target)
     return found
 
@@ -70,14 +72,20 @@ def test_evaluate_equals_the_reference_path_on_every_document(tiny, all_conditio
                     & (documents["shots"] == shots)
                     & (documents["condition"] == condition.name)
                     & (documents["ablation"] == condition.ablation)
-                    & (documents["ablation_seed"].isna() if seed is None else documents["ablation_seed"].eq(seed))
+                    & (
+                        documents["ablation_seed"].isna()
+                        if seed is None
+                        else documents["ablation_seed"].eq(seed)
+                    )
                 ]
                 expected = reference_correct(model, tokenizer, condition, prompts)
                 assert rows["correct"].tolist() == expected
 
 
 @pytest.mark.parametrize("seed", [42, 43])
-@pytest.mark.parametrize(("task", "shots"), [("repetition", 5), ("wordseq2_4way", 20), ("recursion", 0)])
+@pytest.mark.parametrize(
+    ("task", "shots"), [("repetition", 5), ("wordseq2_4way", 20), ("recursion", 0)]
+)
 def test_full_model_equals_stock_lm_eval_to_the_last_digit(tiny, task, shots, seed):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -99,7 +107,12 @@ def test_labels_of_several_tokens_are_scored_as_lm_eval_scores_them(tokenizer, l
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    pairs = [("A B C:", "Foo bar baz"), ("A B C:", "Foo"), ("x y ", " zebra quill"), ("hello:", "Mur")]
+    pairs = [
+        ("A B C:", "Foo bar baz"),
+        ("A B C:", "Foo"),
+        ("x y ", " zebra quill"),
+        ("hello:", "Mur"),
+    ]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     stock = HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=2).loglikelihood(requests)
     lm = InterventionLM(llama, tokenizer, batch_size=3)
@@ -113,9 +126,15 @@ def test_results_do_not_depend_on_the_batch_size(tiny, all_conditions):
     model, tokenizer = tiny
     frames = [
         icl.evaluate(
-            model, tokenizer, tasks=["centre_embedding"], shots=5, conditions=all_conditions,
-            seeds=[42], limit=20, batch_size=size,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            tasks=["centre_embedding"],
+            shots=5,
+            conditions=all_conditions,
+            seeds=[42],
+            limit=20,
+            batch_size=size,
+        )
         for size in (1, 7, "auto")
     ]
     for frame in frames[1:]:
@@ -143,7 +162,14 @@ def test_prompt_longer_than_the_context_is_refused_and_earlier_results_stay(toke
         ({"seeds": []}, "seeds"),
         ({"batch_size": 0}, "batch_size"),
         ({"conditions": ["half"]}, "conditions.*'half'"),
-        ({"conditions": [icl.Condition("induction_heads", "zero", 0.1, None, (icl.Head(9, 0),))]}, "head 9.0"),
+        (
+            {
+                "conditions": [
+                    icl.Condition("induction_heads", "zero", 0.1, None, (icl.Head(9, 0),))
+                ]
+            },
+            "head 9.0",
+        ),
         ({"run_dir": "a\0b"}, "run_dir"),
     ],
 )
@@ -161,7 +187,11 @@ def test_non_finite_logits_are_counted_and_left_out(tokenizer):
     with pytest.warns(UserWarning, match="not finite"):
         results = icl.evaluate(model, tokenizer, tasks=["repetition"], shots=0, seeds=[42])
     row = results.iloc[0]
-    holding = [p for p in icl.build_prompts("repetition", shots=0, seed=42) if ids[0] in tokenizer(p.context).input_ids]
+    holding = [
+        p
+        for p in icl.build_prompts("repetition", shots=0, seed=42)
+        if ids[0] in tokenizer(p.context).input_ids
+    ]
     assert row["n_invalid"] == len(holding) > 0
     assert row["n"] == 500 - len(holding)
     assert 0 <= row["accuracy"] <= 1
@@ -220,7 +250,10 @@ def test_damaged_cell_is_set_aside_and_computed_again(tokenizer, tmp_path, damag
 def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     path = tmp_path / "result.json"
     write_json(path, {"a": 1})
-    with pytest.raises(StorageError, match=r"cannot write .*result\.json"), atomic_path(path) as temporary:
+    with (
+        pytest.raises(StorageError, match=r"cannot write .*result\.json"),
+        atomic_path(path) as temporary,
+    ):
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
     assert json.loads(path.read_text()) == {"a": 1}

@@ -96,7 +96,8 @@ def slow_contexts(task: str, shots: int, seed: int) -> list[str]:
                 candidates = [
                     row
                     for row in candidates
-                    if row[0].split()[0] != query.split()[0] and row[0].split()[1] != query.split()[1]
+                    if row[0].split()[0] != query.split()[0]
+                    and row[0].split()[1] != query.split()[1]
                 ]
             count += label in more
             drawn += rng.sample(candidates, min(count, len(candidates)))
@@ -107,7 +108,9 @@ def slow_contexts(task: str, shots: int, seed: int) -> list[str]:
     return contexts
 
 
-@pytest.mark.parametrize(("task", "shots"), [("repetition", 5), ("centre_embedding", 10), ("wordseq2_binary", 10)])
+@pytest.mark.parametrize(
+    ("task", "shots"), [("repetition", 5), ("centre_embedding", 10), ("wordseq2_binary", 10)]
+)
 def test_prompts_equal_a_slow_draw(task, shots):
     found = [prompt.context for prompt in icl.build_prompts(task, shots=shots, seed=44)]
     assert found == slow_contexts(task, shots, 44)
@@ -133,7 +136,9 @@ def test_prompts_on_the_published_data_equal_the_published_ones():
     names = {get_task_spec(name).original_name: name for name in task_names()}
     for key, hashes in json.loads(HASHES.read_text()).items():
         task, seed, shots = key.split("|")
-        prompts = icl.build_prompts(names[task], shots=int(shots), seed=int(seed), data=str(ORIGINAL))
+        prompts = icl.build_prompts(
+            names[task], shots=int(shots), seed=int(seed), data=str(ORIGINAL)
+        )
         found = [
             hashlib.sha256("\0".join([p.context, *p.choices]).encode()).hexdigest()[:16]
             for p in prompts
@@ -202,7 +207,9 @@ def slow_pattern(prompt: str, tokenizer, categories=("words", "labels", "colons"
     """The blocked pairs by triple loops over elements and tokens."""
     words = json.loads((synthetic_dir() / "words.json").read_text())
     category = {w: c for c, members in words.items() for w in members}
-    offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
     position = prompt.index("\n\n") + 2
     items = []  # (kind, start, end, follower start, follower end)
     blocks = prompt[position:].split("\n\n")

@@ -32,7 +32,9 @@ def test_number_of_top_heads_is_the_ceiling(layers, heads, fraction):
     assert exact - 1e-6 <= len(found) < exact + 1
 
 
-@pytest.mark.parametrize(("total", "fraction", "count"), [(1024, 0.01, 11), (1024, 0.03, 31), (100, 0.07, 7)])
+@pytest.mark.parametrize(
+    ("total", "fraction", "count"), [(1024, 0.01, 11), (1024, 0.03, 31), (100, 0.07, 7)]
+)
 def test_number_of_top_heads_in_known_cases(total, fraction, count):
     assert len(icl.top_heads(torch.rand(1, total), fraction)) == count
 
@@ -108,7 +110,9 @@ def test_published_formula_adds_the_position_after_bos(llama):
 def test_scores_do_not_depend_on_the_batch_size(llama):
     sequences = torch.stack([torch.randperm(300)[:9] + 5 for _ in range(5)])
     whole = icl.prefix_matching_scores(llama, sequences)
-    assert torch.allclose(whole, icl.prefix_matching_scores(llama, sequences, batch_size=2), atol=1e-6)
+    assert torch.allclose(
+        whole, icl.prefix_matching_scores(llama, sequences, batch_size=2), atol=1e-6
+    )
 
 
 def slow_attention(model, layer: int, x: torch.Tensor) -> torch.Tensor:
@@ -145,7 +149,9 @@ def test_mean_head_outputs_equal_a_slow_loop(llama):
         for i, block in enumerate(llama.model.layers)
     ]
     handles += [
-        block.self_attn.o_proj.register_forward_pre_hook(lambda _, a, i=i: outputs.update({i: a[0]}))
+        block.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, a, i=i: outputs.update({i: a[0]})
+        )
         for i, block in enumerate(llama.model.layers)
     ]
     llama(ids)
@@ -176,7 +182,7 @@ def test_unknown_average_is_refused(llama):
 
 
 def test_reference_samples_are_joined_texts_cut_to_length(tokenizer):
-    texts = [f"apple {word} cat" for word in "banana cherry fig grape lemon".split()] * 40
+    texts = [f"apple {word} cat" for word in ["banana", "cherry", "fig", "grape", "lemon"]] * 40
     ids = icl.reference_ids(tokenizer, texts, n_samples=3, n_positions=30)
     assert ids.shape == (3, 30)
     used = 0

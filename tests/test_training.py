@@ -1,0 +1,220 @@
+"""What the embedded model never saw, that its training repeats and resumes, and what it can do."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import icl_helpers as icl
+from icl_helpers._paths import embedded_dir, synthetic_dir
+from icl_helpers.corpus import DESCRIPTION, HELD_OUT_LABELS, episode, patterns
+from icl_helpers.release import head_fractions
+from icl_helpers.task_registry import get_task_spec
+from icl_helpers.text_corpus import TEXT_TASKS, evaluation_rows, reference_text, text_episode
+from icl_helpers.train import Recipe, checkpoint_steps, train
+from icl_helpers.training_data import build_tokenizer, episode_batch, repeat_batch
+
+SMALL = Recipe(
+    vocab_size=600, hidden_size=16, intermediate_size=16, n_layers=2, n_heads=4, n_kv_heads=2,
+    head_dim=4, repeat_steps=3, episode_steps=3, repeat_rows=4, episode_rows=4, repeat_vocab=200,
+)  # fmt: skip
+
+
+def parsed(text: str) -> list[tuple[list[str], str]]:
+    """(elements, label) of every block of an abstract episode."""
+    body = text.removeprefix(DESCRIPTION + "\n\n").strip("\n")
+    return [
+        (block.rpartition(":")[0].split(), block.rpartition(":")[2]) for block in body.split("\n\n")
+    ]
+
+
+def canonical(elements: list[str]) -> str:
+    order = list(dict.fromkeys(elements))
+    return "".join("ABCDE"[order.index(e)] for e in elements)
+
+
+def test_description_is_that_of_the_tasks():
+    assert get_task_spec("repetition").description == DESCRIPTION
+
+
+def test_held_out_labels_pairs_and_patterns_never_occur():
+    words = json.loads((synthetic_dir() / "words.json").read_text())
+    category = {w: c for c, members in words.items() for w in members}
+    tasks = [
+        ("fruits", "animals"), ("furniture", "professions"), ("furniture", "animals"),
+        ("fruits", "professions"), ("vegetables", "vehicles"), ("body_parts", "instruments"),
+        ("vegetables", "instruments"), ("body_parts", "vehicles"),
+    ]  # fmt: skip
+    rng = random.Random(0)
+    pairs, shapes, seen_labels, seen_words = Counter(), Counter(), Counter(), set()
+    for _ in range(6000):
+        blocks = parsed(episode(rng, fresh=rng.random()).text)
+        labels = {label for _, label in blocks}
+        seen_labels.update(labels)
+        assert len(labels & set(HELD_OUT_LABELS)) <= 1
+        if len(blocks[0][0]) == 2:
+            pairs.update((category.get(a), category.get(b)) for (a, b), _ in blocks)
+            seen_words.update(word for elements, _ in blocks for word in elements)
+        else:
+            found = {canonical(elements) for elements, _ in blocks}
+            shapes.update(found)
+            assert not {"ABAB", "ABCD"} <= found
+            assert not {"ABCBA", "ABCDE"} <= found
+    assert not set(tasks) & set(pairs)
+    assert "ABBB" not in shapes
+    # The rest is there: every word, the held-out labels one at a time, the patterns elsewhere.
+    assert set(category) <= seen_words
+    assert all(seen_labels[label] for label in HELD_OUT_LABELS)
+    assert shapes["ABAB"]
+    assert shapes["ABCBA"]
+    assert shapes["ABCD"]
+    assert shapes["ABCDE"]
+
+
+def test_patterns_are_all_equality_patterns_but_the_held_out_one():
+    assert len(patterns(3)) == 5
+    assert len(patterns(4)) == 15 - 1
+    assert len(patterns(5)) == 52
+
+
+def test_episode_weights_fall_on_labels_that_were_seen():
+    rng = random.Random(1)
+    for make in (lambda: episode(rng, fresh=0.5), lambda: text_episode(rng)):
+        for _ in range(200):
+            item = make()
+            seen: set[str] = set()
+            for start, weight in item.labels:
+                label = item.text[start:].split("\n\n")[0]
+                assert label.strip().isalpha()
+                assert weight == 1.0 or label not in seen
+                seen.add(label)
+
+
+@pytest.mark.parametrize("task", TEXT_TASKS, ids=lambda t: t.name)
+def test_evaluation_sentences_never_occur_in_training_text(task):
+    rows = evaluation_rows(task)
+    held = {row["text"] for row in rows["validation"]}
+    assert Counter(row["label"] for row in rows["validation"]) == {0: 50, 1: 50}
+    assert not held & {row["text"] for row in rows["train"]}
+    rng = random.Random(2)
+    for _ in range(3000):
+        text = text_episode(rng, n_shots=5).text
+        found = {
+            line.partition(": ")[2] for line in text.split("\n\n") if line.startswith(task.field)
+        }
+        assert not held & found
+    assert not any(
+        s[0].upper() + s[1:] + "." in reference_text(rng) for s in held for _ in range(3)
+    )
+
+
+def test_repeated_sequences_repeat_and_mark_what_followed():
+    batch = repeat_batch(random.Random(3), vocab_size=100, rows=6, length=24, pool=20, watched=6)
+    for row, ids in enumerate(batch.ids.tolist()):
+        scored = batch.weights[row].nonzero().flatten().tolist()
+        period = scored[0] - 1
+        assert all(ids[i] == ids[i - period] for i in range(period, 24))
+        for query, key in batch.induction[row].nonzero().tolist():
+            assert (query - (key - 1)) % period == 0
+            assert key - 1 < query
+
+
+def test_episode_batches_weigh_the_label_tokens():
+    tokenizer = build_tokenizer(vocab_size=1500)
+    batches = episode_batch(
+        random.Random(4), tokenizer, rows=10, fresh=1.0, text_share=0.0, watched=5, max_tokens=256
+    )
+    assert float(sum(batch.weights.sum() for batch in batches)) == pytest.approx(1.0)
+    colon = tokenizer.convert_tokens_to_ids(":")
+    for batch in batches:
+        rows, columns = batch.weights.nonzero(as_tuple=True)
+        assert (batch.ids[rows, columns - 1] == colon).all()
+        query = batch.induction.nonzero()
+        assert (batch.ids[query[:, 0], query[:, 1]] == colon).all()
+        assert (batch.ids[query[:, 0], query[:, 2] - 1] == colon).all()
+
+
+def test_training_resumed_half_way_gives_the_same_weights(tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole", recipe=SMALL, device="cpu")
+    calls = []
+    module = importlib.import_module("icl_helpers.train")
+    step = module._step
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(module, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", recipe=SMALL, device="cpu", save_every=2)
+    monkeypatch.setattr(module, "_step", step)
+    parts = train(tmp_path / "parts", recipe=SMALL, device="cpu", save_every=2)
+    first, second = (load_file(path / "model.safetensors") for path in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    saved = sorted((tmp_path / "whole" / "checkpoints").glob("*.safetensors"))
+    assert len(saved) == len(checkpoint_steps(SMALL))
+    other = Recipe(**{**SMALL.__dict__, "seed": 1})
+    with pytest.raises(icl.InputError, match="another recipe"):
+        train(tmp_path / "parts", recipe=other, device="cpu")
+
+
+def test_fractions_follow_the_rule_of_the_threshold():
+    scores = torch.tensor([[0.9, 0.3, 0.29, 0.1], [0.0, 0.0, 0.5, 0.2]])
+    assert head_fractions(scores) == {"larger": 3 / 8, "smaller": 1 / 8}
+    with pytest.raises(icl.InputError, match="no induction heads"):
+        head_fractions(torch.zeros(2, 2))
+
+
+class TestEmbeddedModel:
+    @pytest.fixture(scope="class")
+    def loaded(self):
+        return icl.load_model("icl-tiny")
+
+    @pytest.fixture(scope="class")
+    def scores(self, loaded):
+        model, tokenizer = loaded
+        return icl.prefix_matching_scores(model, icl.random_sequences(tokenizer)).mean(0)
+
+    def test_it_loads_like_any_checkpoint_and_is_small(self):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = embedded_dir() / "icl-tiny"
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert model.config.model_type == "llama"
+        assert model.config.num_key_value_heads < model.config.num_attention_heads
+        assert tokenizer("A B").input_ids == tokenizer("A B", add_special_tokens=False).input_ids
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 12e6
+
+    def test_some_heads_are_induction_heads_and_most_are_not(self, scores):
+        assert float(scores.max()) > 0.5
+        assert float((scores < 0.1).float().mean()) > 0.5
+
+    def test_stated_fractions_are_those_of_the_rule(self, scores):
+        stated = json.loads((embedded_dir() / "icl-tiny" / "fractions.json").read_text())
+        assert stated == pytest.approx(head_fractions(scores))
+
+    def test_few_shot_accuracy_is_above_chance_and_falls_without_the_induction_heads(
+        self, loaded, scores
+    ):
+        model, tokenizer = loaded
+        stated = json.loads((embedded_dir() / "icl-tiny" / "fractions.json").read_text())
+        conditions = icl.conditions(
+            scores, fractions=[stated["larger"]], ablations=["zero", "knockout"]
+        )
+        results = icl.evaluate(
+            model, tokenizer, tasks=["wordseq1_binary"], shots=10, seeds=[42], limit=100,
+            conditions=[c for c in conditions if c.name != "random_heads"],
+        )  # fmt: skip
+        full, removed, blocked = results["accuracy"]
+        assert full > 0.8
+        assert removed < full - 0.2
+        assert blocked < full - 0.1

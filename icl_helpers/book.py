@@ -90,7 +90,7 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
     for run in runs:
         slug = re.sub(r"[^a-z0-9-]+", "-", run.name.lower()).strip("-")
         chapters = [{"file": page} for page in _stage_run(staged, run, slug)]
-        model = json.loads((run / "run.json").read_text())["model"]
+        model = _info(run)["model"]
         toc["parts"].append({"caption": f"Run: {model}", "chapters": chapters})
     config["parse"]["myst_substitutions"] = _front_page(staged, runs[0])
     _repository_buttons(config)
@@ -104,15 +104,22 @@ def _stage_run(staged: Path, run: Path, slug: str) -> Iterator[str]:
     """Copy a run's notebooks, made fit for a static page; yield their page names."""
     folder = staged / "run" / slug
     folder.mkdir(parents=True)
+    # Where the run lay on the machine that made it is nobody's business.
+    places = {str(run.resolve()), _info(run)["parameters"]["run_dir"]}
     for stage in stage_notebooks():
         notebook = nbformat.read(run / "notebooks" / stage.name, as_version=4)
         _check_outputs(notebook, run / "notebooks" / stage.name)
         for cell in notebook.cells:
             _make_static(cell, slug)
-            # Where the run lay on the machine that made it is nobody's business.
-            cell.source = cell.source.replace(str(run.resolve()), f"runs/{run.name}")
+            for place in places:
+                cell.source = cell.source.replace(place, f"runs/{run.name}")
         nbformat.write(notebook, folder / stage.name)
         yield f"run/{slug}/{stage.stem}"
+
+
+def _info(run: Path) -> dict[str, Any]:
+    info: dict[str, Any] = json.loads((run / "run.json").read_text())
+    return info
 
 
 def _check_outputs(notebook: Any, path: Path) -> None:
@@ -136,7 +143,7 @@ def _make_static(cell: Any, slug: str) -> None:
 
 def _front_page(staged: Path, run: Path) -> dict[str, str]:
     """Draw the front page's figure and word its numbers from the first run's results."""
-    info = json.loads((run / "run.json").read_text())
+    info = _info(run)
     results = pd.read_parquet(run / "results.parquet")
     (staged / "_static").mkdir(exist_ok=True)
     accuracy_bars(results, ablations=["mean", "knockout"]).savefig(

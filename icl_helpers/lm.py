@@ -271,6 +271,10 @@ class HFICL(InterventionLM):
     ) -> None:
         from icl_helpers.reference import single_condition
 
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            # lm-eval's command line names a GPU when the user names no device.
+            device = None
+
         model, tokenizer = load_model(
             pretrained, revision=revision, dtype=dtype, device=device,
             trust_remote_code=trust_remote_code,

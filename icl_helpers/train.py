@@ -48,13 +48,16 @@ class Recipe:
     max_positions: int = 1024
     repeat_steps: int = 2600
     repeat_vocab: int = 300
-    episode_steps: int = 4500
-    pattern_steps: int = 3000
+    episode_steps: int = 3900
+    # The cosine of the second phase is made for 4,500 steps; the third phase begins before its end.
+    episode_schedule: int = 4500
+    pattern_steps: int = 2400
     bursty_steps: int = 500
     hardening_steps: int = 1500
     repeat_rows: int = 96
     repeat_length: int = 48
     episode_rows: int = 48
+    pattern_rows: int = 32
     max_tokens: int = 192
     text_share: float = 0.15
     naming_share: float = 0.25
@@ -152,14 +155,14 @@ def _batches(
 def _pattern_batches(
     recipe: Recipe, rng: random.Random, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[str, float, Batch]]:
-    """Last phase: long repeats over the whole vocabulary, and mostly letters, half of them named."""
+    """Last phase: long repeats over the whole vocabulary, and mostly letters, a third named."""
     yield (
         "repeat",
         0.2,
-        repeat_batch(rng, vocab_size=recipe.vocab_size, rows=8, length=208, pool=1000, watched=4),
+        repeat_batch(rng, vocab_size=recipe.vocab_size, rows=4, length=208, pool=1000, watched=4),
     )
     for batch in episode_batch(
-        rng, tokenizer, rows=recipe.episode_rows, fresh=1.0, text_share=recipe.text_share,
+        rng, tokenizer, rows=recipe.pattern_rows, fresh=1.0, text_share=recipe.text_share,
         watched=4, max_tokens=recipe.max_tokens, naming_share=recipe.naming_share,
         word_share=recipe.pattern_word_share,
     ):  # fmt: skip
@@ -172,7 +175,7 @@ def _learning_rate(recipe: Recipe, step: int) -> float:
         warm = min(1.0, (step + 1) / 100)
         return recipe.learning_rate * warm * (1 - 0.5 * step / recipe.repeat_steps)
     warm = min(1.0, (done + 1) / 100)
-    length, peak = recipe.episode_steps, recipe.episode_learning_rate
+    length, peak = recipe.episode_schedule, recipe.episode_learning_rate
     if done >= recipe.episode_steps:
         done -= recipe.episode_steps
         length, peak = recipe.pattern_steps, recipe.pattern_learning_rate

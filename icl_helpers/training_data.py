@@ -78,7 +78,7 @@ def repeat_batch(
     induction = torch.zeros(min(watched, rows), length, length, dtype=torch.bool)
     positions = torch.arange(length)
     for row in range(rows):
-        tokens = rng.sample(range(2, vocab_size), pool)
+        tokens = rng.sample(range(2, vocab_size), min(pool, vocab_size - 2))
         period = rng.randint(3, length // 2 - 1)
         sequence = [rng.choice(tokens) for _ in range(period)]
         ids[row] = torch.tensor(sequence)[positions % period]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import random
 from collections import Counter
 
@@ -13,7 +14,17 @@ from safetensors.torch import load_file
 
 import icl_helpers as icl
 from icl_helpers._paths import embedded_dir, synthetic_dir
-from icl_helpers.corpus import DESCRIPTION, HELD_OUT_LABELS, episode, patterns
+from icl_helpers.corpus import (
+    DESCRIPTION,
+    HELD_OUT_LABELS,
+    NAMING_DESCRIPTION,
+    episode,
+    label_pool,
+    naming_episode,
+    pattern_names,
+    patterns,
+)
+from icl_helpers.dynamics import COLUMNS, measure_training, repeat_losses
 from icl_helpers.release import head_fractions
 from icl_helpers.task_registry import get_task_spec
 from icl_helpers.text_corpus import TEXT_TASKS, evaluation_rows, reference_text, text_episode
@@ -22,7 +33,7 @@ from icl_helpers.training_data import build_tokenizer, episode_batch, repeat_bat
 
 SMALL = Recipe(
     vocab_size=600, hidden_size=16, intermediate_size=16, n_layers=2, n_heads=4, n_kv_heads=2,
-    head_dim=4, repeat_steps=3, episode_steps=3, repeat_rows=4, episode_rows=4, repeat_vocab=200,
+    head_dim=4, repeat_steps=3, episode_steps=3, pattern_steps=3, repeat_rows=4, episode_rows=4, repeat_vocab=200,
 )  # fmt: skip
 
 
@@ -75,6 +86,22 @@ def test_held_out_labels_pairs_and_patterns_never_occur():
     assert shapes["ABCBA"]
     assert shapes["ABCD"]
     assert shapes["ABCDE"]
+
+
+def test_named_patterns_keep_the_held_out_pattern_pairings_and_labels_away():
+    rng = random.Random(5)
+    names = pattern_names()
+    assert len(set(names.values())) == len(names) == 5 + 14 + 52
+    assert not set(names.values()) & set(label_pool())
+    for _ in range(2000):
+        text = naming_episode(rng).text
+        assert text.startswith(NAMING_DESCRIPTION + "\n\n")
+        blocks = parsed(text.removeprefix(NAMING_DESCRIPTION + "\n\n"))
+        found = {canonical(elements) for elements, _ in blocks}
+        assert all(names[canonical(elements)] == label for elements, label in blocks)
+        assert "ABBB" not in found
+        assert not {"ABAB", "ABCD"} <= found
+        assert not {"ABCBA", "ABCDE"} <= found
 
 
 def test_patterns_are_all_equality_patterns_but_the_held_out_one():
@@ -164,6 +191,37 @@ def test_training_resumed_half_way_gives_the_same_weights(tmp_path, monkeypatch)
     other = Recipe(**{**SMALL.__dict__, "seed": 1})
     with pytest.raises(icl.InputError, match="another recipe"):
         train(tmp_path / "parts", recipe=other, device="cpu")
+
+
+def test_repeat_losses_are_those_of_a_model_that_copies_perfectly():
+    class Copier(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, ids):
+            logits = torch.zeros(*ids.shape, 20)
+            for position in range(5, ids.shape[1]):
+                logits[torch.arange(len(ids)), position, ids[:, position - 4]] = 50.0
+            return type("Output", (), {"logits": logits})
+
+    sequences = torch.stack([torch.randperm(20)[:5] for _ in range(3)])
+    first, last = repeat_losses(Copier(), sequences)
+    assert first == pytest.approx(math.log(20))
+    assert last == pytest.approx(0.0, abs=1e-5)
+
+
+def test_dynamics_measure_every_checkpoint_of_a_run(tmp_path, monkeypatch):
+    train(tmp_path, recipe=SMALL, device="cpu")
+    module = importlib.import_module("icl_helpers.dynamics")
+    monkeypatch.setattr(module, "head_fractions", lambda scores: {"larger": 1 / 8})
+    frame = measure_training(tmp_path, tasks=["repetition"], shots=2, limit=4)
+    assert list(frame.columns) == COLUMNS
+    assert sorted(frame.step.unique()) == checkpoint_steps(SMALL)
+    counts = frame.groupby("measure").size() / len(checkpoint_steps(SMALL))
+    assert counts["prefix_score"] == 8
+    assert counts["accuracy"] == counts["accuracy_without_induction_heads"] == 1
+    assert frame.value.notna().all()
+    with pytest.raises(icl.MissingArtefactError, match="no finished training"):
+        measure_training(tmp_path / "nothing")
 
 
 def test_fractions_follow_the_rule_of_the_threshold():

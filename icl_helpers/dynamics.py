@@ -1,0 +1,170 @@
+"""Training dynamics: induction heads, in-context loss and few-shot accuracy at each checkpoint.
+
+Example
+-------
+>>> frame = measure_training("runs/training")   # the output_dir of icl_helpers.train.train
+>>> frame[frame.measure == "prefix_score"].pivot_table("value", "step", ["layer", "head"])
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from icl_helpers.condition import FULL, Condition
+from icl_helpers.errors import MissingArtefactError
+from icl_helpers.evaluation import evaluate
+from icl_helpers.heads import Head, layer_matched_heads, top_heads
+from icl_helpers.models import load_model
+from icl_helpers.prefix_matching import prefix_matching_scores, random_sequences
+from icl_helpers.release import head_fractions
+from icl_helpers.train import Recipe, build_model
+
+__all__ = ["COLUMNS", "load_checkpoint", "measure_training", "repeat_losses"]
+
+COLUMNS = ["step", "measure", "layer", "head", "task", "value"]
+_TASKS = (
+    "repetition", "recursion", "centre_embedding", "wordseq1_binary", "wordseq2_binary",
+)  # fmt: skip
+_CONTROL_SEED = 42
+
+
+def load_checkpoint(path: str | os.PathLike[str], recipe: Recipe) -> LlamaForCausalLM:
+    """The model as it was at a checkpoint of :func:`icl_helpers.train.train`."""
+    model = build_model(recipe).eval()
+    weights = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    return model
+
+
+@torch.no_grad()
+def repeat_losses(
+    model: LlamaForCausalLM, sequences: Int[torch.Tensor, "sequences length"], *, repeats: int = 4
+) -> tuple[float, float]:
+    """Mean loss (nats per token) in the first copy of repeated sequences, and in the last.
+
+    A model that copies from context has a low loss in the last copy; the first cannot be predicted.
+    """
+    ids = sequences.repeat(1, repeats).to(model.device)
+    logits = model(ids).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    length = sequences.shape[1]
+    return float(losses[:, : length - 1].mean()), float(losses[:, -length:].mean())
+
+
+def measure_training(
+    output_dir: str | os.PathLike[str],
+    *,
+    tasks: Sequence[str] = _TASKS,
+    shots: int = 10,
+    seed: int = 42,
+    limit: int | None = 200,
+) -> pd.DataFrame:
+    """Measure every checkpoint of a finished training run.
+
+    The heads removed at every checkpoint are those that score 0.3 or more in the finished model
+    (zero ablation); the control is as many others of the same layers.
+
+    Parameters
+    ----------
+    output_dir
+        What :func:`icl_helpers.train.train` wrote: ``recipe.json``, ``checkpoints/``, ``model/``.
+    shots, seed, limit
+        Demonstrations, their seed, and the documents of each task.
+
+    Returns
+    -------
+    DataFrame
+        Tidy, columns step, measure, layer, head, task, value. Measures: ``prefix_score`` (one row
+        a head), ``loss_first_copy`` and ``loss_last_copy`` (nats per token), and ``accuracy``,
+        ``accuracy_without_induction_heads``, ``accuracy_without_random_heads`` (one row a task).
+
+    Raises
+    ------
+    MissingArtefactError
+        The directory holds no finished training.
+    """
+    output = Path(output_dir)
+    files = sorted((output / "checkpoints").glob("step-*.safetensors"))
+    if not files or not (output / "model").is_dir() or not (output / "recipe.json").is_file():
+        raise MissingArtefactError(
+            f"{output} holds no finished training; give the output directory of train()"
+        )
+    recipe = Recipe(**json.loads((output / "recipe.json").read_text()))
+    final, _ = load_model(str(output / "model"), device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    sequences = random_sequences(tokenizer)
+    scores = prefix_matching_scores(final, sequences).mean(0)
+    chosen = _conditions(scores)
+    rows: list[dict[str, Any]] = []
+    for path in tqdm(files, unit="checkpoint"):
+        model = load_checkpoint(path, recipe)
+        step = int(path.stem.removeprefix("step-"))
+        rows += [{"step": step, **row} for row in _scores_and_losses(model, sequences)]
+        rows += [
+            {"step": step, **row}
+            for row in _accuracies(model, tokenizer, chosen, tasks, shots, seed, limit)
+        ]
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"layer": "Int64", "head": "Int64"})
+
+
+def _conditions(scores: Float[torch.Tensor, "layers heads"]) -> list[Condition]:
+    fraction = head_fractions(scores)["larger"]
+    heads: list[Head] = top_heads(scores, fraction)
+    control, _ = layer_matched_heads(
+        heads, scores.shape[1], scores.shape[0], seed=_CONTROL_SEED, exclude=heads
+    )
+    return [
+        FULL,
+        Condition("induction_heads", "zero", fraction, None, tuple(heads)),
+        Condition("random_heads", "zero", fraction, _CONTROL_SEED, tuple(control)),
+    ]
+
+
+def _scores_and_losses(
+    model: LlamaForCausalLM, sequences: Int[torch.Tensor, "sequences length"]
+) -> Iterator[dict[str, Any]]:
+    scores = prefix_matching_scores(model, sequences).mean(0)
+    for layer, row in enumerate(scores.tolist()):
+        for head, value in enumerate(row):
+            yield {"measure": "prefix_score", "layer": layer, "head": head, "value": value}
+    first, last = repeat_losses(model, sequences)
+    yield {"measure": "loss_first_copy", "value": first}
+    yield {"measure": "loss_last_copy", "value": last}
+
+
+def _accuracies(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: Sequence[Condition],
+    tasks: Sequence[str],
+    shots: int,
+    seed: int,
+    limit: int | None,
+) -> Iterator[dict[str, Any]]:
+    names = {
+        "full": "accuracy",
+        "induction_heads": "accuracy_without_induction_heads",
+        "random_heads": "accuracy_without_random_heads",
+    }
+    results = evaluate(
+        model, tokenizer, tasks=tasks, shots=shots, seeds=[seed], limit=limit, conditions=chosen
+    )
+    for row in results.to_dict("records"):
+        yield {
+            "measure": names[row["condition"]],
+            "task": row["task"],
+            "value": row["accuracy"],
+        }

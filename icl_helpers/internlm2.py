@@ -184,7 +184,7 @@ def load_internlm2(
     model.tie_weights()
     model.config.dtype = model.dtype
     if len(set(devices.values())) > 1:
-        from accelerate import dispatch_model
+        from accelerate import dispatch_model  # type: ignore[import-untyped]
 
         dispatch_model(model, devices)
     return model.eval()
@@ -318,8 +318,8 @@ def _devices(
     if isinstance(device_map, dict):
         devices = device_map
     elif device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        from accelerate import infer_auto_device_map
-        from accelerate.utils import get_balanced_memory
+        from accelerate import infer_auto_device_map  # type: ignore[import-untyped]
+        from accelerate.utils import get_balanced_memory  # type: ignore[import-untyped]
 
         whole = {"no_split_module_classes": ["LlamaDecoderLayer"], "dtype": dtype}
         memory = None

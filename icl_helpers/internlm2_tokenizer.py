@@ -75,7 +75,7 @@ def _convert(path: Path, added: Mapping[str, Mapping[str, Any]]) -> Tokenizer:
     """``tokenizer.model`` as a byte-fallback BPE; ``added`` renames and adds tokens by id."""
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(path.read_bytes())
     if proto.trainer_spec.model_type != _BPE:
         raise InputError(f"{path} is not a BPE model, as InternLM2's is; it cannot be converted")

@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  ?= icl-tiny
-RUN    ?= runs/$(notdir $(MODEL))
+RUN    ?= runs/$(notdir $(MODEL:/=))
 # Parameters of the run; the embedded model has its own file.
-PARAMETERS ?= $(wildcard notebooks/parameters/$(notdir $(MODEL)).yaml)
+PARAMETERS ?= $(wildcard notebooks/parameters/$(notdir $(MODEL:/=)).yaml)
 
 .PHONY: setup book run test lint serve clean
 
@@ -22,7 +22,7 @@ run: setup
 	$(BIN)/icl run $(if $(PARAMETERS),-f $(PARAMETERS)) --model $(MODEL) --run-dir $(RUN)
 
 book: run
-	$(BIN)/icl book --runs $(dir $(RUN)) --out _build
+	$(BIN)/icl book --runs $(dir $(RUN:/=)) --out _build
 
 test: setup
 	$(BIN)/python -m pytest

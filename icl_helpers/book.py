@@ -75,6 +75,7 @@ def build_book(
         shutil.rmtree(stale, ignore_errors=True)
     pages = _stage(staged, found)
     _sphinx(staged, target)
+    _point_at_sources(target / "html")
     missing = [page for page in pages if not (target / "html" / f"{page}.html").is_file()]
     if missing:
         raise BookError(f"the built book lacks {', '.join(missing)}")
@@ -157,9 +158,9 @@ def _front_page(staged: Path, run: Path) -> dict[str, str]:
         "answer": _answer(numbers),
         "figure_caption": (
             f"Accuracy of {info['model']} with the most examples per task, on {documents} of each "
-            f"task and three draws of the demonstrations; {numbers['fraction']:.1%} of its heads "
-            f"are removed (mean ablation) or blocked. Lines span the runs; the dotted line is "
-            f"chance for two labels."
+            f"task and {len(info['parameters']['seeds'])} draws of the demonstrations; "
+            f"{numbers['fraction']:.1%} of its heads are removed (mean ablation) or blocked. Lines "
+            f"span the runs; the dotted line is chance for two labels."
         ),
     }
 
@@ -173,15 +174,20 @@ def _answer(numbers: dict[str, Any]) -> str:
         f"**In this model:** with {numbers['shots']} examples it labels {numbers['full']:.0f} % of "
         f"the two-label sequences correctly. Without {numbers['fraction']:.1%} of its heads, those "
         f"with the highest induction score, {numbers['induction_heads']:.0f} % "
-        f"({-lost['induction_heads']:+.0f} points); with only their induction pattern blocked, "
-        f"{numbers['induction_pattern']:.0f} % ({-lost['induction_pattern']:+.0f}); without as "
+        f"({_points(-lost['induction_heads'])} points); with only their induction pattern blocked, "
+        f"{numbers['induction_pattern']:.0f} % ({_points(-lost['induction_pattern'])}); without as "
         f"many random heads of the same layers, {numbers['random_heads']:.0f} % "
-        f"({-lost['random_heads']:+.0f}). "
+        f"({_points(-lost['random_heads'])}). "
     )
     zero = (numbers["zero_shot"], numbers["zero_shot_induction_heads"])
     return text + (
         f"Without examples it is at {zero[0]:.0f} %, and at {zero[1]:.0f} % without the heads."
     )
+
+
+def _points(difference: float) -> str:
+    """A difference in whole points with its sign; what rounds to nothing has none."""
+    return f"{round(difference):+d}" if round(difference) else "0"
 
 
 def _repository_buttons(config: dict[str, Any]) -> None:
@@ -190,8 +196,22 @@ def _repository_buttons(config: dict[str, Any]) -> None:
     if not url:
         del config["repository"]
         return
+    config["repository"]["path_to_book"] = "book"
     config["html"] |= {"use_repository_button": True, "use_edit_page_button": True}
     config["launch_buttons"]["colab_url"] = "https://colab.research.google.com"
+
+
+def _point_at_sources(html: Path) -> None:
+    """Lead the buttons of a run's pages to the notebooks as the repository keeps them.
+
+    The theme takes a page's place in the book for its place in the repository, where runs are not.
+    """
+    for page in html.glob("run/*/*.html"):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(
+            re.sub(r"(/(?:blob|edit|tree)/[^\"]*?)/book/run/[a-z0-9-]+/", r"\1/notebooks/", text),
+            encoding="utf-8",
+        )
 
 
 def _sphinx(staged: Path, target: Path) -> None:

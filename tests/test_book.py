@@ -15,7 +15,7 @@ import pytest
 
 import icl_helpers as icl
 from icl_helpers import book
-from icl_helpers._paths import notebooks_dir
+from icl_helpers._paths import book_dir, notebooks_dir
 from icl_helpers.parameters import StageParameters
 from icl_helpers.pipeline import StageError, execute_stages, read_parameters, stage_notebooks
 from icl_helpers.summary import summarise
@@ -256,6 +256,33 @@ def test_notebook_with_an_error_fails_the_build(run_dir, tmp_path):
     nbformat.write(notebook, path)
     with pytest.raises(book.BookError, match="holds an error"):
         book.build_book(runs, tmp_path / "out")
+
+
+def test_api_page_documents_every_public_name():
+    page = (book_dir() / "api.md").read_text()
+    names = [name for name in icl.__all__ if not name.startswith("__")]
+    assert [name for name in names if not re.search(rf"\.{name}$", page, re.MULTILINE)] == []
+
+
+def test_buttons_of_a_run_lead_to_the_notebooks_in_the_repository(tmp_path):
+    page = tmp_path / "run" / "icl-tiny" / "01_x.html"
+    page.parent.mkdir(parents=True)
+    page.write_text(
+        '<a href="https://host/github/o/r/blob/main/book/run/icl-tiny/01_x.ipynb">'
+        '<a href="../other-run/01_x.html">'
+    )
+    book._point_at_sources(tmp_path)
+    assert Links(page.read_text()).links == [
+        "https://host/github/o/r/blob/main/notebooks/01_x.ipynb",
+        "../other-run/01_x.html",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("difference", "shown"), [(-24.6, "-25"), (3.2, "+3"), (-0.2, "0"), (0.0, "0")]
+)
+def test_difference_in_points_has_a_sign_unless_it_rounds_to_nothing(difference, shown):
+    assert book._points(difference) == shown
 
 
 def test_jupyter_book_2_is_refused(monkeypatch, tmp_path):

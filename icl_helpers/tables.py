@@ -7,9 +7,11 @@ to the full model in points.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +19,17 @@ from icl_helpers.errors import InputError
 from icl_helpers.published import PAPER_MODELS, published_accuracy
 from icl_helpers.store import atomic_path
 
-__all__ = ["accuracy_means", "compare_published", "layout", "published_name", "write_table"]
+__all__ = [
+    "accuracy_means",
+    "compare_published",
+    "layout",
+    "published_name",
+    "table1",
+    "table3",
+    "table4",
+    "table5",
+    "write_table",
+]
 
 _ORDER = ["full", "induction_heads", "induction_pattern", "random_heads"]
 _TITLES = {
@@ -26,6 +38,7 @@ _TITLES = {
     "induction_pattern": "induction pattern",
     "random_heads": "random heads",
 }
+_ROW = ["task", "labels", "shots"]
 _GROUP = ["task", "labels", "shots", "condition", "ablation", "fraction"]
 
 
@@ -41,31 +54,106 @@ def accuracy_means(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def layout(results: pd.DataFrame, *, ablation: str = "mean") -> pd.DataFrame:
-    """Table 1 (``ablation="mean"``) or Table 4 (``"zero"``) for a run.
+    """A run's accuracies in the layout of Table 1 (``ablation="mean"``) or 4 (``"zero"``).
 
-    Rows are indexed by task and shots, columns by condition and share of heads. Knockout has a
-    column in both, as in the paper. Raises :class:`InputError` when the run lacks the full model.
+    Rows are indexed by task and shots (and labels, where the results hold both kinds), columns by
+    condition and share of heads. Knockout has a column in both, as in the paper. Raises
+    :class:`InputError` when the run lacks the full model.
     """
-    means = accuracy_means(results)
+    index = ["task", "shots"] if results["labels"].nunique() <= 1 else _ROW
+    cells = _cells(accuracy_means(results), ablation, index)
+    titles = [(_TITLES[column[0]], _share(float(column[1]))) for column in cells.columns]
+    cells.columns = pd.MultiIndex.from_tuples(titles)
+    return cells
+
+
+def _share(fraction: float) -> str:
+    return f"{fraction:.1%}" if fraction else ""
+
+
+def _cells(means: pd.DataFrame, ablation: str, index: list[str]) -> pd.DataFrame:
+    """Text of each cell; columns (condition, fraction) in the paper's order, "" where absent."""
     wanted = means[means["ablation"].isin(["none", "knockout", ablation])]
     if not (wanted["condition"] == "full").any():
         raise InputError("the results hold no full model to compare with; evaluate 'full' first")
-    full = wanted[wanted["condition"] == "full"].set_index(["task", "shots"])["accuracy"]
-    rows: dict[tuple[str, int], dict[tuple[str, str], str]] = {}
-    for entry in wanted.itertuples(index=False):
-        key = (entry.task, entry.shots)
-        cell = f"{entry.accuracy:.1f}"
-        if entry.condition != "full":
-            cell += f" ({entry.accuracy - full[key]:+.1f})"
-        share = "" if entry.condition == "full" else f"{entry.fraction:.1%}"
-        rows.setdefault(key, {})[_TITLES[entry.condition], share] = cell
+    full = wanted[wanted["condition"] == "full"].set_index(index)["accuracy"]
+    rows: dict[tuple[Any, ...], dict[tuple[str, float], str]] = {}
+    for entry in wanted.to_dict("records"):
+        key = tuple(entry[name] for name in index)
+        cell = f"{entry['accuracy']:.1f}"
+        if entry["condition"] != "full" and key in full.index:
+            cell += f" ({entry['accuracy'] - full[key]:+.1f})"
+        rows.setdefault(key, {})[entry["condition"], float(entry["fraction"])] = cell
     frame = pd.DataFrame.from_dict(rows, orient="index")
-    frame.index = pd.MultiIndex.from_tuples(frame.index, names=["task", "shots"])
-    shares = [f"{f:.1%}" for f in sorted(set(wanted["fraction"]) - {0.0})]
-    columns = [("full model", "")]
-    columns += [(_TITLES[name], share) for name in _ORDER[1:] for share in shares]
-    found = [column for column in columns if column in set(frame.columns)]
-    return frame[pd.MultiIndex.from_tuples(found)].fillna("")
+    frame.index = pd.MultiIndex.from_tuples(list(rows), names=index)
+    columns = sorted(frame.columns, key=lambda column: (_ORDER.index(column[0]), column[1]))
+    return frame.reindex(columns=pd.MultiIndex.from_tuples(columns)).fillna("")
+
+
+def table1(results: pd.DataFrame, *, published_model: str | None = None) -> pd.DataFrame:
+    """Table 1: abstract tasks, mean ablation and knockout, published values beside the run's.
+
+    Rows: task, labels, shots. Columns: source, condition, share of heads; the source is "this run"
+    or "published, NAME". ``published_model`` is one of the paper's two names, such as
+    :func:`published_name` gives; None shows Llama-3-8B. The paper's 1 % and 3 % stand beside the
+    run's smaller and larger share, each under its own heading. Raises :class:`InputError` when the
+    run holds none of the table's rows or no full model.
+    """
+    return _paper_table(results, 1, published_model)
+
+
+def table3(results: pd.DataFrame, *, published_model: str | None = None) -> pd.DataFrame:
+    """Table 3: text classification, mean ablation; otherwise as :func:`table1`."""
+    return _paper_table(results, 3, published_model)
+
+
+def table4(results: pd.DataFrame, *, published_model: str | None = None) -> pd.DataFrame:
+    """Table 4: abstract tasks, zero ablation and knockout; otherwise as :func:`table1`."""
+    return _paper_table(results, 4, published_model)
+
+
+def table5(results: pd.DataFrame, *, published_model: str | None = None) -> pd.DataFrame:
+    """Table 5: text classification, zero ablation; otherwise as :func:`table1`."""
+    return _paper_table(results, 5, published_model)
+
+
+def _paper_table(results: pd.DataFrame, number: int, published_model: str | None) -> pd.DataFrame:
+    from icl_helpers.task_registry import task_names
+
+    abstract = number in (1, 4)
+    ablation = "mean" if number in (1, 3) else "zero"
+    chosen = results[results["task"].isin(task_names("abstract")) == abstract]
+    if not abstract:
+        # The paper ran no knockout on these tasks; a run that did shows it in its own results.
+        chosen = chosen[chosen["ablation"] != "knockout"]
+    if chosen.empty:
+        kind = "abstract" if abstract else "text classification"
+        raise InputError(f"table {number} is about {kind} tasks; the results hold none")
+    ours = _cells(accuracy_means(chosen), ablation, _ROW)
+    name = published_model or "Llama-3-8B"
+    theirs = _cells(_published_rows(number, name), ablation, _ROW)
+    theirs = theirs.reindex(ours.index).fillna("")
+    columns: dict[tuple[str, str, str], pd.Series] = {}
+    for condition in _ORDER:
+        pairs = itertools.zip_longest(ours.get(condition, []), theirs.get(condition, []))
+        for fraction, published_fraction in pairs:
+            for source, frame, share in (
+                ("this run", ours, fraction),
+                (f"published, {name}", theirs, published_fraction),
+            ):
+                if share is not None:
+                    heading = (source, _TITLES[condition], _share(share))
+                    columns[heading] = frame[condition, share]
+    return pd.DataFrame(columns)
+
+
+def _published_rows(number: int, model: str) -> pd.DataFrame:
+    published = published_accuracy()
+    chosen = published[(published["table"] == number) & (published["model"] == model)]
+    if chosen.empty:
+        names = ", ".join(sorted(set(published["model"])))
+        raise InputError(f"nothing is published for {model!r}; the paper's models are {names}")
+    return chosen
 
 
 def published_name(model: str) -> str | None:
@@ -85,10 +173,7 @@ def compare_published(
     The run's smaller and larger fraction stand beside the paper's 1 % and 3 %, whatever they are;
     both are shown. Rows that the run did not evaluate are left out.
     """
-    published = published_accuracy()
-    chosen = published[(published["table"] == table) & (published["model"] == published_model)]
-    if chosen.empty:
-        raise InputError(f"nothing is published in table {table} for {published_model!r}")
+    chosen = _published_rows(table, published_model)
     match = {0.0: 0.0, 0.01: min(fractions), 0.03: max(fractions)}
     chosen = chosen.assign(
         published_fraction=chosen["fraction"], fraction=chosen["fraction"].map(match)

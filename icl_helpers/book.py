@@ -158,7 +158,7 @@ def _front_page(staged: Path, run: Path) -> dict[str, str]:
         "answer": _answer(numbers),
         "figure_caption": (
             f"Accuracy of {info['model']} with the most examples per task, on {documents} of each "
-            f"task and {len(info['parameters']['seeds'])} draws of the demonstrations; "
+            f"task and demonstration seeds {', '.join(map(str, info['parameters']['seeds']))}; "
             f"{numbers['fraction']:.1%} of its heads are removed (mean ablation) or blocked. Lines "
             f"span the runs; the dotted line is chance for two labels."
         ),

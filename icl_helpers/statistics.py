@@ -162,11 +162,16 @@ def accuracy_intervals(
     """Accuracy in percent with its interval, per task, labels, shots and condition.
 
     ``documents`` is :func:`icl_helpers.document_results`. Columns of the result: the key, accuracy,
-    low, high, documents, runs.
+    low, high, documents, runs. Where every answer is right, or every one wrong, there is nothing to
+    resample: the bounds are then the exact binomial ones for that many documents.
     """
     rows = []
     for key, cube in _cubes(documents).items():
         found = bootstrap_interval(cube.values, level=level, resamples=resamples)
+        if found.mean in (0.0, 1.0):
+            n = len(cube.values)
+            exact = stats.binomtest(round(n * found.mean), n).proportion_ci(level)
+            found = Interval(found.mean, float(exact.low), float(exact.high))
         rows.append(
             dict(zip(_CELL, key, strict=True))
             | {"accuracy": 100 * found.mean, "low": 100 * found.low, "high": 100 * found.high}
@@ -202,9 +207,8 @@ def comparisons(
                 | {"high": 100 * found.high, "p": paired_test(first, second)}
                 | {"cohens_g": cohens_g(first, second)}
             )
-    frame = pd.DataFrame(rows)
-    if frame.empty:
-        return frame
+    columns = [*_CELL, "against", "difference", "low", "high", "p", "cohens_g"]
+    frame = pd.DataFrame(rows, columns=columns)
     frame["p_holm"] = holm(frame["p"].to_numpy())
     return frame.assign(distinguishable=frame["p_holm"] < 1 - level)
 

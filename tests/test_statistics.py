@@ -157,6 +157,16 @@ def test_intervals_and_comparisons_of_a_run():
         assert row["p_holm"] >= row["p"]
 
 
+def test_a_faultless_condition_still_has_an_interval_and_nothing_to_compare():
+    documents = documents_frame().query("condition == 'full'").assign(correct=True)
+    row = accuracy_intervals(documents).iloc[0]
+    assert row["high"] == 100
+    assert row["low"] == pytest.approx(100 * 0.025 ** (1 / 200))
+    found = comparisons(documents)
+    assert found.empty
+    assert "distinguishable" in found
+
+
 def test_documents_that_a_run_lacks_are_left_out():
     documents = documents_frame()
     kept = documents[(documents["doc_id"] != 7) | (documents["demonstration_seed"] != 42)]

@@ -26,6 +26,12 @@ from transformers import (
 
 from icl_helpers._paths import embedded_dir
 from icl_helpers.errors import InputError, MissingArtefactError, UnsupportedArchitectureError
+from icl_helpers.internlm2 import (
+    fetch_internlm2,
+    is_internlm2,
+    load_internlm2,
+    load_internlm2_tokenizer,
+)
 
 __all__ = [
     "context_length",
@@ -96,6 +102,11 @@ def load_model(
     source = resolve_model(name)
     torch_dtype = _check_dtype(dtype)
     target = _check_device(device, device_map)
+    if is_internlm2(source, revision=revision):
+        directory = fetch_internlm2(source, revision=revision)
+        place = {"device": target} if device_map is None else {"device_map": device_map}
+        model = load_internlm2(directory, dtype=torch_dtype, **place)
+        return model, load_internlm2_tokenizer(directory)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = _load_config(name, source, options)
     try:

@@ -266,3 +266,22 @@ def test_added_tokens_replace_unused_pieces_by_id(sentencepiece_folder):
     assert fast.convert_tokens_to_ids("<|im_start|>") == 7
     assert 7 in fast("<|im_start|>fig").input_ids
     assert fast("fig").input_ids == fast("fig", add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("sentencepiece_folder", [True], indirect=True)
+def test_checkpoint_loads_by_its_directory_and_evaluates(sentencepiece_folder):
+    llama = random_llama()
+    write_checkpoint(sentencepiece_folder, llama, layout="sharded bin")
+    model, tokenizer = icl.load_model(str(sentencepiece_folder))
+    ids = torch.randint(0, 400, (2, 20))
+    assert torch.equal(model(ids).logits, llama(ids).logits)
+    scores = icl.prefix_matching_scores(model, torch.randint(5, 390, (2, 12))).mean(0)
+    means = icl.mean_head_outputs(model, torch.randint(5, 390, (3, 300)))
+    conditions = icl.conditions(
+        scores, fractions=[0.2], ablations=["mean", "zero", "knockout"], head_outputs=means
+    )
+    results = icl.evaluate(
+        model, tokenizer, tasks=["repetition"], shots=2, seeds=[42], limit=4, conditions=conditions
+    )
+    assert len(results) == 10
+    assert results["accuracy"].between(0, 1).all()

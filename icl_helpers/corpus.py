@@ -28,6 +28,7 @@ __all__ = [
     "HELD_OUT_PAIRS",
     "HELD_OUT_PATTERN",
     "HELD_OUT_PATTERN_PAIRINGS",
+    "LETTER_LENGTHS",
     "NAMING_DESCRIPTION",
     "Episode",
     "episode",
@@ -43,6 +44,8 @@ DESCRIPTION = (
     "examples provided to understand how to classify each sequence correctly."
 )
 NAMING_DESCRIPTION = "Give the name of the pattern of each sequence."
+# Letters in a sequence; a length occurs as often as it is listed.
+LETTER_LENGTHS = (3, 4, 4, 4, 5, 5)
 HELD_OUT_LABELS = ("Foo", "Bar", "Mur", "Res")
 HELD_OUT_PATTERN = "ABBB"
 HELD_OUT_PATTERN_PAIRINGS = (frozenset({"ABAB", "ABCD"}), frozenset({"ABCBA", "ABCDE"}))
@@ -170,23 +173,28 @@ def draw_labels(rng: random.Random, n: int) -> list[str]:
 
 @functools.cache
 def pattern_names() -> dict[str, str]:
-    """The code word of every trained equality pattern of 3, 4 or 5 letters, fixed over training."""
+    """The code word of every trained equality pattern of 2 to 5 letters, fixed over training."""
     words = [word for category in word_categories().values() for word in category]
     random.Random(1).shuffle(words)
-    every = [pattern for length in (3, 4, 5) for pattern in patterns(length)]
+    every = [pattern for length in (3, 4, 5, 2) for pattern in patterns(length)]
     return dict(zip(every, words, strict=False))
 
 
-def naming_episode(rng: random.Random) -> Episode:
+def naming_episode(
+    rng: random.Random,
+    *,
+    lengths: Sequence[int] = LETTER_LENGTHS,
+    rows: tuple[int, int] = (6, 10),
+) -> Episode:
     """Letter sequences of one length, each followed by the code word of its equality pattern.
 
     Nothing in context is needed to answer, so every row teaches which letters are equal. The code
     words are never the labels of a few-shot episode.
     """
-    length = rng.choice((3, 4, 4, 4, 5, 5))
+    length = rng.choice(lengths)
     names = pattern_names()
     while True:
-        chosen = [rng.choice(patterns(length)) for _ in range(rng.randint(6, 10))]
+        chosen = [rng.choice(patterns(length)) for _ in range(rng.randint(*rows))]
         if not any(pairing <= set(chosen) for pairing in HELD_OUT_PATTERN_PAIRINGS):
             break
     parts, spans = [NAMING_DESCRIPTION + "\n\n"], []
@@ -200,7 +208,12 @@ def naming_episode(rng: random.Random) -> Episode:
 
 
 def episode(
-    rng: random.Random, *, fresh: float, n_shots: int | None = None, word_share: float = 0.4
+    rng: random.Random,
+    *,
+    fresh: float,
+    n_shots: int | None = None,
+    word_share: float = 0.4,
+    lengths: Sequence[int] = LETTER_LENGTHS,
 ) -> Episode:
     """One few-shot classification episode.
 
@@ -212,10 +225,10 @@ def episode(
     n_shots
         Labelled instances; default 8 to 22 for words, 6 to 13 for letters.
     word_share
-        Probability of word pairs; otherwise letters.
+        Probability of word pairs; otherwise letters, as many in a sequence as ``lengths`` says.
     """
     words = rng.random() < word_share
-    makers = _word_classes(rng) if words else _letter_classes(rng)
+    makers = _word_classes(rng) if words else _letter_classes(rng, lengths)
     if n_shots is None:
         n_shots = rng.randint(8, 22) if words else rng.randint(6, 13)
     if rng.random() >= fresh:
@@ -249,9 +262,9 @@ def _burst(rng: random.Random, maker: Callable[[], str]) -> Callable[[], str]:
     return lambda: rng.choice(instances)
 
 
-def _letter_classes(rng: random.Random) -> list[Callable[[], str]]:
-    length = rng.choice((3, 4, 4, 4, 5, 5))
-    n_classes = rng.choice((2, 2, 2, 3))
+def _letter_classes(rng: random.Random, lengths: Sequence[int]) -> list[Callable[[], str]]:
+    length = rng.choice(lengths)
+    n_classes = min(rng.choice((2, 2, 2, 3)), len(patterns(length)))
     distinct = string.ascii_uppercase[:length]
     while True:
         chosen = rng.sample(patterns(length), n_classes)

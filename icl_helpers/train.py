@@ -1,7 +1,4 @@
-"""Training recipe of the embedded model: induction, then few-shot episodes, then letter patterns.
-
-The episodes are hardened slowly, from copying to new instances. The last phase adds sequences whose
-pattern has a name, which teaches which letters are equal, and long repeats.
+"""Training of the embedded model; what it is trained on is in :mod:`icl_helpers.recipe`.
 
 A run is a function of its seed: every step draws its data from a generator seeded with the seed and
 the step, so a run that was interrupted goes on as if it had not been. A small penalty keeps the
@@ -11,13 +8,10 @@ induction pattern in few heads, so that a layer holds enough other heads for a f
 from __future__ import annotations
 
 import json
-import math
 import os
-import random
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,52 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from icl_helpers.attention import AttentionCall, attention_probabilities, edited_attention
 from icl_helpers.errors import InputError
+from icl_helpers.recipe import Recipe, checkpoint_steps, learning_rate, step_batches
 from icl_helpers.store import atomic_path, write_json
-from icl_helpers.training_data import Batch, build_tokenizer, episode_batch, repeat_batch
+from icl_helpers.training_data import build_tokenizer
 
 __all__ = ["Recipe", "build_model", "checkpoint_steps", "train"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the trained weights, besides the library versions."""
-
-    seed: int = 0
-    vocab_size: int = 1500
-    hidden_size: int = 128
-    intermediate_size: int = 256
-    n_layers: int = 4
-    n_heads: int = 16
-    n_kv_heads: int = 4
-    head_dim: int = 16
-    max_positions: int = 1024
-    repeat_steps: int = 2600
-    repeat_vocab: int = 300
-    episode_steps: int = 3900
-    # The cosine of the second phase is made for 4,500 steps; the third phase begins before its end.
-    episode_schedule: int = 4500
-    pattern_steps: int = 2400
-    bursty_steps: int = 500
-    hardening_steps: int = 1500
-    repeat_rows: int = 96
-    repeat_length: int = 48
-    episode_rows: int = 48
-    pattern_rows: int = 32
-    max_tokens: int = 192
-    text_share: float = 0.15
-    naming_share: float = 0.25
-    pattern_word_share: float = 0.2
-    learning_rate: float = 3e-3
-    episode_learning_rate: float = 2e-3
-    pattern_learning_rate: float = 2e-3
-    induction_heads: int = 4
-    penalty: float = 0.3
-    penalty_from_score: float = 0.6
-
-    @property
-    def steps(self) -> int:
-        """Number of optimiser steps."""
-        return self.repeat_steps + self.episode_steps + self.pattern_steps
 
 
 def build_model(recipe: Recipe) -> LlamaForCausalLM:
@@ -96,17 +49,6 @@ def build_model(recipe: Recipe) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def checkpoint_steps(recipe: Recipe, *, per_phase: int = 12) -> list[int]:
-    """Log-spaced steps within each of the three phases, 0 and the last among them."""
-    phases = (recipe.repeat_steps, recipe.episode_steps, recipe.pattern_steps)
-    steps = {0, recipe.steps}
-    for start, length in zip((0, phases[0], phases[0] + phases[1]), phases, strict=True):
-        low = math.log(max(1, length // 60))
-        for k in range(per_phase):
-            steps.add(start + round(math.exp(low + (math.log(length) - low) * k / (per_phase - 1))))
-    return sorted(steps)
-
-
 class _Pressure:
     """Measures the induction pattern per head on watched rows, with gradients."""
 
@@ -124,66 +66,6 @@ class _Pressure:
         return call.output
 
 
-def _batches(
-    recipe: Recipe, step: int, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[str, float, Batch]]:
-    """(kind, loss weight, batch) of one step."""
-    rng = random.Random(f"{recipe.seed}-{step}")
-    done = step - recipe.repeat_steps
-    if done < 0:
-        yield "repeat", 1.0, repeat_batch(
-            rng, vocab_size=recipe.repeat_vocab, rows=recipe.repeat_rows,
-            length=recipe.repeat_length, pool=64, watched=16,
-        )  # fmt: skip
-        return
-    if done >= recipe.episode_steps:
-        yield from _pattern_batches(recipe, rng, tokenizer)
-        return
-    fresh = min(1.0, max(0.0, (done - recipe.bursty_steps) / recipe.hardening_steps))
-    yield (
-        "repeat",
-        0.2,
-        repeat_batch(rng, vocab_size=recipe.vocab_size, rows=16, length=64, pool=256, watched=16),
-    )
-    for batch in episode_batch(
-        rng, tokenizer, rows=recipe.episode_rows, fresh=fresh, text_share=recipe.text_share,
-        watched=4, max_tokens=recipe.max_tokens,
-    ):  # fmt: skip
-        yield "episode", 1.0, batch
-
-
-def _pattern_batches(
-    recipe: Recipe, rng: random.Random, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[str, float, Batch]]:
-    """Last phase: long repeats over the whole vocabulary, and mostly letters, a third named."""
-    yield (
-        "repeat",
-        0.2,
-        repeat_batch(rng, vocab_size=recipe.vocab_size, rows=4, length=208, pool=1000, watched=4),
-    )
-    for batch in episode_batch(
-        rng, tokenizer, rows=recipe.pattern_rows, fresh=1.0, text_share=recipe.text_share,
-        watched=4, max_tokens=recipe.max_tokens, naming_share=recipe.naming_share,
-        word_share=recipe.pattern_word_share,
-    ):  # fmt: skip
-        yield "episode", 1.0, batch
-
-
-def _learning_rate(recipe: Recipe, step: int) -> float:
-    done = step - recipe.repeat_steps
-    if done < 0:
-        warm = min(1.0, (step + 1) / 100)
-        return recipe.learning_rate * warm * (1 - 0.5 * step / recipe.repeat_steps)
-    warm = min(1.0, (done + 1) / 100)
-    length, peak = recipe.episode_schedule, recipe.episode_learning_rate
-    if done >= recipe.episode_steps:
-        done -= recipe.episode_steps
-        length, peak = recipe.pattern_steps, recipe.pattern_learning_rate
-        warm = min(1.0, (done + 1) / 100)
-    cosine = 0.5 * (1 + math.cos(math.pi * done / length))
-    return peak * warm * (0.03 + 0.97 * cosine)
-
-
 def _step(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -196,7 +78,7 @@ def _step(
     # No pressure before induction exists: it would keep it from forming.
     strength = recipe.penalty if float(scores.max()) >= recipe.penalty_from_score else 0.0
     losses: dict[str, float] = {}
-    for kind, weight, batch in _batches(recipe, step, tokenizer):
+    for kind, weight, batch in step_batches(recipe, step, tokenizer):
         pressure.mask, pressure.measured = batch.induction.to(model.device), []
         hidden = model.model(input_ids=batch.ids.to(model.device), use_cache=False)[0]
         where = batch.weights.nonzero(as_tuple=True)
@@ -257,7 +139,7 @@ def train(
             if step in wanted:
                 _save_weights(output / "checkpoints" / f"step-{step:06d}.safetensors", model)
             for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(recipe, step)
+                group["lr"] = learning_rate(recipe, step)
             began = time.perf_counter()
             losses = _step(model, tokenizer, recipe, step, pressure, scores)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

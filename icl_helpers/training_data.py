@@ -11,7 +11,14 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from icl_helpers.corpus import Episode, episode, label_pool, naming_episode, word_categories
+from icl_helpers.corpus import (
+    LETTER_LENGTHS,
+    Episode,
+    episode,
+    label_pool,
+    naming_episode,
+    word_categories,
+)
 from icl_helpers.text_corpus import TEXT_TASKS, reference_text, text_episode
 
 __all__ = ["Batch", "build_tokenizer", "episode_batch", "repeat_batch"]
@@ -100,6 +107,8 @@ def episode_batch(
     max_tokens: int,
     naming_share: float = 0.0,
     word_share: float = 0.4,
+    lengths: Sequence[int] = LETTER_LENGTHS,
+    named_rows: tuple[int, int] = (6, 10),
 ) -> list[Batch]:
     """Episodes in two batches by length, each padded to its own longest row.
 
@@ -112,9 +121,9 @@ def episode_batch(
         if kind < text_share:
             episodes.append(text_episode(rng))
         elif kind < text_share + naming_share:
-            episodes.append(naming_episode(rng))
+            episodes.append(naming_episode(rng, lengths=lengths, rows=named_rows))
         else:
-            episodes.append(episode(rng, fresh=fresh, word_share=word_share))
+            episodes.append(episode(rng, fresh=fresh, word_share=word_share, lengths=lengths))
     encoded = tokenizer(
         [e.text for e in episodes], return_offsets_mapping=True, add_special_tokens=False
     )

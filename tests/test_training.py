@@ -33,7 +33,8 @@ from icl_helpers.training_data import build_tokenizer, episode_batch, repeat_bat
 
 SMALL = Recipe(
     vocab_size=600, hidden_size=16, intermediate_size=16, n_layers=2, n_heads=4, n_kv_heads=2,
-    head_dim=4, repeat_steps=3, episode_steps=3, pattern_steps=3, repeat_rows=4, episode_rows=4, repeat_vocab=200,
+    head_dim=4, repeat_steps=3, episode_steps=3, pattern_steps=3, equality_steps=3,
+    repeat_rows=4, episode_rows=4, repeat_vocab=200,
 )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def test_held_out_labels_pairs_and_patterns_never_occur():
 def test_named_patterns_keep_the_held_out_pattern_pairings_and_labels_away():
     rng = random.Random(5)
     names = pattern_names()
-    assert len(set(names.values())) == len(names) == 5 + 14 + 52
+    assert len(set(names.values())) == len(names) == 2 + 5 + 14 + 52
     assert not set(names.values()) & set(label_pool())
     for _ in range(2000):
         text = naming_episode(rng).text

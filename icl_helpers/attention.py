@@ -22,7 +22,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -175,21 +175,32 @@ def edited_attention(
         )
     with _installed(model):
         positions = _Positions()
-        before = {module: _ACTIVE.get(module) for module in layout.modules}
+        active = {}
+        for layer, module in enumerate(layout.modules):
+            outer = _ACTIVE.get(module)
+            inherited = outer.edits if outer is not None else []
+            active[module] = _Active([*inherited, *edits.get(layer, ())], positions)
         handle = model.base_model.register_forward_pre_hook(positions.record, with_kwargs=True)
         try:
-            for layer, module in enumerate(layout.modules):
-                outer = before[module]
-                inherited = outer.edits if outer is not None else []
-                _ACTIVE[module] = _Active([*inherited, *edits.get(layer, ())], positions)
-            yield layout
+            with _activated(active):
+                yield layout
         finally:
             handle.remove()
-            for module, outer in before.items():
-                if outer is None:
-                    _ACTIVE.pop(module, None)
-                else:
-                    _ACTIVE[module] = outer
+
+
+@contextmanager
+def _activated(active: Mapping[torch.nn.Module, _Active]) -> Iterator[None]:
+    """Set what is active for these modules; put back what was there before."""
+    before = {module: _ACTIVE.get(module) for module in active}
+    try:
+        _ACTIVE.update(active)
+        yield
+    finally:
+        for module, outer in before.items():
+            if outer is None:
+                _ACTIVE.pop(module, None)
+            else:
+                _ACTIVE[module] = outer
 
 
 @contextmanager
@@ -274,26 +285,16 @@ def _probe(model: PreTrainedModel) -> AttentionLayout:
     return layout
 
 
-@contextmanager
 def _recording(
     model: PreTrainedModel, calls: list[tuple[torch.nn.Module, torch.Size]]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     def record(call: AttentionCall) -> torch.Tensor:
         calls.append((call.module, call.output.shape))
         return call.output
 
+    # Which modules hold attention is not known yet: the record waits at all of them.
     positions = _Positions()
-    before = {module: _ACTIVE.get(module) for module in model.modules()}
-    try:
-        for module in before:
-            _ACTIVE[module] = _Active([record], positions)
-        yield
-    finally:
-        for module, active in before.items():
-            if active is None:
-                _ACTIVE.pop(module, None)
-            else:
-                _ACTIVE[module] = active
+    return _activated({module: _Active([record], positions) for module in model.modules()})
 
 
 def _layout_of(

@@ -19,11 +19,11 @@ from jaxtyping import Float
 from icl_helpers.errors import InputError
 from icl_helpers.heads import Head, check_fraction, layer_matched_heads, random_heads, top_heads
 from icl_helpers.interventions import AttentionKnockout, Intervention, MeanAblation, ZeroAblation
+from icl_helpers.patterns import CATEGORIES
 
 __all__ = ["ABLATIONS", "CATEGORIES", "FULL", "PAPER_ABLATION_SEEDS", "Condition", "conditions"]
 
 ABLATIONS = ("mean", "zero", "knockout")
-CATEGORIES = ("words", "labels", "colons", "blank_lines")
 PAPER_ABLATION_SEEDS = (42, 43, 44)
 
 ConditionName = Literal["full", "induction_heads", "random_heads", "induction_pattern"]

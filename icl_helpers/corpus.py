@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from icl_helpers._paths import synthetic_dir
+from icl_helpers.task_registry import DESCRIPTION
 
 __all__ = [
     "DESCRIPTION",
@@ -39,10 +40,6 @@ __all__ = [
     "word_categories",
 ]
 
-DESCRIPTION = (
-    "Below is a list of various sequences. Your task is to classify each sequence. Use the "
-    "examples provided to understand how to classify each sequence correctly."
-)
 NAMING_DESCRIPTION = "Give the name of the pattern of each sequence."
 # Letters in a sequence; a length occurs as often as it is listed.
 LETTER_LENGTHS = (3, 4, 4, 4, 5, 5)

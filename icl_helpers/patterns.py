@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from icl_helpers._paths import synthetic_dir
 from icl_helpers.errors import InputError
 
-__all__ = ["Element", "induction_pattern", "induction_patterns", "prompt_elements"]
+__all__ = ["CATEGORIES", "Element", "induction_pattern", "induction_patterns", "prompt_elements"]
 
 CATEGORIES = ("words", "labels", "colons", "blank_lines")
 _BLANK_LINE = "\n\n"

@@ -102,8 +102,10 @@ def test_killed_evaluation_goes_on_where_it_stopped(tmp_path, how):
         "evaluate", "--tasks", "wordseq1_binary", "--shots", "10", "--seeds", "42,43,44",
         "--limit", "120", "--conditions", "full,zero", "--run-dir", str(run),
     ]  # fmt: skip
+    # A shell's background job starts with SIGINT ignored, and its children inherit that.
     process = subprocess.Popen(
         [sys.executable, "-m", "icl_helpers.cli", *arguments], cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     deadline = time.monotonic() + 300

@@ -32,6 +32,7 @@ __all__ = [
     "LETTER_LENGTHS",
     "NAMING_DESCRIPTION",
     "Episode",
+    "draw_labels",
     "episode",
     "label_pool",
     "naming_episode",
@@ -44,6 +45,10 @@ NAMING_DESCRIPTION = "Give the name of the pattern of each sequence."
 # Letters in a sequence; a length occurs as often as it is listed.
 LETTER_LENGTHS = (3, 4, 4, 4, 5, 5)
 HELD_OUT_LABELS = ("Foo", "Bar", "Mur", "Res")
+# Ranks of those four in frequency, each about 2.6 times as frequent as the next.
+_HELD_OUT_RANKS = (0, 9, 34, 100)
+# Zipf's law with an offset: a label of rank r has frequency in proportion to 1 / (r + offset).
+_FREQUENT_LABELS = 6
 HELD_OUT_PATTERN = "ABBB"
 HELD_OUT_PATTERN_PAIRINGS = (frozenset({"ABAB", "ABCD"}), frozenset({"ABCBA", "ABCDE"}))
 HELD_OUT_PAIRS = (
@@ -153,18 +158,30 @@ def _canonical(pattern: Sequence[str]) -> str:
 
 @functools.cache
 def label_pool() -> tuple[str, ...]:
-    """Invented three-letter labels, the four held-out ones among them."""
+    """Invented three-letter labels, the most frequent first, the four held-out ones among them."""
     rng = random.Random(0)
     syllables = ["".join(t) for t in itertools.product("BDFGKLMNPRSTVZ", "aeiou", "bdfgklmnprstvz")]
-    chosen = [s for s in rng.sample(syllables, 120) if s not in HELD_OUT_LABELS]
-    return (*chosen, *HELD_OUT_LABELS)
+    labels = [s for s in rng.sample(syllables, 120) if s not in HELD_OUT_LABELS]
+    for rank, label in zip(_HELD_OUT_RANKS, HELD_OUT_LABELS, strict=True):
+        labels.insert(rank, label)
+    return tuple(labels)
+
+
+@functools.cache
+def _cumulative_frequencies() -> tuple[float, ...]:
+    weights = (1 / (rank + _FREQUENT_LABELS) for rank in range(len(label_pool())))
+    return tuple(itertools.accumulate(weights))
 
 
 def draw_labels(rng: random.Random, n: int) -> list[str]:
-    """``n`` different labels, at most one of them held out."""
+    """``n`` different labels, at most one of them held out, frequent ones more often (Zipf).
+
+    As words of a language do, labels differ in frequency, so that without demonstrations a label
+    is preferred for its frequency rather than for the document.
+    """
     while True:
-        labels = rng.sample(label_pool(), n)
-        if sum(label in HELD_OUT_LABELS for label in labels) <= 1:
+        labels = rng.choices(label_pool(), cum_weights=_cumulative_frequencies(), k=n)
+        if len(set(labels)) == n and sum(label in HELD_OUT_LABELS for label in labels) <= 1:
             return labels
 
 
@@ -181,7 +198,7 @@ def naming_episode(
     rng: random.Random,
     *,
     lengths: Sequence[int] = LETTER_LENGTHS,
-    rows: tuple[int, int] = (6, 10),
+    rows: tuple[int, int] = (8, 12),
 ) -> Episode:
     """Letter sequences of one length, each followed by the code word of its equality pattern.
 
@@ -210,7 +227,6 @@ def episode(
     fresh: float,
     n_shots: int | None = None,
     word_share: float = 0.4,
-    lengths: Sequence[int] = LETTER_LENGTHS,
 ) -> Episode:
     """One few-shot classification episode.
 
@@ -222,10 +238,10 @@ def episode(
     n_shots
         Labelled instances; default 8 to 22 for words, 6 to 13 for letters.
     word_share
-        Probability of word pairs; otherwise letters, as many in a sequence as ``lengths`` says.
+        Probability of word pairs; otherwise letters.
     """
     words = rng.random() < word_share
-    makers = _word_classes(rng) if words else _letter_classes(rng, lengths)
+    makers = _word_classes(rng) if words else _letter_classes(rng)
     if n_shots is None:
         n_shots = rng.randint(8, 22) if words else rng.randint(6, 13)
     if rng.random() >= fresh:
@@ -259,8 +275,8 @@ def _burst(rng: random.Random, maker: Callable[[], str]) -> Callable[[], str]:
     return lambda: rng.choice(instances)
 
 
-def _letter_classes(rng: random.Random, lengths: Sequence[int]) -> list[Callable[[], str]]:
-    length = rng.choice(lengths)
+def _letter_classes(rng: random.Random) -> list[Callable[[], str]]:
+    length = rng.choice(LETTER_LENGTHS)
     n_classes = min(rng.choice((2, 2, 2, 3)), len(patterns(length)))
     distinct = string.ascii_uppercase[:length]
     while True:

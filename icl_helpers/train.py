@@ -138,6 +138,8 @@ def train(
         for step in progress:
             if step in wanted:
                 _save_weights(output / "checkpoints" / f"step-{step:06d}.safetensors", model)
+            if step == recipe.repeat_steps:
+                _align_spaced_tokens(model, tokenizer)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step)
             began = time.perf_counter()
@@ -154,6 +156,20 @@ def train(
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
     return output / "model"
+
+
+@torch.no_grad()
+def _align_spaced_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give every token with a leading space the embedding of the token without one.
+
+    "V" at the start of a line and " V" within it are different tokens of the same letter; letter
+    patterns cannot be told before that is known, and it cannot be learnt from them in short time.
+    """
+    vocabulary = tokenizer.get_vocab()
+    pairs = [(i, vocabulary.get(t[1:])) for t, i in vocabulary.items() if t.startswith("\u0120")]
+    spaced, plain = zip(*((i, j) for i, j in pairs if j is not None), strict=True)
+    embeddings = model.get_input_embeddings().weight
+    embeddings[list(spaced)] = embeddings[list(plain)]
 
 
 def _log(

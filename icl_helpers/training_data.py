@@ -107,13 +107,14 @@ def episode_batch(
     max_tokens: int,
     naming_share: float = 0.0,
     word_share: float = 0.4,
-    lengths: Sequence[int] = LETTER_LENGTHS,
-    named_rows: tuple[int, int] = (6, 10),
+    unseen_weight: float = 0.0,
+    named_lengths: Sequence[int] = LETTER_LENGTHS,
 ) -> list[Batch]:
     """Episodes in two batches by length, each padded to its own longest row.
 
-    Loss falls on the labels that can be known; the induction pattern is attention from the token
-    before a label (the colon) to the earlier labels.
+    Loss falls on the labels that can be known, and with ``unseen_weight`` on those that cannot: for
+    them the best answer is how often a label occurs, whatever the instance. The induction pattern
+    is attention from the token before a label (the colon) to the earlier labels.
     """
     episodes = []
     for _ in range(rows):
@@ -121,14 +122,14 @@ def episode_batch(
         if kind < text_share:
             episodes.append(text_episode(rng))
         elif kind < text_share + naming_share:
-            episodes.append(naming_episode(rng, lengths=lengths, rows=named_rows))
+            episodes.append(naming_episode(rng, lengths=named_lengths))
         else:
-            episodes.append(episode(rng, fresh=fresh, word_share=word_share, lengths=lengths))
+            episodes.append(episode(rng, fresh=fresh, word_share=word_share))
     encoded = tokenizer(
         [e.text for e in episodes], return_offsets_mapping=True, add_special_tokens=False
     )
     marked = [
-        _marks(e, ids, offsets)
+        _marks(e, ids, offsets, unseen_weight)
         for e, ids, offsets in zip(
             episodes, encoded["input_ids"], encoded["offset_mapping"], strict=True
         )
@@ -140,7 +141,7 @@ def episode_batch(
 
 
 def _marks(
-    item: Episode, ids: list[int], offsets: Sequence[tuple[int, int]]
+    item: Episode, ids: list[int], offsets: Sequence[tuple[int, int]], unseen_weight: float
 ) -> tuple[list[int], list[float], list[int]]:
     """Token ids, loss weight per token, and the positions of the labels."""
     start_of = {start: index for index, (start, _) in enumerate(offsets)}
@@ -148,7 +149,7 @@ def _marks(
     labels = []
     for start, weight in item.labels:
         position = start_of[start]
-        weights[position] = weight
+        weights[position] = weight or unseen_weight
         labels.append(position)
     return ids, weights, labels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import random
@@ -18,6 +19,7 @@ from icl_helpers.corpus import (
     DESCRIPTION,
     HELD_OUT_LABELS,
     NAMING_DESCRIPTION,
+    draw_labels,
     episode,
     label_pool,
     naming_episode,
@@ -33,8 +35,8 @@ from icl_helpers.training_data import build_tokenizer, episode_batch, repeat_bat
 
 SMALL = Recipe(
     vocab_size=600, hidden_size=16, intermediate_size=16, n_layers=2, n_heads=4, n_kv_heads=2,
-    head_dim=4, repeat_steps=3, episode_steps=3, pattern_steps=3, equality_steps=3,
-    repeat_rows=4, episode_rows=4, repeat_vocab=200,
+    head_dim=4, repeat_steps=4, episode_steps=6, episode_rows=4,
+    repeat_vocab=200,
 )  # fmt: skip
 
 
@@ -111,6 +113,17 @@ def test_patterns_are_all_equality_patterns_but_the_held_out_one():
     assert len(patterns(5)) == 52
 
 
+def test_labels_differ_in_frequency_as_words_do():
+    rng = random.Random(8)
+    counts = Counter(label for _ in range(30000) for label in draw_labels(rng, 2))
+    expected = [1 / (rank + 6) for rank in range(len(label_pool()))]
+    share = [counts[label] / counts.total() for label in label_pool()]
+    assert share[0] / share[9] == pytest.approx(expected[0] / expected[9], rel=0.15)
+    held_out = [counts[label] for label in HELD_OUT_LABELS]
+    assert held_out == sorted(held_out, reverse=True)
+    assert all(a > 2 * b for a, b in itertools.pairwise(held_out))
+
+
 def test_episode_weights_fall_on_labels_that_were_seen():
     rng = random.Random(1)
     for make in (lambda: episode(rng, fresh=0.5), lambda: text_episode(rng)):
@@ -168,6 +181,39 @@ def test_episode_batches_weigh_the_label_tokens():
         assert (batch.ids[query[:, 0], query[:, 2] - 1] == colon).all()
 
 
+def test_labels_that_cannot_be_known_weigh_as_told():
+    tokenizer = build_tokenizer(vocab_size=1500)
+    options = {"rows": 6, "fresh": 1.0, "text_share": 0.0, "watched": 1, "max_tokens": 256}
+    known = episode_batch(random.Random(9), tokenizer, **options)
+    every = episode_batch(random.Random(9), tokenizer, unseen_weight=0.25, **options)
+    ratios = []
+    for plain, with_unseen in zip(known, every, strict=True):
+        extra = (with_unseen.weights > 0) & (plain.weights == 0)
+        seen = plain.weights > 0
+        assert extra.any()
+        # The first label of every row can never be known.
+        first = with_unseen.weights.gt(0).float().argmax(dim=1)
+        assert extra[torch.arange(len(first)), first].all()
+        ratios.append(with_unseen.weights[extra].mean() / with_unseen.weights[seen].mean())
+    assert ratios == pytest.approx([0.25, 0.25])
+
+
+def test_a_letter_after_a_space_starts_the_second_phase_as_the_letter_alone(tmp_path):
+    output = train(tmp_path, recipe=SMALL, device="cpu").parent
+    recipe = Recipe(**{**SMALL.__dict__, "episode_learning_rate": 0.0})
+    still = train(tmp_path / "still", recipe=recipe, device="cpu").parent
+    vocabulary = build_tokenizer(vocab_size=SMALL.vocab_size).get_vocab()
+    spaced, plain = vocabulary["\u0120A"], vocabulary["A"]
+    name = "model.embed_tokens.weight"
+    before = load_file(still / "checkpoints" / f"step-{SMALL.repeat_steps:06d}.safetensors")[name]
+    after = load_file(still / "model" / "model.safetensors")[name]
+    assert not torch.equal(before[spaced], before[plain])
+    assert torch.equal(after[spaced], after[plain])
+    assert torch.equal(after[plain], before[plain])
+    trained = load_file(output / "model" / "model.safetensors")[name]
+    assert not torch.equal(trained[spaced], trained[plain])
+
+
 def test_training_resumed_half_way_gives_the_same_weights(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", recipe=SMALL, device="cpu")
     calls = []
@@ -176,7 +222,7 @@ def test_training_resumed_half_way_gives_the_same_weights(tmp_path, monkeypatch)
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == 6:
             raise KeyboardInterrupt
         return step(*args, **kwargs)
 

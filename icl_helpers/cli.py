@@ -124,6 +124,14 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _measure(args: argparse.Namespace) -> int:
+    from icl_helpers.effect import measure_trainings
+
+    for path in measure_trainings(args.output_dirs, args.out, limit=args.limit):
+        print(path)
+    return 0
+
+
 def _lm_eval(arguments: Sequence[str]) -> int:
     """lm-eval's own command line, with ``hf-icl`` registered and our tasks included."""
     import icl_helpers.lm  # noqa: F401 - registers hf-icl
@@ -174,6 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("output_dir")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device")
+    measure = add("measure", _measure, "measure finished trainings: effect and dynamics")
+    measure.add_argument("output_dirs", nargs="+", help="output directories of icl train")
+    measure.add_argument("--out", default=".", help="directory of the measurements (default .)")
+    measure.add_argument("--limit", type=int, help="only the first documents of each task")
     commands.add_parser(
         "lm-eval", help="lm-eval's command line with hf-icl and our tasks", add_help=False
     )

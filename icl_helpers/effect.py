@@ -11,24 +11,30 @@ Example
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from icl_helpers._paths import embedded_dir
 from icl_helpers.condition import conditions
+from icl_helpers.dynamics import measure_training
 from icl_helpers.errors import MissingArtefactError
 from icl_helpers.evaluation import evaluate
 from icl_helpers.means import mean_head_outputs
 from icl_helpers.models import load_model
 from icl_helpers.prefix_matching import prefix_matching_scores, random_sequences
 from icl_helpers.reference import reference_samples, reference_texts
-from icl_helpers.release import head_fractions
+from icl_helpers.release import head_fractions, release_model
 from icl_helpers.statistics import accuracy_intervals
+from icl_helpers.store import atomic_path
 from icl_helpers.task_registry import get_task_spec, task_names
 
-__all__ = ["effect_summary", "measure_effect", "read_measurements"]
+__all__ = ["effect_summary", "measure_effect", "measure_trainings", "read_measurements"]
+
+_DYNAMICS_DOCUMENTS = 100
 
 
 def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
@@ -120,3 +126,44 @@ def _summary(part: pd.DataFrame) -> dict[str, float]:
         "share of the pattern": 100 * (blocked[costly] / removed[costly]).mean(),
         "moved at zero shots": removed[zero].abs().max(),
     }
+
+
+def measure_trainings(
+    output_dirs: Sequence[str | os.PathLike[str]],
+    target: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+) -> list[Path]:
+    """Release and measure finished trainings; write ``effect`` and ``dynamics`` into ``target``.
+
+    Parameters
+    ----------
+    output_dirs
+        Output directories of :func:`icl_helpers.train.train`, one for each training seed. The
+        released model is left in their ``release/``; finished measurements are kept in ``effect/``.
+    limit
+        Documents of each task for the final effect; None: all.
+    """
+    effects, dynamics = [], []
+    for output in map(Path, output_dirs):
+        if not (output / "recipe.json").is_file() or not (output / "model").is_dir():
+            raise MissingArtefactError(
+                f"{output} holds no finished training; give the output directory of `icl train`"
+            )
+        seed = json.loads((output / "recipe.json").read_text())["seed"]
+        release_model(output, output / "release")
+        effects.append(
+            measure_effect(
+                output / "release", training_seed=seed, run_dir=output / "effect", limit=limit
+            )
+        )
+        frame = measure_training(output, limit=_DYNAMICS_DOCUMENTS)
+        frame.insert(0, "training_seed", seed)
+        dynamics.append(frame)
+    written = []
+    for name, frames in (("effect", effects), ("dynamics", dynamics)):
+        path = Path(target) / f"{name}.parquet"
+        with atomic_path(path) as temporary:
+            pd.concat(frames, ignore_index=True).to_parquet(temporary, index=False)
+        written.append(path)
+    return written

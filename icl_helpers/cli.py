@@ -27,6 +27,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="revision of a hub model")
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--quantization", help="4bit or 8bit weights (needs bitsandbytes)")
     parser.add_argument("--batch-size", help="prompts per forward pass, or auto")
     parser.add_argument("--tasks", type=_numbers(str), help="task names, comma separated")
     parser.add_argument("--shots", type=_numbers(int), help="numbers of demonstrations")
@@ -42,8 +43,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 _OPTIONS = (
-    "model", "revision", "dtype", "device", "batch_size", "tasks", "shots", "fractions", "seeds",
-    "ablation_seeds", "limit", "data", "control", "reference", "run_dir", "trust_remote_code",
+    "model", "revision", "dtype", "device", "quantization", "batch_size", "tasks", "shots",
+    "fractions", "seeds", "ablation_seeds", "limit", "data", "control", "reference", "run_dir",
+    "trust_remote_code",
 )  # fmt: skip
 
 

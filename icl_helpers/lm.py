@@ -245,10 +245,10 @@ def _rows(requests: Sequence[Encoded]) -> list[_Row]:
 class HFICL(InterventionLM):
     """``hf-icl`` for lm-eval's command line.
 
-    Model arguments: ``pretrained``, ``revision``, ``dtype``, ``device``, ``trust_remote_code``, and
-    ``ablate`` (none, induction, random, pattern), ``ablation`` (mean or zero), ``fraction``,
-    ``seed`` (random heads), ``control`` (published or strict), ``reference`` (a text file for the
-    means, one text a line; default: the embedded model's, or MNLI premises).
+    Model arguments: ``pretrained``, ``revision``, ``dtype``, ``device``, ``quantization``,
+    ``trust_remote_code``, and ``ablate`` (none, induction, random, pattern), ``ablation`` (mean or
+    zero), ``fraction``, ``seed`` (random heads), ``control`` (published or strict), ``reference``
+    (a text file for the means, one text a line; default: the embedded model's, or MNLI premises).
     """
 
     def __init__(
@@ -264,6 +264,7 @@ class HFICL(InterventionLM):
         revision: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
+        quantization: str | None = None,
         trust_remote_code: bool = False,
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
@@ -277,7 +278,7 @@ class HFICL(InterventionLM):
 
         model, tokenizer = load_model(
             pretrained, revision=revision, dtype=dtype, device=device,
-            trust_remote_code=trust_remote_code,
+            quantization=quantization, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         size = batch_size if batch_size == "auto" else int(batch_size)
         super().__init__(model, tokenizer, batch_size=size, **kwargs)

@@ -13,6 +13,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import (
@@ -32,6 +33,7 @@ from icl_helpers.internlm2 import (
     load_internlm2,
     load_internlm2_tokenizer,
 )
+from icl_helpers.quantization import check_quantization, quantization_config
 
 __all__ = [
     "context_length",
@@ -46,6 +48,9 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PAPER_FRACTIONS = (0.01, 0.03)
 # Elements hashed at a time: bounds the extra memory of the fingerprint to about 0.3 GB.
 _CHUNK = 1 << 24
+# Of quantised models, taken before their first use: on a CPU bitsandbytes repacks 4-bit weights
+# then, and reading the state back would round their scales a second time.
+_FINGERPRINTS: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 def embedded_models() -> list[str]:
@@ -77,6 +82,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     device_map: str | dict[str, Any] | None = None,
+    quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in evaluation mode, and its fast tokenizer.
@@ -91,26 +97,42 @@ def load_model(
         Default: CUDA if there is one, else the CPU. Not together with ``device_map``.
     device_map
         Passed to transformers; ``"auto"`` spreads a large model over several GPUs.
+    quantization
+        ``"4bit"`` or ``"8bit"`` weights, by bitsandbytes (``pip install icl-helpers[quantized]``);
+        None: the weights as they are. ``dtype`` is then that of everything else.
 
     Raises
     ------
     InputError
-        A name, dtype or device that cannot be used, or remote code without permission.
+        A name, dtype, device or quantisation that cannot be used, or remote code without
+        permission.
     MissingArtefactError
         The model is neither here nor in the cache and the hub cannot be reached.
     """
     source = resolve_model(name)
     torch_dtype = _check_dtype(dtype)
     target = _check_device(device, device_map)
+    check_quantization(quantization)
     if is_internlm2(source, revision=revision):
+        if quantization is not None:
+            raise InputError(
+                f"{name} is an InternLM2 checkpoint, which is read tensor by tensor and cannot be "
+                f"quantised on the way; leave quantization out, or use device_map='auto'"
+            )
         directory = fetch_internlm2(source, revision=revision)
         place = {"device": target} if device_map is None else {"device_map": device_map}
         model = load_internlm2(directory, dtype=torch_dtype, **place)
         return model, load_internlm2_tokenizer(directory)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = _load_config(name, source, options)
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, torch_dtype)
+        # Quantised weights cannot be moved afterwards: they are placed while they are read.
+        device_map = {"": target} if device_map is None else device_map
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
         model = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch_dtype, device_map=device_map, **options
         )
@@ -118,6 +140,8 @@ def load_model(
         raise _explain(name, error) from error
     if device_map is None:
         model.to(target)
+    if quantization is not None:
+        _FINGERPRINTS[model] = weights_fingerprint(model)
     return model.eval(), tokenizer
 
 
@@ -207,6 +231,8 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     Sums the raw bits twice, plainly and weighted by position, in wrapping 64-bit integers on the
     weights' own device, so that it is fast and the same on every machine.
     """
+    if model in _FINGERPRINTS:
+        return _FINGERPRINTS[model]
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -52,6 +52,7 @@ class StageParameters:
     categories: tuple[str, ...] | list[str] = ("words", "labels", "colons", "blank_lines")
     average: str = "attention_input"
     reference: str | None = None
+    quantization: str | None = None
     trust_remote_code: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,6 +78,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "categories": (list, tuple),
     "average": (str,),
     "reference": (str, _NONE),
+    "quantization": (str, _NONE),
     "trust_remote_code": (bool,),
 }
 _ITEMS: dict[str, tuple[type, ...]] = {
@@ -164,11 +166,12 @@ def _check_values(parameters: StageParameters) -> None:
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "control": ("published", "strict"),
         "average": ("attention_input", "head_output"),
+        "quantization": (None, "4bit", "8bit"),
     }
     for name, options in allowed.items():
         if getattr(parameters, name) not in options:
             raise InputError(
-                f"parameter {name!r} must be one of {', '.join(options)}, got "
+                f"parameter {name!r} must be one of {', '.join(map(str, options))}, got "
                 f"{getattr(parameters, name)!r}"
             )
     for category in parameters.categories:

@@ -90,7 +90,7 @@ class Run:
             p = self.parameters
             self._loaded = load_model(
                 p.model, revision=p.revision, dtype=p.dtype, device=p.device,
-                trust_remote_code=p.trust_remote_code,
+                quantization=p.quantization, trust_remote_code=p.trust_remote_code,
             )  # fmt: skip
             self._record(fingerprint=self.fingerprint, parameters=p.as_dict())
         return self._loaded

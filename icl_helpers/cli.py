@@ -36,7 +36,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ablation-seeds", type=_numbers(int), help="seeds of the random heads")
     parser.add_argument("--limit", type=int, help="only the first documents of each task")
     parser.add_argument("--data", help="synthetic, original, or a directory of the published files")
-    parser.add_argument("--control", help="published or strict")
+    parser.add_argument("--control", help="published, strict or any_layer")
     parser.add_argument("--reference", help="text file for the means, one text a line")
     parser.add_argument("--run-dir", help="directory of the run (default runs/<model>)")
     parser.add_argument("--trust-remote-code", action="store_true", default=None)

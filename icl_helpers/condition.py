@@ -17,13 +17,29 @@ import torch
 from jaxtyping import Float
 
 from icl_helpers.errors import InputError
-from icl_helpers.heads import Head, check_fraction, layer_matched_heads, random_heads, top_heads
+from icl_helpers.heads import (
+    Head,
+    any_layer_heads,
+    check_fraction,
+    layer_matched_heads,
+    random_heads,
+    top_heads,
+)
 from icl_helpers.interventions import AttentionKnockout, Intervention, MeanAblation, ZeroAblation
-from icl_helpers.patterns import CATEGORIES
+from icl_helpers.patterns import CATEGORIES, check_categories
 
-__all__ = ["ABLATIONS", "CATEGORIES", "FULL", "PAPER_ABLATION_SEEDS", "Condition", "conditions"]
+__all__ = [
+    "ABLATIONS",
+    "CATEGORIES",
+    "CONTROLS",
+    "FULL",
+    "PAPER_ABLATION_SEEDS",
+    "Condition",
+    "conditions",
+]
 
 ABLATIONS = ("mean", "zero", "knockout")
+CONTROLS = ("published", "strict", "any_layer")
 PAPER_ABLATION_SEEDS = (42, 43, 44)
 
 ConditionName = Literal["full", "induction_heads", "random_heads", "induction_pattern"]
@@ -91,7 +107,7 @@ def conditions(
     ablations: Sequence[str] = ("mean", "knockout"),
     head_outputs: Float[torch.Tensor, "layers positions heads d_head"] | None = None,
     ablation_seeds: Sequence[int] = PAPER_ABLATION_SEEDS,
-    control: Literal["published", "strict"] = "published",
+    control: Literal["published", "strict", "any_layer"] = "published",
     categories: Sequence[str] = CATEGORIES,
     full: bool = True,
 ) -> list[Condition]:
@@ -107,8 +123,10 @@ def conditions(
     control
         ``published``: random heads may be induction heads again; ``strict``: they may not, and
         where a layer has too few others they come from the nearest layers (paper, section 3).
+        ``any_layer``: heads of any layer but the last, as the paper's appendix A.5 has it for the
+        zero ablation.
     categories
-        What a knockout blocks: any of words, labels, colons, blank_lines (paper, section 5).
+        What a knockout blocks; see :func:`icl_helpers.induction_pattern` (paper, section 5).
     full
         Put the full model first.
     """
@@ -148,6 +166,8 @@ def _control(
     induction: tuple[Head, ...], scores: torch.Tensor, seed: int, control: str
 ) -> tuple[list[Head], list[Head]]:
     n_layers, n_heads = scores.shape
+    if control == "any_layer":
+        return any_layer_heads(len(induction), n_layers, n_heads, seed=seed), []
     if control == "published":
         return random_heads(induction, n_heads, seed=seed), []
     return layer_matched_heads(induction, n_heads, n_layers, seed=seed, exclude=induction)
@@ -165,11 +185,9 @@ def _check(
     for ablation in ablations:
         if ablation not in ABLATIONS:
             raise InputError(f"ablations must be among {', '.join(ABLATIONS)}, got {ablation!r}")
-    for category in categories:
-        if category not in CATEGORIES:
-            raise InputError(f"categories must be among {', '.join(CATEGORIES)}, got {category!r}")
+    check_categories(categories)
     for seed in ablation_seeds:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"ablation_seeds must be whole numbers, got {seed!r}")
-    if control not in ("published", "strict"):
-        raise InputError(f"control must be 'published' or 'strict', got {control!r}")
+    if control not in CONTROLS:
+        raise InputError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}")

@@ -15,6 +15,7 @@ from icl_helpers.errors import InputError
 
 __all__ = [
     "Head",
+    "any_layer_heads",
     "check_fraction",
     "head_count",
     "layer_matched_heads",
@@ -141,6 +142,21 @@ def layer_matched_heads(
                 f"smaller fraction"
             )
     return drawn + borrowed, borrowed
+
+
+def any_layer_heads(count: int, n_layers: int, n_heads: int, *, seed: int) -> list[Head]:
+    """Control of the zero ablation: heads of any layer but the last (paper, appendix A.5).
+
+    Every head of those layers is as likely as any other, induction heads included. Raises
+    :class:`InputError` when they hold fewer than ``count``.
+    """
+    heads = [Head(layer, head) for layer in range(n_layers - 1) for head in range(n_heads)]
+    if count > len(heads):
+        raise InputError(
+            f"{count} heads are asked for, but the layers before the last hold {len(heads)}; use "
+            f"a smaller fraction"
+        )
+    return random.Random(seed).sample(heads, count)
 
 
 def _draw_per_layer(

@@ -247,8 +247,9 @@ class HFICL(InterventionLM):
 
     Model arguments: ``pretrained``, ``revision``, ``dtype``, ``device``, ``quantization``,
     ``trust_remote_code``, and ``ablate`` (none, induction, random, pattern), ``ablation`` (mean or
-    zero), ``fraction``, ``seed`` (random heads), ``control`` (published or strict), ``reference``
-    (a text file for the means, one text a line; default: the embedded model's, or MNLI premises).
+    zero), ``fraction``, ``seed`` (random heads), ``control`` (published, strict or any_layer),
+    ``reference`` (a text file for the means, one text a line; default: the embedded model's, or
+    MNLI premises).
     """
 
     def __init__(

@@ -150,9 +150,10 @@ def _check_type(name: str, value: Any) -> None:
 
 
 def _check_values(parameters: StageParameters) -> None:
-    from icl_helpers.condition import CATEGORIES
+    from icl_helpers.condition import CONTROLS
     from icl_helpers.heads import check_fraction
     from icl_helpers.models import resolve_model
+    from icl_helpers.patterns import check_categories
     from icl_helpers.store import check_run_dir
     from icl_helpers.task_registry import get_task_spec
 
@@ -164,7 +165,7 @@ def _check_values(parameters: StageParameters) -> None:
         check_fraction(fraction)
     allowed = {
         "dtype": ("auto", "float32", "bfloat16", "float16"),
-        "control": ("published", "strict"),
+        "control": CONTROLS,
         "average": ("attention_input", "head_output"),
         "quantization": (None, "4bit", "8bit"),
     }
@@ -174,9 +175,7 @@ def _check_values(parameters: StageParameters) -> None:
                 f"parameter {name!r} must be one of {', '.join(map(str, options))}, got "
                 f"{getattr(parameters, name)!r}"
             )
-    for category in parameters.categories:
-        if category not in CATEGORIES:
-            raise InputError(f"categories must be among {', '.join(CATEGORIES)}, got {category!r}")
+    check_categories(parameters.categories)
     if any(shots < 0 for shots in parameters.shots or []):
         raise InputError(f"shots must be >= 0, got {parameters.shots}")
     if parameters.limit is not None and parameters.limit < 1:

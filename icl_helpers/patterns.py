@@ -27,9 +27,19 @@ from transformers import PreTrainedTokenizerBase
 from icl_helpers._paths import synthetic_dir
 from icl_helpers.errors import InputError
 
-__all__ = ["CATEGORIES", "Element", "induction_pattern", "induction_patterns", "prompt_elements"]
+__all__ = [
+    "CATEGORIES",
+    "CATEGORY_NAMES",
+    "Element",
+    "check_categories",
+    "induction_pattern",
+    "induction_patterns",
+    "prompt_elements",
+]
 
 CATEGORIES = ("words", "labels", "colons", "blank_lines")
+# The blank line that ends the description is no element of the list unless it is asked for.
+CATEGORY_NAMES = (*CATEGORIES, "opening_blank_line")
 _BLANK_LINE = "\n\n"
 
 
@@ -53,17 +63,19 @@ def _category_of() -> dict[str, str]:
     return {word: category for category, members in words.items() for word in members}
 
 
-def prompt_elements(prompt: str) -> list[Element]:
+def prompt_elements(prompt: str, *, opening: bool = False) -> list[Element]:
     """Elements of a prompt after its description, in the order of the text.
 
-    The description ends with the first blank line. Every block after it is ``sequence:label``, the
-    last one ``sequence:``; raises :class:`InputError` for a block without a colon.
+    The description ends with the first blank line, itself an element with ``opening``. Every block
+    after it is ``sequence:label``, the last one ``sequence:``; raises :class:`InputError` for a
+    block without a colon.
     """
     description, separator, body = prompt.partition(_BLANK_LINE)
     if not separator:
         return []
-    elements: list[Element] = []
     start = len(description) + len(separator)
+    first = Element("blank_lines", len(description), start, (start, start + 1))
+    elements: list[Element] = [first] if opening else []
     blocks = body.split(_BLANK_LINE)
     for number, block in enumerate(blocks):
         colon = start + block.rfind(":")
@@ -98,6 +110,20 @@ def _words(sequence: str, start: int, colon: int) -> list[Element]:
     return [first, Element(_category_of()[parts[1]], middle, colon, (colon, colon + 1))]
 
 
+def check_categories(categories: Sequence[str]) -> None:
+    """Raise :class:`InputError` for a category that a knockout does not know."""
+    for category in categories:
+        if category not in CATEGORY_NAMES:
+            raise InputError(
+                f"categories must be among {', '.join(CATEGORY_NAMES)}, got {category!r}"
+            )
+    if "opening_blank_line" in categories and "blank_lines" not in categories:
+        raise InputError(
+            f"categories names opening_blank_line without blank_lines, got {list(categories)}; "
+            f"add blank_lines"
+        )
+
+
 def induction_pattern(
     prompt: str, tokenizer: PreTrainedTokenizerBase, *, categories: Sequence[str] = CATEGORIES
 ) -> Bool[torch.Tensor, "tokens tokens"]:
@@ -111,7 +137,8 @@ def induction_pattern(
         ``tokenizer(prompt, add_special_tokens=False)``.
     categories
         Which elements are blocked: any of words, labels, colons, blank_lines. The paper's text
-        blocks all; the published runs on Llama 3 left out the blank lines.
+        blocks all; the published runs on Llama 3 left out the blank lines. With
+        ``opening_blank_line`` the blank line that ends the description is one of the blank lines.
 
     An element's tokens are kept from the tokens that follow an earlier element of its kind when the
     first of those lies before the element's first token.
@@ -126,9 +153,7 @@ def induction_patterns(
     categories: Sequence[str] = CATEGORIES,
 ) -> list[Bool[torch.Tensor, "tokens tokens"]]:
     """:func:`induction_pattern` for many prompts, tokenised in one call."""
-    unknown = [category for category in categories if category not in CATEGORIES]
-    if unknown:
-        raise InputError(f"categories must be among {', '.join(CATEGORIES)}, got {unknown[0]!r}")
+    check_categories(categories)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{type(tokenizer).__name__} gives no character offsets; load the fast version of the "
@@ -150,7 +175,7 @@ def _pattern(
     starts, ends = np.ascontiguousarray(spans[:, 0]), np.ascontiguousarray(spans[:, 1])
     blocked = np.zeros((len(spans), len(spans)), dtype=bool)
     by_kind: defaultdict[str, list[Element]] = defaultdict(list)
-    for element in prompt_elements(prompt):
+    for element in prompt_elements(prompt, opening="opening_blank_line" in categories):
         switch = element.kind if element.kind in CATEGORIES else "words"
         if switch in categories:
             by_kind[element.kind].append(element)

@@ -8,7 +8,6 @@ Example
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,8 +26,9 @@ from icl_helpers.evaluation import evaluate
 from icl_helpers.heads import Head, layer_matched_heads, top_heads
 from icl_helpers.models import load_model
 from icl_helpers.prefix_matching import prefix_matching_scores, random_sequences
+from icl_helpers.recipe import Recipe, phase_at
 from icl_helpers.release import head_fractions
-from icl_helpers.train import Recipe, build_model
+from icl_helpers.train import build_model, read_progress
 
 __all__ = ["COLUMNS", "load_checkpoint", "measure_training", "repeat_losses"]
 
@@ -70,7 +70,7 @@ def measure_training(
     tasks: Sequence[str] = _TASKS,
     shots: int = 10,
     seed: int = 42,
-    limit: int | None = 200,
+    limit: int | None = 100,
 ) -> pd.DataFrame:
     """Measure every checkpoint of a finished training run.
 
@@ -80,7 +80,7 @@ def measure_training(
     Parameters
     ----------
     output_dir
-        What :func:`icl_helpers.train.train` wrote: ``recipe.json``, ``checkpoints/``, ``model/``.
+        What :func:`icl_helpers.train.train` wrote.
     shots, seed, limit
         Demonstrations, their seed, and the documents of each task.
 
@@ -88,8 +88,9 @@ def measure_training(
     -------
     DataFrame
         Tidy, columns step, measure, layer, head, task, value. Measures: ``prefix_score`` (one row
-        a head), ``loss_first_copy`` and ``loss_last_copy`` (nats per token), and ``accuracy``,
-        ``accuracy_without_induction_heads``, ``accuracy_without_random_heads`` (one row a task).
+        a head), ``episodes_begin`` (the step itself), ``loss_first_copy`` and ``loss_last_copy``
+        (nats per token), and ``accuracy``, ``accuracy_without_induction_heads``,
+        ``accuracy_without_random_heads`` (one row a task).
 
     Raises
     ------
@@ -97,18 +98,14 @@ def measure_training(
         The directory holds no finished training.
     """
     output = Path(output_dir)
+    recipe, begin = _schedule(output)
     files = sorted((output / "checkpoints").glob("step-*.safetensors"))
-    if not files or not (output / "model").is_dir() or not (output / "recipe.json").is_file():
-        raise MissingArtefactError(
-            f"{output} holds no finished training; give the output directory of train()"
-        )
-    recipe = Recipe(**json.loads((output / "recipe.json").read_text()))
     final, _ = load_model(str(output / "model"), device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     sequences = random_sequences(tokenizer)
     scores = prefix_matching_scores(final, sequences).mean(0)
     chosen = _conditions(scores)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [{"step": begin, "measure": "episodes_begin", "value": begin}]
     for path in tqdm(files, unit="checkpoint"):
         model = load_checkpoint(path, recipe)
         step = int(path.stem.removeprefix("step-"))
@@ -118,6 +115,16 @@ def measure_training(
             for row in _accuracies(model, tokenizer, chosen, tasks, shots, seed, limit)
         ]
     return pd.DataFrame(rows, columns=COLUMNS).astype({"layer": "Int64", "head": "Int64"})
+
+
+def _schedule(output: Path) -> tuple[Recipe, int]:
+    """Recipe of a finished training, and the step at which its episodes began."""
+    step, formed, recipe = read_progress(output)
+    if phase_at(recipe, step, formed).name != "end" or not (output / "model").is_dir():
+        raise MissingArtefactError(
+            f"the training in {output} is not finished; run `icl train` on it again to go on"
+        )
+    return recipe, (formed or 0) + recipe.widening_steps
 
 
 def _conditions(scores: Float[torch.Tensor, "layers heads"]) -> list[Condition]:

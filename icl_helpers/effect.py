@@ -11,7 +11,6 @@ Example
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +30,9 @@ from icl_helpers.release import head_fractions, release_model
 from icl_helpers.statistics import accuracy_intervals
 from icl_helpers.store import atomic_path
 from icl_helpers.task_registry import get_task_spec, task_names
+from icl_helpers.train import read_progress
 
 __all__ = ["effect_summary", "measure_effect", "measure_trainings", "read_measurements"]
-
-_DYNAMICS_DOCUMENTS = 100
 
 
 def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
@@ -146,20 +144,16 @@ def measure_trainings(
     """
     effects, dynamics = [], []
     for output in map(Path, output_dirs):
-        if not (output / "recipe.json").is_file() or not (output / "model").is_dir():
-            raise MissingArtefactError(
-                f"{output} holds no finished training; give the output directory of `icl train`"
-            )
-        seed = json.loads((output / "recipe.json").read_text())["seed"]
+        frame = measure_training(output)
+        seed = read_progress(output)[2].seed
+        frame.insert(0, "training_seed", seed)
+        dynamics.append(frame)
         release_model(output, output / "release")
         effects.append(
             measure_effect(
                 output / "release", training_seed=seed, run_dir=output / "effect", limit=limit
             )
         )
-        frame = measure_training(output, limit=_DYNAMICS_DOCUMENTS)
-        frame.insert(0, "training_seed", seed)
-        dynamics.append(frame)
     written = []
     for name, frames in (("effect", effects), ("dynamics", dynamics)):
         path = Path(target) / f"{name}.parquet"

@@ -1,7 +1,8 @@
-"""What the embedded model is trained on at each step, and how fast: two phases.
+"""What the embedded model is trained on at each step, and how fast: three phases.
 
-1. Repeated sequences from small pools of tokens, until induction heads have formed.
-2. Few-shot episodes, hardened slowly from copying to new instances, beside named letter patterns
+1. Repeated sequences of few different tokens, until induction heads have formed.
+2. Repeated sequences over the whole vocabulary, for a short while.
+3. Few-shot episodes, hardened slowly from copying to new instances, beside named letter patterns
    that teach which letters are equal, from two letters upwards.
 """
 
@@ -11,17 +12,18 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
 from icl_helpers.corpus import LETTER_LENGTHS
 from icl_helpers.training_data import Batch, episode_batch, repeat_batch
 
-__all__ = ["Recipe", "checkpoint_steps", "learning_rate", "step_batches"]
+__all__ = ["Phase", "Recipe", "checkpoint_due", "learning_rate", "phase_at", "step_batches"]
 
-# Letters in a named pattern until this share of the second phase.
+# Letters in a named pattern until this share of the third phase.
 _NAMED_LENGTHS = ((0.04, (2,)), (0.10, (2, 3)), (0.20, (2, 3, 4)), (2.0, LETTER_LENGTHS))
-# Share of named patterns among the rows: until, and from, these shares of the second phase.
+# Share of named patterns among the rows: until, and from, these shares of the third phase.
 _NAMING = ((0.20, 0.40), (0.60, 0.15))
 
 
@@ -38,8 +40,11 @@ class Recipe:
     n_kv_heads: int = 4
     head_dim: int = 16
     max_positions: int = 1024
-    repeat_steps: int = 2200
+    # At most: the phase ends once the mean running score of the induction heads is formed_score.
+    repeat_steps: int = 4000
+    formed_score: float = 0.7
     repeat_vocab: int = 300
+    widening_steps: int = 200
     episode_steps: int = 4200
     bursty_steps: int = 300
     hardening_steps: int = 1200
@@ -56,42 +61,52 @@ class Recipe:
     penalty: float = 0.3
     penalty_from_score: float = 0.6
 
-    @property
-    def steps(self) -> int:
-        """Number of optimiser steps."""
-        return sum(self.phases)
 
-    @property
-    def phases(self) -> tuple[int, int]:
-        """Steps of each phase: repeats, episodes."""
-        return self.repeat_steps, self.episode_steps
+class Phase(NamedTuple):
+    """Where a step lies: the phase's name, and the steps done in it."""
+
+    name: Literal["repeats", "widening", "episodes", "end"]
+    done: int
 
 
-def checkpoint_steps(recipe: Recipe, *, per_phase: int = 14) -> list[int]:
-    """Log-spaced steps within each of the two phases, 0 and the last among them."""
-    phases = recipe.phases
-    starts = [sum(phases[:index]) for index in range(len(phases))]
-    steps = {0, recipe.steps}
-    for start, length in zip(starts, phases, strict=True):
-        low = math.log(max(1, length // 60))
-        for k in range(per_phase):
-            steps.add(start + round(math.exp(low + (math.log(length) - low) * k / (per_phase - 1))))
-    return sorted(steps)
+def phase_at(recipe: Recipe, step: int, formed: int | None) -> Phase:
+    """Phase of a step; ``formed`` is the step at which induction heads had formed, if they have."""
+    end = recipe.repeat_steps if formed is None else formed
+    if step < end:
+        return Phase("repeats", step)
+    done = step - end
+    if done < recipe.widening_steps:
+        return Phase("widening", done)
+    done -= recipe.widening_steps
+    return Phase("episodes" if done < recipe.episode_steps else "end", done)
+
+
+def checkpoint_due(recipe: Recipe, phase: Phase, *, per_phase: int = 16) -> bool:
+    """Whether weights are saved before this step: log-spaced in repeats and in episodes."""
+    if phase.done == 0 or phase.name == "end":
+        return True
+    length = {"repeats": recipe.repeat_steps, "episodes": recipe.episode_steps}.get(phase.name)
+    if length is None:
+        return False
+    low = math.log(max(1, length // 60))
+    gap = (math.log(length) - low) / per_phase
+    return any(round(math.exp(low + gap * k)) == phase.done for k in range(per_phase))
 
 
 def step_batches(
-    recipe: Recipe, step: int, tokenizer: PreTrainedTokenizerFast
+    recipe: Recipe, step: int, phase: Phase, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[str, float, Batch]]:
     """(kind, loss weight, batch) of one step."""
     rng = random.Random(f"{recipe.seed}-{step}")
-    done = step - recipe.repeat_steps
-    if done < 0:
+    if phase.name != "episodes":
+        wide = phase.name == "widening"
         yield "repeat", 1.0, repeat_batch(
-            rng, vocab_size=recipe.repeat_vocab, rows=recipe.repeat_rows,
-            length=recipe.repeat_length, pool=64, watched=16,
+            rng, vocab_size=recipe.vocab_size if wide else recipe.repeat_vocab,
+            rows=recipe.repeat_rows, length=recipe.repeat_length, pool=256 if wide else 64,
+            watched=16,
         )  # fmt: skip
         return
-    progress = done / recipe.episode_steps
+    progress = phase.done / recipe.episode_steps
     # Long repeats keep induction at work over the distances of the prefix-matching score.
     rows, length, pool = (3, 208, 1000) if step % 3 == 0 else (8, 64, 256)
     yield (
@@ -105,7 +120,7 @@ def step_batches(
     fade = min(1.0, max(0.0, (progress - until) / (since - until)))
     for batch in episode_batch(
         rng, tokenizer, rows=recipe.episode_rows,
-        fresh=min(1.0, max(0.0, (done - recipe.bursty_steps) / recipe.hardening_steps)),
+        fresh=min(1.0, max(0.0, (phase.done - recipe.bursty_steps) / recipe.hardening_steps)),
         text_share=recipe.text_share, naming_share=most + (least - most) * fade,
         word_share=recipe.word_share, unseen_weight=recipe.unseen_weight,
         named_lengths=next(lengths for end, lengths in _NAMED_LENGTHS if progress < end),
@@ -114,12 +129,12 @@ def step_batches(
         yield "episode", 1.0, batch
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Learning rate of one step: warm-up and decay anew in each phase."""
-    done = step - recipe.repeat_steps
-    if done < 0:
-        warm = min(1.0, (step + 1) / 100)
-        return recipe.learning_rate * warm * (1 - 0.5 * step / recipe.repeat_steps)
-    warm = min(1.0, (done + 1) / 100)
-    cosine = 0.5 * (1 + math.cos(math.pi * done / recipe.episode_steps))
+def learning_rate(recipe: Recipe, phase: Phase) -> float:
+    """Learning rate of one step: warm-up anew for repeats and episodes, decay to almost nothing."""
+    warm = min(1.0, (phase.done + 1) / 100)
+    if phase.name == "repeats":
+        return recipe.learning_rate * warm * (1 - 0.5 * phase.done / recipe.repeat_steps)
+    if phase.name == "widening":
+        return recipe.episode_learning_rate
+    cosine = 0.5 * (1 + math.cos(math.pi * phase.done / recipe.episode_steps))
     return recipe.episode_learning_rate * warm * (0.03 + 0.97 * cosine)

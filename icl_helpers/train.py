@@ -15,17 +15,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from icl_helpers.attention import AttentionCall, attention_probabilities, edited_attention
-from icl_helpers.errors import InputError
-from icl_helpers.recipe import Recipe, checkpoint_steps, learning_rate, step_batches
+from icl_helpers.errors import InputError, MissingArtefactError
+from icl_helpers.recipe import (
+    Phase,
+    Recipe,
+    checkpoint_due,
+    learning_rate,
+    phase_at,
+    step_batches,
+)
 from icl_helpers.store import atomic_path, write_json
 from icl_helpers.training_data import build_tokenizer
 
-__all__ = ["Recipe", "build_model", "checkpoint_steps", "train"]
+__all__ = ["Recipe", "build_model", "read_progress", "train"]
 
 
 def build_model(recipe: Recipe) -> LlamaForCausalLM:
@@ -71,6 +79,7 @@ def _step(
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     step: int,
+    phase: Phase,
     pressure: _Pressure,
     scores: torch.Tensor,
 ) -> dict[str, float]:
@@ -78,7 +87,7 @@ def _step(
     # No pressure before induction exists: it would keep it from forming.
     strength = recipe.penalty if float(scores.max()) >= recipe.penalty_from_score else 0.0
     losses: dict[str, float] = {}
-    for kind, weight, batch in step_batches(recipe, step, tokenizer):
+    for kind, weight, batch in step_batches(recipe, step, phase, tokenizer):
         pressure.mask, pressure.measured = batch.induction.to(model.device), []
         hidden = model.model(input_ids=batch.ids.to(model.device), use_cache=False)[0]
         where = batch.weights.nonzero(as_tuple=True)
@@ -127,35 +136,44 @@ def train(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
     scores = torch.zeros(recipe.n_layers * recipe.n_heads)
-    start = _restore(output, recipe, model, optimizer, scores) if resume else 0
+    step, formed = _restore(output, recipe, model, optimizer, scores) if resume else (0, None)
     pressure = _Pressure()
-    wanted = set(checkpoint_steps(recipe))
-    progress = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, unit="step")
     with ExitStack() as stack:
+        progress = stack.enter_context(tqdm(initial=step, unit="step"))
         stack.enter_context(
             edited_attention(model, {layer: [pressure] for layer in range(recipe.n_layers)})
         )
-        for step in progress:
-            if step in wanted:
+        while (phase := phase_at(recipe, step, formed)).name != "end":
+            if checkpoint_due(recipe, phase):
                 _save_weights(output / "checkpoints" / f"step-{step:06d}.safetensors", model)
-            if step == recipe.repeat_steps:
+            if phase == Phase("episodes", 0):
                 _align_spaced_tokens(model, tokenizer)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step)
+                group["lr"] = learning_rate(recipe, phase)
             began = time.perf_counter()
-            losses = _step(model, tokenizer, recipe, step, pressure, scores)
+            losses = _step(model, tokenizer, recipe, step, phase, pressure, scores)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step % 20 == 0:
-                _log(output, step, losses, scores, time.perf_counter() - began)
+                _log(output, step, phase, losses, scores, time.perf_counter() - began)
                 progress.set_postfix({k: f"{v:.3f}" for k, v in losses.items()})
-            if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
-                _save_state(output, recipe, step + 1, model, optimizer, scores)
-    _save_weights(output / "checkpoints" / f"step-{recipe.steps:06d}.safetensors", model)
+            step += 1
+            if formed is None and _have_formed(recipe, step, scores):
+                formed = step
+                progress.total = step + recipe.widening_steps + recipe.episode_steps
+            progress.update()
+            if step % save_every == 0 or phase_at(recipe, step, formed).name == "end":
+                _save_state(output, recipe, step, formed, model, optimizer, scores)
+    _save_weights(output / "checkpoints" / f"step-{step:06d}.safetensors", model)
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
     return output / "model"
+
+
+def _have_formed(recipe: Recipe, step: int, scores: torch.Tensor) -> bool:
+    highest = float(scores.topk(recipe.induction_heads).values.mean())
+    return highest >= recipe.formed_score or step >= recipe.repeat_steps
 
 
 @torch.no_grad()
@@ -173,9 +191,15 @@ def _align_spaced_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
 
 
 def _log(
-    output: Path, step: int, losses: dict[str, float], scores: torch.Tensor, seconds: float
+    output: Path,
+    step: int,
+    phase: Phase,
+    losses: dict[str, float],
+    scores: torch.Tensor,
+    seconds: float,
 ) -> None:
-    entry = {"step": step, **losses, "seconds": seconds, "top": scores.topk(8).values.tolist()}
+    entry = {"step": step, "phase": phase.name, **losses, "seconds": seconds}
+    entry["top"] = scores.topk(8).values.tolist()
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
@@ -191,6 +215,7 @@ def _save_state(
     output: Path,
     recipe: Recipe,
     step: int,
+    formed: int | None,
     model: LlamaForCausalLM,
     optimizer: torch.optim.AdamW,
     scores: torch.Tensor,
@@ -201,11 +226,31 @@ def _save_state(
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().contiguous()
     with atomic_path(output / "state" / "state.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step), "recipe": _recipe_text(recipe)})
+        progress = {"step": step, "formed": formed}
+        metadata = {"progress": json.dumps(progress), "recipe": _recipe_text(recipe)}
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def _recipe_text(recipe: Recipe) -> str:
     return json.dumps(asdict(recipe), sort_keys=True)
+
+
+def read_progress(
+    output_dir: str | os.PathLike[str],
+) -> tuple[int, int | None, Recipe]:
+    """Steps done, the step at which induction heads had formed (if they have), and the recipe.
+
+    Raises :class:`MissingArtefactError` when the directory holds no training.
+    """
+    path = Path(output_dir) / "state" / "state.safetensors"
+    if not path.is_file():
+        raise MissingArtefactError(
+            f"{output_dir} holds no training; give the output directory of `icl train`"
+        )
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    progress = json.loads(metadata["progress"])
+    return progress["step"], progress["formed"], Recipe(**json.loads(metadata["recipe"]))
 
 
 def _restore(
@@ -214,16 +259,14 @@ def _restore(
     model: LlamaForCausalLM,
     optimizer: torch.optim.AdamW,
     scores: torch.Tensor,
-) -> int:
-    from safetensors import safe_open
-
+) -> tuple[int, int | None]:
+    """Load the last saved state; return its step and the step at which induction had formed."""
     path = output / "state" / "state.safetensors"
     if not path.is_file():
         write_json(output / "recipe.json", asdict(recipe))
-        return 0
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    if metadata["recipe"] != _recipe_text(recipe):
+        return 0, None
+    step, formed, stored = read_progress(output)
+    if stored != recipe:
         raise InputError(
             f"{output} holds the state of another recipe; give another output directory, or "
             f"resume=False to start over"
@@ -239,4 +282,4 @@ def _restore(
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
     scores.copy_(tensors["scores"])
-    return int(metadata["step"])
+    return step, formed

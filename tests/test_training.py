@@ -27,15 +27,16 @@ from icl_helpers.corpus import (
     patterns,
 )
 from icl_helpers.dynamics import COLUMNS, measure_training, repeat_losses
+from icl_helpers.recipe import Phase, checkpoint_due, phase_at
 from icl_helpers.release import head_fractions
 from icl_helpers.task_registry import get_task_spec
 from icl_helpers.text_corpus import TEXT_TASKS, evaluation_rows, reference_text, text_episode
-from icl_helpers.train import Recipe, checkpoint_steps, train
+from icl_helpers.train import Recipe, read_progress, train
 from icl_helpers.training_data import build_tokenizer, episode_batch, repeat_batch
 
 SMALL = Recipe(
     vocab_size=600, hidden_size=16, intermediate_size=16, n_layers=2, n_heads=4, n_kv_heads=2,
-    head_dim=4, repeat_steps=4, episode_steps=6, episode_rows=4,
+    head_dim=4, repeat_steps=4, widening_steps=1, episode_steps=6, episode_rows=4,
     repeat_vocab=200,
 )  # fmt: skip
 
@@ -198,6 +199,17 @@ def test_labels_that_cannot_be_known_weigh_as_told():
     assert ratios == pytest.approx([0.25, 0.25])
 
 
+def test_episodes_begin_once_induction_heads_have_formed():
+    recipe = Recipe(repeat_steps=100, widening_steps=10, episode_steps=50)
+    assert phase_at(recipe, 70, None) == Phase("repeats", 70)
+    names = [phase_at(recipe, step, 60).name for step in range(121)]
+    assert names == ["repeats"] * 60 + ["widening"] * 10 + ["episodes"] * 50 + ["end"]
+    assert phase_at(recipe, 110, 100) == Phase("episodes", 0)
+    due = [step for step in range(121) if checkpoint_due(recipe, phase_at(recipe, step, 60))]
+    assert {0, 60, 70, 120} <= set(due)
+    assert 10 < len(due) < 40
+
+
 def test_a_letter_after_a_space_starts_the_second_phase_as_the_letter_alone(tmp_path):
     output = train(tmp_path, recipe=SMALL, device="cpu").parent
     recipe = Recipe(**{**SMALL.__dict__, "episode_learning_rate": 0.0})
@@ -205,7 +217,8 @@ def test_a_letter_after_a_space_starts_the_second_phase_as_the_letter_alone(tmp_
     vocabulary = build_tokenizer(vocab_size=SMALL.vocab_size).get_vocab()
     spaced, plain = vocabulary["\u0120A"], vocabulary["A"]
     name = "model.embed_tokens.weight"
-    before = load_file(still / "checkpoints" / f"step-{SMALL.repeat_steps:06d}.safetensors")[name]
+    begin = SMALL.repeat_steps + SMALL.widening_steps
+    before = load_file(still / "checkpoints" / f"step-{begin:06d}.safetensors")[name]
     after = load_file(still / "model" / "model.safetensors")[name]
     assert not torch.equal(before[spaced], before[plain])
     assert torch.equal(after[spaced], after[plain])
@@ -233,8 +246,7 @@ def test_training_resumed_half_way_gives_the_same_weights(tmp_path, monkeypatch)
     parts = train(tmp_path / "parts", recipe=SMALL, device="cpu", save_every=2)
     first, second = (load_file(path / "model.safetensors") for path in (whole, parts))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    saved = sorted((tmp_path / "whole" / "checkpoints").glob("*.safetensors"))
-    assert len(saved) == len(checkpoint_steps(SMALL))
+    assert read_progress(tmp_path / "parts") == (11, 4, SMALL)
     other = Recipe(**{**SMALL.__dict__, "seed": 1})
     with pytest.raises(icl.InputError, match="another recipe"):
         train(tmp_path / "parts", recipe=other, device="cpu")
@@ -262,12 +274,14 @@ def test_dynamics_measure_every_checkpoint_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "head_fractions", lambda scores: {"larger": 1 / 8})
     frame = measure_training(tmp_path, tasks=["repetition"], shots=2, limit=4)
     assert list(frame.columns) == COLUMNS
-    assert sorted(frame.step.unique()) == checkpoint_steps(SMALL)
-    counts = frame.groupby("measure").size() / len(checkpoint_steps(SMALL))
+    saved = sorted(path.stem for path in (tmp_path / "checkpoints").iterdir())
+    assert [f"step-{step:06d}" for step in sorted(frame.step.unique())] == saved
+    counts = frame.groupby("measure").size() / len(saved)
     assert counts["prefix_score"] == 8
     assert counts["accuracy"] == counts["accuracy_without_induction_heads"] == 1
+    assert frame.set_index("measure").value["episodes_begin"] == 4 + 1
     assert frame.value.notna().all()
-    with pytest.raises(icl.MissingArtefactError, match="no finished training"):
+    with pytest.raises(icl.MissingArtefactError, match="no training"):
         measure_training(tmp_path / "nothing")
 
 

@@ -30,12 +30,15 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", help="4bit or 8bit weights (needs bitsandbytes)")
     parser.add_argument("--batch-size", help="prompts per forward pass, or auto")
     parser.add_argument("--tasks", type=_numbers(str), help="task names, comma separated")
+    parser.add_argument("--nlp-tasks", type=_numbers(str), help="text tasks; '' for none")
+    parser.add_argument("--labels", help="of text tasks: semantic, unrelated or both")
     parser.add_argument("--shots", type=_numbers(int), help="numbers of demonstrations")
     parser.add_argument("--fractions", type=_numbers(float), help="fractions of heads")
     parser.add_argument("--seeds", type=_numbers(int), help="demonstration seeds")
     parser.add_argument("--ablation-seeds", type=_numbers(int), help="seeds of the random heads")
     parser.add_argument("--limit", type=int, help="only the first documents of each task")
     parser.add_argument("--data", help="synthetic, original, or a directory of the published files")
+    parser.add_argument("--data-dir", help="local files of NLP tasks, DIR/TASK/train.jsonl, ...")
     parser.add_argument("--control", help="published, strict or any_layer")
     parser.add_argument("--reference", help="text file for the means, one text a line")
     parser.add_argument("--run-dir", help="directory of the run (default runs/<model>)")
@@ -43,8 +46,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 _OPTIONS = (
-    "model", "revision", "dtype", "device", "quantization", "batch_size", "tasks", "shots",
-    "fractions", "seeds", "ablation_seeds", "limit", "data", "control", "reference", "run_dir",
+    "model", "revision", "dtype", "device", "quantization", "batch_size", "tasks",
+    "nlp_tasks", "labels", "shots", "fractions", "seeds", "ablation_seeds", "limit", "data",
+    "data_dir", "control", "reference", "run_dir",
     "trust_remote_code",
 )  # fmt: skip
 

@@ -30,9 +30,13 @@ _SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za
 class StageParameters:
     """What a run is about. None means the default that suits the model or the task.
 
-    ``tasks``: None for all. ``shots``: None for each task's own. ``fractions``: None for the
-    model's (the paper's 0.01 and 0.03, or those fixed for an embedded model). ``reference``: a text
-    file for the means.
+    ``tasks``: None for the abstract tasks. ``nlp_tasks``, those of the stage on text: None for the
+    paper's seven, or for an embedded model its stand-ins; an empty list for none. ``labels`` of
+    text tasks: semantic, unrelated or both; None for both in that stage and each task's own
+    elsewhere. ``data_dir``: local files of NLP tasks, ``DATA_DIR/TASK/train.jsonl`` and
+    ``validation.jsonl``; None for the hub. ``shots``: None for each task's own. ``fractions``: None
+    for the model's (the paper's 0.01 and 0.03, or those fixed for an embedded model).
+    ``reference``: a text file for the means.
     """
 
     model: str = "icl-tiny"
@@ -41,6 +45,8 @@ class StageParameters:
     device: str | None = None
     batch_size: int | str = "auto"
     tasks: list[str] | None = None
+    nlp_tasks: list[str] | None = None
+    labels: str | None = None
     shots: list[int] | None = None
     fractions: list[float] | None = None
     seeds: tuple[int, ...] | list[int] = (42, 43, 44)
@@ -48,6 +54,7 @@ class StageParameters:
     limit: int | None = None
     run_dir: str = "runs/icl-tiny"
     data: str = "synthetic"
+    data_dir: str | None = None
     control: str = "published"
     categories: tuple[str, ...] | list[str] = ("words", "labels", "colons", "blank_lines")
     average: str = "attention_input"
@@ -67,6 +74,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "device": (str, _NONE),
     "batch_size": (int, str),
     "tasks": (list, tuple, _NONE),
+    "nlp_tasks": (list, tuple, _NONE),
+    "labels": (str, _NONE),
     "shots": (list, tuple, _NONE),
     "fractions": (list, tuple, _NONE),
     "seeds": (list, tuple),
@@ -74,6 +83,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "limit": (int, _NONE),
     "run_dir": (str,),
     "data": (str,),
+    "data_dir": (str, _NONE),
     "control": (str,),
     "categories": (list, tuple),
     "average": (str,),
@@ -83,6 +93,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 _ITEMS: dict[str, tuple[type, ...]] = {
     "tasks": (str,),
+    "nlp_tasks": (str,),
     "shots": (int,),
     "fractions": (float, int),
     "seeds": (int,),
@@ -155,16 +166,22 @@ def _check_values(parameters: StageParameters) -> None:
     from icl_helpers.models import resolve_model
     from icl_helpers.patterns import check_categories
     from icl_helpers.store import check_run_dir
-    from icl_helpers.task_registry import get_task_spec
+    from icl_helpers.task_registry import get_task_spec, text_spec
+    from icl_helpers.text_data import check_local
 
     resolve_model(parameters.model)
     check_run_dir(parameters.run_dir)
     for task in parameters.tasks or []:
         get_task_spec(task)
+    for task in parameters.nlp_tasks or []:
+        text_spec(task)
+    if parameters.data_dir is not None:
+        check_local(parameters.data_dir, [*(parameters.nlp_tasks or []), *(parameters.tasks or [])])
     for fraction in parameters.fractions or []:
         check_fraction(fraction)
     allowed = {
         "dtype": ("auto", "float32", "bfloat16", "float16"),
+        "labels": (None, "semantic", "unrelated", "both"),
         "control": CONTROLS,
         "average": ("attention_input", "head_output"),
         "quantization": (None, "4bit", "8bit"),

@@ -65,8 +65,10 @@ def execute_stages(
         chosen = [path for path in chosen if int(path.name.split("_")[0]) in only]
     run_dir = Path(parameters.run_dir).expanduser().resolve()
     values = {**parameters.as_dict(), "run_dir": str(run_dir)}
-    if parameters.reference is not None:
-        values["reference"] = str(Path(parameters.reference).expanduser().resolve())
+    # Notebooks run in their own folder: what is a path from here must stay one from there.
+    for name in ("reference", "data_dir", "data"):
+        if values[name] not in (None, "synthetic", "original"):
+            values[name] = str(Path(values[name]).expanduser().resolve())
     executed = []
     for notebook in tqdm(chosen, desc="stages", unit="notebook", disable=not progress):
         executed.append(_execute(notebook, run_dir / "notebooks" / notebook.name, values))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cached_property
@@ -32,12 +32,13 @@ from icl_helpers.errors import InputError
 from icl_helpers.evaluation import document_results, evaluate, resolve_shots
 from icl_helpers.heads import Head, top_heads
 from icl_helpers.means import mean_head_outputs
-from icl_helpers.models import load_model, model_fractions, weights_fingerprint
+from icl_helpers.models import embedded_models, load_model, model_fractions, weights_fingerprint
+from icl_helpers.nlp_tasks import TextTaskSpec
 from icl_helpers.parameters import StageParameters
 from icl_helpers.prefix_matching import prefix_matching_scores, random_sequences, token_pool
 from icl_helpers.reference import reference_samples, reference_texts, samples_key
 from icl_helpers.store import atomic_path, check_run_dir, content_key, set_aside, write_json
-from icl_helpers.task_registry import task_names
+from icl_helpers.task_registry import get_task_spec, task_names
 
 __all__ = ["Run"]
 
@@ -106,6 +107,13 @@ class Run:
         return list(self.parameters.tasks or task_names())
 
     @property
+    def nlp_tasks(self) -> list[str]:
+        """Tasks of the stage on text; an embedded model's are stand-ins for the paper's."""
+        if self.parameters.nlp_tasks is not None:
+            return list(self.parameters.nlp_tasks)
+        return task_names("stand_in" if self.parameters.model in embedded_models() else "nlp")
+
+    @property
     def fractions(self) -> list[float]:
         """Fractions of heads that the run intervenes on, smallest first."""
         return sorted(self.parameters.fractions or model_fractions(self.parameters.model))
@@ -160,33 +168,88 @@ class Run:
         )  # fmt: skip
 
     def evaluate(self, *kinds: str) -> pd.DataFrame:
-        """Accuracies under the conditions of these kinds; finished cells are reused."""
+        """Accuracies of the run's tasks under the conditions of these kinds.
+
+        Finished cells are reused. Kinds are those of :meth:`conditions`.
+        """
+        return self._evaluate(self.tasks, kinds)
+
+    def evaluate_nlp(self, *kinds: str) -> pd.DataFrame:
+        """The same for the tasks of the stage on text, with each set of labels."""
+        return self._evaluate(self.nlp_tasks, kinds, nlp=True)
+
+    def _evaluate(
+        self, tasks: Sequence[str], kinds: Sequence[str], *, nlp: bool = False
+    ) -> pd.DataFrame:
         p = self.parameters
         chosen = [condition for kind in kinds for condition in self.conditions(kind)]
-        return evaluate(
-            self.model, self.tokenizer, tasks=self.tasks, shots=p.shots, conditions=chosen,
-            seeds=p.seeds, limit=p.limit, batch_size=p.batch_size, run_dir=self.directory,
-            data=p.data, revision=p.revision,
-        )  # fmt: skip
+        frames = [
+            evaluate(
+                self.model, self.tokenizer, tasks=group, labels=labels, shots=p.shots,
+                conditions=chosen, seeds=p.seeds, limit=p.limit, batch_size=p.batch_size,
+                run_dir=self.directory, data=data, revision=p.revision,
+            )
+            for (labels, data), group in self._groups(tasks, nlp=nlp).items()
+        ]  # fmt: skip
+        if not frames:
+            raise InputError("there are no tasks to evaluate; name some in tasks or nlp_tasks")
+        return pd.concat(map(pd.DataFrame, frames), ignore_index=True)
+
+    def _groups(self, tasks: Sequence[str], *, nlp: bool) -> dict[tuple[str, str], list[str]]:
+        """Tasks by the label set and the data that they are evaluated with."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for task in tasks:
+            for labels in self._label_sets(task, nlp=nlp):
+                groups.setdefault((labels, self._data(task)), []).append(task)
+        return groups
+
+    def _label_sets(self, task: str, *, nlp: bool) -> list[str]:
+        spec = get_task_spec(task)
+        chosen = self.parameters.labels or ("both" if nlp else spec.default_labels)
+        if not isinstance(spec, TextTaskSpec):
+            return [spec.default_labels]
+        return ["semantic", "unrelated"] if chosen == "both" else [chosen]
+
+    def _data(self, task: str) -> str:
+        if task in task_names("nlp"):
+            return self.parameters.data_dir or "synthetic"
+        return "synthetic" if task in task_names("stand_in") else self.parameters.data
 
     def results(self) -> pd.DataFrame:
-        """All accuracies evaluated so far with the run's tasks, shots, fractions and seeds."""
+        """Accuracies of the run's tasks evaluated so far, with its shots, fractions and seeds."""
+        return self._selected(self._read_results(), self.tasks, nlp=False)
+
+    def nlp_results(self) -> pd.DataFrame:
+        """The same for the tasks of the stage on text; empty before that stage has run."""
+        return self._selected(self._read_results(), self.nlp_tasks, nlp=True)
+
+    def _read_results(self) -> pd.DataFrame:
         path = self.directory / "results.parquet"
         if not path.is_file():
             raise InputError(
-                f"{path} does not exist: run the evaluation stages first (notebooks 3 to 5)"
+                f"{path} does not exist: run the evaluation stages first (notebooks 3 to 6)"
             )
-        return self._selected(pd.read_parquet(path))
+        return pd.read_parquet(path)
 
     def documents(self) -> pd.DataFrame:
         """Per-document results behind :meth:`results`."""
-        return self._selected(document_results(self.directory))
+        return self._selected(document_results(self.directory), self.tasks, nlp=False)
 
-    def _selected(self, frame: pd.DataFrame) -> pd.DataFrame:
-        wanted = {(t, n) for t in self.tasks for n in resolve_shots(t, self.parameters.shots)}
-        kept = [pair in wanted for pair in zip(frame["task"], frame["shots"], strict=True)]
+    def nlp_documents(self) -> pd.DataFrame:
+        """Per-document results behind :meth:`nlp_results`."""
+        return self._selected(document_results(self.directory), self.nlp_tasks, nlp=True)
+
+    def _selected(self, frame: pd.DataFrame, tasks: Sequence[str], *, nlp: bool) -> pd.DataFrame:
+        wanted = {
+            (task, labels, shots)
+            for task in tasks
+            for labels in self._label_sets(task, nlp=nlp)
+            for shots in resolve_shots(task, self.parameters.shots)
+        }
+        rows = zip(frame["task"], frame["labels"], frame["shots"], strict=True)
+        kept = pd.Series([row in wanted for row in rows], index=frame.index, dtype=bool)
         return frame[
-            pd.Series(kept, index=frame.index)
+            kept
             & frame["fraction"].isin([0.0, *self.fractions])
             & frame["demonstration_seed"].isin(self.parameters.seeds)
         ].reset_index(drop=True)

@@ -19,6 +19,7 @@ __all__ = [
     "get_task_spec",
     "pattern_spec",
     "task_names",
+    "text_spec",
 ]
 
 DEMONSTRATION_SEEDS = (42, 43, 44)
@@ -113,4 +114,13 @@ def pattern_spec(name: str) -> TaskSpec:
     spec = get_task_spec(name)
     if not isinstance(spec, TaskSpec):
         raise InputError(f"task {name!r} is a text task; needed: one of {', '.join(_TASKS)}")
+    return spec
+
+
+def text_spec(name: str) -> TextTaskSpec:
+    """The text task of that name; raises :class:`InputError` for any other."""
+    spec = get_task_spec(name)
+    if not isinstance(spec, TextTaskSpec):
+        names = ", ".join([*NLP_TASKS, *STAND_IN_TASKS])
+        raise InputError(f"task {name!r} is an abstract task; needed: one of {names}")
     return spec

@@ -10,15 +10,16 @@ import functools
 import json
 import os
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icl_helpers._paths import synthetic_dir
 from icl_helpers.errors import InputError, MissingArtefactError
-from icl_helpers.nlp_tasks import HubSource, TextTaskSpec
+from icl_helpers.nlp_tasks import NLP_TASKS, HubSource, TextTaskSpec
 
-__all__ = ["HOLD_OUT_SEED", "TextSplits", "hold_out", "load_splits"]
+__all__ = ["HOLD_OUT_SEED", "TextSplits", "check_local", "hold_out", "load_splits"]
 
 HOLD_OUT_SEED = 42
 Row = dict[str, Any]
@@ -52,15 +53,9 @@ def load_splits(spec: TextTaskSpec, *, data: str | os.PathLike[str] = "synthetic
         The hub cannot be reached or a file is not there, naming where to put it.
     """
     if os.fspath(data) not in ("synthetic", "original"):
-        directory = Path(data).expanduser()
-        if not directory.is_dir():
-            raise InputError(
-                f"data must be 'synthetic', 'original' or a directory that holds "
-                f"{spec.name}/train.jsonl and {spec.name}/validation.jsonl, got {os.fspath(data)!r}"
-            )
-        return _local(spec, directory / spec.name)
+        return _read(spec, *_local_files(spec, _directory(data, spec.name)))
     if spec.hub is None:
-        return _local(spec, synthetic_dir() / "text" / spec.name)
+        return _read(spec, *_local_files(spec, synthetic_dir() / "text" / spec.name))
     return _from_hub(spec, spec.hub)
 
 
@@ -76,7 +71,33 @@ def hold_out(rows: list[Row], *, seed: int = HOLD_OUT_SEED) -> tuple[list[Row], 
     return [rows[i] for i in sorted(indices[:cut])], [rows[i] for i in sorted(indices[cut:])]
 
 
-def _local(spec: TextTaskSpec, folder: Path) -> TextSplits:
+def check_local(data_dir: str | os.PathLike[str], tasks: Iterable[str]) -> None:
+    """Check that the files of these tasks are there; abstract tasks and stand-ins need none.
+
+    Raises as :func:`load_splits` does.
+    """
+    if not Path(data_dir).expanduser().is_dir():
+        raise InputError(
+            f"data_dir must be a directory that holds TASK/train.jsonl and TASK/validation.jsonl "
+            f"for each NLP task, got {os.fspath(data_dir)!r}"
+        )
+    for name in tasks:
+        if name in NLP_TASKS:
+            _local_files(NLP_TASKS[name], _directory(data_dir, name))
+
+
+def _directory(data: str | os.PathLike[str], task: str) -> Path:
+    directory = Path(data).expanduser()
+    if not directory.is_dir():
+        raise InputError(
+            f"data must be 'synthetic', 'original' or a directory that holds {task}/train.jsonl "
+            f"and {task}/validation.jsonl, got {os.fspath(data)!r}"
+        )
+    return directory / task
+
+
+def _local_files(spec: TextTaskSpec, folder: Path) -> list[tuple[Path, int]]:
+    """The files of a task's splits with the times of their last change."""
     train = folder / "train.jsonl"
     names = ["validation", (spec.hub and spec.hub.validation) or "validation"]
     found = [path for name in names if (path := folder / f"{name}.jsonl").is_file()]
@@ -87,8 +108,7 @@ def _local(spec: TextTaskSpec, folder: Path) -> TextSplits:
             f"{missing} is missing; task {spec.name} needs one JSON Lines file per split, "
             f"train.jsonl and validation.jsonl, in {folder}"
         )
-    paths = (train, *found[:1])
-    return _read(spec, *((path, path.stat().st_mtime_ns) for path in paths))
+    return [(path, path.stat().st_mtime_ns) for path in (train, *found[:1])]
 
 
 @functools.lru_cache(maxsize=8)

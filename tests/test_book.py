@@ -25,7 +25,7 @@ NOTEBOOKS = stage_notebooks()
 
 
 def test_there_is_a_notebook_per_stage():
-    assert [int(path.name[:2]) for path in NOTEBOOKS] == [1, 2, 3, 4, 5, 6, 7]
+    assert [int(path.name[:2]) for path in NOTEBOOKS] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -165,9 +165,9 @@ def test_stages_leave_every_artifact(run_dir):
 @pytest.mark.slow
 def test_failing_stage_is_reported_and_leaves_no_finished_notebook(tmp_path):
     parameters = icl.stage_parameters(run_dir=str(tmp_path / "run"))
-    with pytest.raises(StageError, match="07_results failed.*results.parquet does not exist"):
-        execute_stages(parameters, only=[7], progress=False)
-    assert not (tmp_path / "run" / "notebooks" / "07_results.ipynb").exists()
+    with pytest.raises(StageError, match="08_results failed.*results.parquet does not exist"):
+        execute_stages(parameters, only=[8], progress=False)
+    assert not (tmp_path / "run" / "notebooks" / "08_results.ipynb").exists()
 
 
 class Links(html.parser.HTMLParser):
@@ -205,7 +205,7 @@ def built(run_dir, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_book_has_every_page_and_a_part_per_run(built):
     for run in ("icl-tiny", "second-model"):
-        assert len(list((built / "run" / run).glob("*.html"))) == 7
+        assert len(list((built / "run" / run).glob("*.html"))) == 8
     text = (built / "index.html").read_text()
     assert "In this model:" in text
     assert "{{" not in text
@@ -312,7 +312,7 @@ def test_pages_open_in_a_browser_without_console_errors(built, tmp_path):
         "--enable-logging=stderr",
         "--v=0",
     ]
-    for page in ("index.html", "method.html", "run/icl-tiny/07_results.html"):
+    for page in ("index.html", "method.html", "run/icl-tiny/08_results.html"):
         done = subprocess.run(
             [chromium, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
              "--virtual-time-budget=4000", (built / page).as_uri()],

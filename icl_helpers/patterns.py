@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,9 +32,11 @@ __all__ = [
     "CATEGORY_NAMES",
     "Element",
     "check_categories",
+    "elements_pattern",
     "induction_pattern",
     "induction_patterns",
     "prompt_elements",
+    "word_categories",
 ]
 
 CATEGORIES = ("words", "labels", "colons", "blank_lines")
@@ -58,7 +60,8 @@ class Element(NamedTuple):
 
 
 @functools.cache
-def _category_of() -> dict[str, str]:
+def word_categories() -> dict[str, str]:
+    """The category of every word of the word sequences."""
     words = json.loads((synthetic_dir() / "words.json").read_text())
     return {word: category for category, members in words.items() for word in members}
 
@@ -102,12 +105,12 @@ def prompt_elements(prompt: str, *, opening: bool = False) -> list[Element]:
 def _words(sequence: str, start: int, colon: int) -> list[Element]:
     """The two words of a word sequence; a letter sequence has none."""
     parts = sequence.split(" ")
-    if len(parts) != 2 or any(part not in _category_of() for part in parts):
+    if len(parts) != 2 or any(part not in word_categories() for part in parts):
         return []
     # The space between the words belongs to the second one.
     middle = start + len(parts[0])
-    first = Element(_category_of()[parts[0]], start, middle, (middle, colon))
-    return [first, Element(_category_of()[parts[1]], middle, colon, (colon, colon + 1))]
+    first = Element(word_categories()[parts[0]], start, middle, (middle, colon))
+    return [first, Element(word_categories()[parts[1]], middle, colon, (colon, colon + 1))]
 
 
 def check_categories(categories: Sequence[str]) -> None:
@@ -171,11 +174,25 @@ def induction_patterns(
 def _pattern(
     prompt: str, offsets: Sequence[tuple[int, int]], categories: set[str]
 ) -> Bool[torch.Tensor, "tokens tokens"]:
+    elements = prompt_elements(prompt, opening="opening_blank_line" in categories)
+    return elements_pattern(elements, offsets, categories=categories)
+
+
+def elements_pattern(
+    elements: Iterable[Element],
+    offsets: Sequence[tuple[int, int]],
+    *,
+    categories: Collection[str] = CATEGORIES,
+) -> Bool[torch.Tensor, "tokens tokens"]:
+    """The pairs that :func:`induction_pattern` blocks, for elements in the order of the text.
+
+    ``offsets`` are the characters [start, end) of every token.
+    """
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     starts, ends = np.ascontiguousarray(spans[:, 0]), np.ascontiguousarray(spans[:, 1])
     blocked = np.zeros((len(spans), len(spans)), dtype=bool)
     by_kind: defaultdict[str, list[Element]] = defaultdict(list)
-    for element in prompt_elements(prompt, opening="opening_blank_line" in categories):
+    for element in elements:
         switch = element.kind if element.kind in CATEGORIES else "words"
         if switch in categories:
             by_kind[element.kind].append(element)

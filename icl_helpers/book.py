@@ -25,8 +25,9 @@ from icl_helpers._paths import book_dir, project_root
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.pipeline import stage_notebooks
 from icl_helpers.plotting import accuracy_bars
+from icl_helpers.reporting import DESCRIPTION
 from icl_helpers.store import check_run_dir
-from icl_helpers.summary import summarise
+from icl_helpers.summary import abstract_results, summarise
 
 __all__ = ["BookError", "build_book", "find_runs"]
 
@@ -136,6 +137,11 @@ def _make_static(cell: Any, slug: str) -> None:
     figure = cell.metadata.get("mystnb", {}).get("figure")
     if figure:
         figure["name"] = f"{figure['name']}-{slug}"
+        for output in cell.get("outputs", []):
+            described = output.get("metadata", {}).get(DESCRIPTION)
+            if described:
+                figure["caption"] = described["caption"]
+                cell.metadata["mystnb"]["image"]["alt"] = described["alt"]
     if "injected-parameters" in cell.metadata.get("tags", []):
         cell.metadata["tags"] += ["hide-cell"]
     if cell.cell_type == "code":
@@ -145,7 +151,7 @@ def _make_static(cell: Any, slug: str) -> None:
 def _front_page(staged: Path, run: Path) -> dict[str, str]:
     """Draw the front page's figure and word its numbers from the first run's results."""
     info = _info(run)
-    results = pd.read_parquet(run / "results.parquet")
+    results = abstract_results(pd.read_parquet(run / "results.parquet"))
     (staged / "_static").mkdir(exist_ok=True)
     accuracy_bars(results, ablations=["mean", "knockout"]).savefig(
         staged / "_static" / "front.png", dpi=160

@@ -10,12 +10,20 @@ import pandas as pd
 import seaborn as sns
 import torch
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl_helpers.heads import Head
 from icl_helpers.tables import accuracy_means
 
-__all__ = ["accuracy_bars", "attention_over_prompt", "ranked_heads", "score_heatmap"]
+__all__ = [
+    "accuracy_bars",
+    "attention_over_prompt",
+    "bar_rows",
+    "bars_alt",
+    "ranked_heads",
+    "score_heatmap",
+]
 
 _COLOURS = {
     "full": "#444444",
@@ -56,29 +64,53 @@ def ranked_heads(scores: Float[torch.Tensor, "layers heads"], *, counts: Sequenc
     return _finished(figure)
 
 
+def bar_rows(
+    results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most"
+) -> pd.DataFrame:
+    """The rows that :func:`accuracy_bars` draws: one number of shots, the larger fraction."""
+    rows = results[results["ablation"].isin(["none", *ablations])]
+    largest = rows[rows["fraction"] > 0]["fraction"].max()
+    rows = rows[(rows["fraction"] == 0) | (rows["fraction"] == largest)]
+    picked = rows.groupby("task")["shots"].transform("max" if shots == "most" else "min")
+    return rows[rows["shots"] == picked]
+
+
 def accuracy_bars(
     results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most"
 ) -> Figure:
     """Accuracy per task under each condition at the larger fraction; lines span the runs' range.
 
-    ``shots`` is ``"most"`` (each task's largest number) or ``"none"`` (zero-shot).
+    ``shots`` is ``"most"`` (each task's largest number) or ``"none"`` (zero-shot). Results with
+    several sets of labels get a panel each.
     """
-    rows = results[results["ablation"].isin(["none", *ablations])]
-    largest = rows[rows["fraction"] > 0]["fraction"].max()
-    rows = rows[(rows["fraction"] == 0) | (rows["fraction"] == largest)]
-    picked = rows.groupby("task")["shots"].transform("max" if shots == "most" else "min")
-    rows = rows[rows["shots"] == picked]
+    rows = bar_rows(results, ablations=ablations, shots=shots)
+    panels = list(dict.fromkeys(rows["labels"]))
+    figure, grid = plt.subplots(
+        max(1, len(panels)), 1, figsize=(9, 0.8 + 3 * max(1, len(panels))), layout="constrained",
+        sharex=True, squeeze=False,
+    )  # fmt: skip
+    for axes, labels in zip(grid[:, 0], panels, strict=False):
+        _draw_bars(axes, rows[rows["labels"] == labels])
+        if len(panels) > 1:
+            axes.set_title(f"{labels} labels", loc="left", fontsize="medium")
+    if panels:
+        handles, names = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+        figure.suptitle(_title(rows), fontsize="medium")
+    else:
+        grid[0, 0].text(0.5, 0.5, "nothing was evaluated", ha="center")
+    return _finished(figure)
+
+
+def _draw_bars(axes: Axes, rows: pd.DataFrame) -> None:
     means = accuracy_means(rows)
     tasks = list(dict.fromkeys(means["task"]))
     names = [name for name in _COLOURS if name in set(means["condition"])]
-    figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         part = means[means["condition"] == name].set_index("task").reindex(tasks)
-        low = rows[rows["condition"] == name].groupby("task")["accuracy"].min().reindex(tasks) * 100
-        high = (
-            rows[rows["condition"] == name].groupby("task")["accuracy"].max().reindex(tasks) * 100
-        )
+        runs = rows[rows["condition"] == name].groupby("task")["accuracy"]
+        low, high = runs.min().reindex(tasks) * 100, runs.max().reindex(tasks) * 100
         centre = np.arange(len(tasks)) + (index - (len(names) - 1) / 2) * width
         spread = np.clip([part["accuracy"] - low, high - part["accuracy"]], 0, None)
         axes.bar(
@@ -88,8 +120,30 @@ def accuracy_bars(
     axes.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
     axes.set(ylabel="accuracy (%)", ylim=(0, 105))
-    axes.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
-    return _finished(figure)
+
+
+def _title(rows: pd.DataFrame) -> str:
+    """Number of examples and share of heads that the rows are about."""
+    shots = sorted(set(rows["shots"]))
+    share = rows["fraction"].max()
+    heads = f", {share:.1%} of the heads" if share else ""
+    return f"{' or '.join(map(str, shots))} examples{heads}"
+
+
+def bars_alt(results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most") -> str:
+    """Alternative text of :func:`accuracy_bars`: its title and every bar's height in percent."""
+    rows = bar_rows(results, ablations=ablations, shots=shots)
+    if rows.empty:
+        return "Empty figure: nothing was evaluated."
+    parts = []
+    for (task, labels), group in accuracy_means(rows).groupby(["task", "labels"], sort=False):
+        bars = (
+            f"{str(r['condition']).replace('_', ' ')} {r['accuracy']:.0f}"
+            for r in group.to_dict("records")
+        )
+        kind = f" with {labels} labels" if rows["labels"].nunique() > 1 else ""
+        parts.append(f"{str(task).replace('_', ' ')}{kind}: {', '.join(bars)}")
+    return f"Bars of accuracy in percent, {_title(rows)}. {'; '.join(parts)}."
 
 
 def attention_over_prompt(

@@ -29,13 +29,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import icl_helpers
 from icl_helpers.condition import FULL, Condition, conditions
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation import document_results, evaluate, resolve_shots
+from icl_helpers.evaluation import KEYS, document_results, evaluate, resolve_shots
 from icl_helpers.heads import Head, top_heads
 from icl_helpers.means import mean_head_outputs
 from icl_helpers.models import embedded_models, load_model, model_fractions, weights_fingerprint
 from icl_helpers.nlp_tasks import TextTaskSpec
 from icl_helpers.parameters import StageParameters
 from icl_helpers.prefix_matching import prefix_matching_scores, random_sequences, token_pool
+from icl_helpers.prompts import Prompt, build_prompts
 from icl_helpers.reference import reference_samples, reference_texts, samples_key
 from icl_helpers.store import atomic_path, check_run_dir, content_key, set_aside, write_json
 from icl_helpers.task_registry import get_task_spec, task_names
@@ -185,14 +186,15 @@ class Run:
         chosen = [condition for kind in kinds for condition in self.conditions(kind)]
         frames = [
             evaluate(
-                self.model, self.tokenizer, tasks=group, labels=labels, shots=p.shots,
-                conditions=chosen, seeds=p.seeds, limit=p.limit, batch_size=p.batch_size,
-                run_dir=self.directory, data=data, revision=p.revision,
+                self.model, self.tokenizer, tasks=group, labels=labels,
+                shots={task: self._shots(task, labels) for task in group}, conditions=chosen,
+                seeds=p.seeds, limit=p.limit, batch_size=p.batch_size, run_dir=self.directory,
+                data=data, revision=p.revision,
             )
             for (labels, data), group in self._groups(tasks, nlp=nlp).items()
         ]  # fmt: skip
         if not frames:
-            raise InputError("there are no tasks to evaluate; name some in tasks or nlp_tasks")
+            return pd.DataFrame(columns=[*KEYS, "n", "n_invalid", "accuracy"])
         return pd.concat(map(pd.DataFrame, frames), ignore_index=True)
 
     def _groups(self, tasks: Sequence[str], *, nlp: bool) -> dict[tuple[str, str], list[str]]:
@@ -200,7 +202,7 @@ class Run:
         groups: dict[tuple[str, str], list[str]] = {}
         for task in tasks:
             for labels in self._label_sets(task, nlp=nlp):
-                groups.setdefault((labels, self._data(task)), []).append(task)
+                groups.setdefault((labels, self.task_data(task)), []).append(task)
         return groups
 
     def _label_sets(self, task: str, *, nlp: bool) -> list[str]:
@@ -210,10 +212,26 @@ class Run:
             return [spec.default_labels]
         return ["semantic", "unrelated"] if chosen == "both" else [chosen]
 
-    def _data(self, task: str) -> str:
+    def _shots(self, task: str, labels: str) -> list[int]:
+        """Numbers of demonstrations; unrelated labels on text only with none and with the most.
+
+        The paper has them with the most only; without any there is a benefit to compute.
+        """
+        shots = resolve_shots(task, self.parameters.shots)
+        if self.parameters.shots is None and labels != get_task_spec(task).default_labels:
+            return [min(shots), max(shots)]
+        return shots
+
+    def task_data(self, task: str) -> str:
+        """The ``data`` of :func:`icl_helpers.build_prompts` with which the run reads a task."""
         if task in task_names("nlp"):
             return self.parameters.data_dir or "synthetic"
         return "synthetic" if task in task_names("stand_in") else self.parameters.data
+
+    def nlp_prompts(self, task: str, *, shots: int, labels: str) -> list[Prompt]:
+        """Prompts of a text task as the run evaluates it, at its first demonstration seed."""
+        seed = self.parameters.seeds[0]
+        return build_prompts(task, shots=shots, seed=seed, labels=labels, data=self.task_data(task))
 
     def results(self) -> pd.DataFrame:
         """Accuracies of the run's tasks evaluated so far, with its shots, fractions and seeds."""
@@ -244,7 +262,7 @@ class Run:
             (task, labels, shots)
             for task in tasks
             for labels in self._label_sets(task, nlp=nlp)
-            for shots in resolve_shots(task, self.parameters.shots)
+            for shots in self._shots(task, labels)
         }
         rows = zip(frame["task"], frame["labels"], frame["shots"], strict=True)
         kept = pd.Series([row in wanted for row in rows], index=frame.index, dtype=bool)

@@ -6,7 +6,15 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["summarise"]
+from icl_helpers.task_registry import task_names
+
+__all__ = ["abstract_results", "summarise"]
+
+
+def abstract_results(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the abstract tasks, or all of them where there is no such task."""
+    rows = results[results["task"].isin(task_names("abstract"))]
+    return results if rows.empty else rows
 
 
 def _mean(rows: pd.DataFrame) -> float | None:
@@ -15,13 +23,14 @@ def _mean(rows: pd.DataFrame) -> float | None:
 
 
 def summarise(results: pd.DataFrame, *, ablation: str = "mean") -> dict[str, Any]:
-    """Average accuracies over the tasks with two labels, in percent.
+    """Average accuracies over the abstract tasks with two labels, in percent.
 
     Keys: ``full``, ``induction_heads``, ``induction_pattern``, ``random_heads`` at each task's
     largest number of shots and the run's larger fraction; ``zero_shot`` and
     ``zero_shot_induction_heads``; ``shots``, ``fraction``, ``tasks``. None where not evaluated.
     """
-    rows = results[~results["task"].str.endswith("4way")]
+    rows = abstract_results(results)
+    rows = rows[~rows["task"].str.endswith("4way")]
     larger = float(rows["fraction"].max())
     rows = rows[rows["fraction"].isin([0.0, larger])]
     rows = rows[rows["ablation"].isin(["none", "knockout", ablation])]

@@ -1,0 +1,104 @@
+"""What a notebook shows of a run: figures with computed descriptions, tables to download.
+
+A cell's caption and alternative text are fixed when the notebook is written, but what a figure
+shows is known only after it ran. :func:`show_figure` stores both with the figure's output, under
+the key :data:`DESCRIPTION`, and the book puts them in place of the cell's own.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import HTML, Markdown, display
+from matplotlib.figure import Figure
+
+from icl_helpers.nlp_tasks import STAND_IN_TASKS
+from icl_helpers.plotting import accuracy_bars, bars_alt
+from icl_helpers.run import Run
+from icl_helpers.tables import write_table
+from icl_helpers.task_registry import text_spec
+from icl_helpers.text_data import load_splits
+
+__all__ = [
+    "DESCRIPTION",
+    "describe_text_tasks",
+    "show_bars",
+    "show_figure",
+    "show_table",
+    "text_task_table",
+]
+
+DESCRIPTION = "icl_description"
+
+
+def show_figure(figure: Figure, *, alt: str, caption: str) -> None:
+    """Display a figure together with its alternative text and caption."""
+    display(figure, metadata={DESCRIPTION: {"alt": alt, "caption": caption}})  # type: ignore[no-untyped-call]
+
+
+def show_bars(
+    results: pd.DataFrame, *, ablations: Sequence[str], caption: str, shots: str = "most"
+) -> None:
+    """Display :func:`icl_helpers.plotting.accuracy_bars` with its heights as alternative text."""
+    chosen: dict[str, Any] = {"ablations": ablations, "shots": shots}
+    seeds = ", ".join(map(str, sorted(set(results["demonstration_seed"]))))
+    most = int(results["n"].max()) if len(results) else 0
+    caption = f"{caption} At most {most} documents a task, demonstration seeds {seeds}."
+    show_figure(accuracy_bars(results, **chosen), alt=bars_alt(results, **chosen), caption=caption)
+
+
+def show_table(
+    frame: pd.DataFrame, *, label: str, directory: Path | None = None, name: str = ""
+) -> None:
+    """Display a table in a frame that scrolls sideways on a narrow screen.
+
+    With a directory the table is also written there as ``name.csv`` and ``name.tex``, and links to
+    both follow it; they lead to ``tables/`` beside the page, where the book puts the run's files.
+    """
+    table = frame.to_html(border=0, na_rep="").replace("\n", " ")
+    region = (
+        f'<div role="region" aria-label="{html.escape(label)}" tabindex="0" '
+        f'style="overflow-x: auto; max-height: 40rem">{table}</div>'
+    )
+    display(HTML(region))  # type: ignore[no-untyped-call]
+    if directory is not None:
+        write_table(frame, directory, name)
+        display(  # type: ignore[no-untyped-call]
+            Markdown(f"Download {label}: [CSV](tables/{name}.csv), [LaTeX](tables/{name}.tex)")
+        )
+
+
+def describe_text_tasks(tasks: Sequence[str]) -> str:
+    """What the text tasks of a run are, in Markdown: the paper's, or stand-ins for them."""
+    if not tasks:
+        return "**This run has no text tasks:** `nlp_tasks` is empty."
+    own = [task for task in tasks if task in STAND_IN_TASKS]
+    if not own:
+        return "These are tasks of the paper, on the rows of their data sets."
+    names = " and ".join(f"`{task}`" for task in own)
+    return (
+        f"**Stand-ins.** {names} are not the paper's: their sentences were made from templates for "
+        f"this project, so that this stage runs offline and on a model that knows no English "
+        f"beyond them. They take the form of SST-2 and Subj, and nothing on this page says how a "
+        f"model does on the real data sets. With `nlp_tasks` naming those, the stage runs as it is."
+    )
+
+
+def text_task_table(run: Run) -> pd.DataFrame:
+    """Data, sizes and labels of a run's text tasks, indexed by task."""
+    rows = {}
+    for task in run.nlp_tasks:
+        spec = text_spec(task)
+        splits = load_splits(spec, data=run.task_data(task))
+        rows[task] = {
+            "data": spec.hub.path if spec.hub else "made from templates (stand-in)",
+            "rows to draw examples from": len(splits.train),
+            "rows to judge": len(splits.validation),
+            "semantic labels": ", ".join(spec.labels("semantic")),
+            "unrelated labels": ", ".join(spec.labels("unrelated")),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -91,6 +91,13 @@ def _scores(args: argparse.Namespace) -> int:
     return 0
 
 
+def _cost(args: argparse.Namespace) -> int:
+    from icl_helpers.costs import estimate_cost
+
+    print(estimate_cost(_parameters(args), tokens_per_second=args.tokens_per_second))
+    return 0
+
+
 def _means(args: argparse.Namespace) -> int:
     from icl_helpers.run import Run
 
@@ -172,6 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--stages", type=_numbers(int), help="numbers of the stages, for example 1,3")
     _add_run_options(add("scores", _scores, "prefix-matching scores and the induction heads"))
     _add_run_options(add("means", _means, "mean head outputs"))
+    cost = add("cost", _cost, "estimate memory, tokens and hours of a run; loads no model")
+    _add_run_options(cost)
+    cost.add_argument("--tokens-per-second", type=float, help="rate of your machine, if known")
     evaluate = add("evaluate", _evaluate, "few-shot accuracy under conditions")
     _add_run_options(evaluate)
     evaluate.add_argument(

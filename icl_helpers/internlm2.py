@@ -7,10 +7,9 @@ model plus one tensor.
 
 Example
 -------
->>> if is_internlm2("internlm/internlm2-20b"):
-...     directory = fetch_internlm2("internlm/internlm2-20b")
-...     model = load_internlm2(directory, dtype="bfloat16", device_map="auto")
-...     tokenizer = load_internlm2_tokenizer(directory)
+>>> directory = fetch_internlm2("internlm/internlm2-20b")
+>>> model = load_internlm2(directory, dtype="bfloat16", device_map="auto")
+>>> tokenizer = load_internlm2_tokenizer(directory)
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import cached_file
 
 from icl_helpers.errors import InputError, MissingArtefactError
+from icl_helpers.internlm2_config import internlm2_config, is_internlm2
 from icl_helpers.internlm2_tokenizer import load_internlm2_tokenizer
 
 __all__ = [
@@ -52,35 +51,8 @@ _RENAMED = {
 }
 _NAMES = re.compile("|".join(map(re.escape, _RENAMED)))
 _FUSED = ".attention.wqkv."
-_SAME_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range",
-    "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
-    "tie_word_embeddings",
-)  # fmt: skip
-_ROPE_TYPES = ("default", "linear", "dynamic")
 # In order of preference; an index names the shards of a split checkpoint.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-def is_internlm2(
-    source: str | os.PathLike[str] | PreTrainedConfig | Mapping[str, Any],
-    *,
-    revision: str | None = None,
-) -> bool:
-    """Whether a directory, hub id or configuration is InternLM2's.
-
-    False where no configuration can be read: the caller's ordinary loading then explains why.
-    """
-    if isinstance(source, PreTrainedConfig):
-        return source.model_type == "internlm2"
-    if not isinstance(source, Mapping):
-        try:
-            file = cached_file(os.fspath(source), "config.json", revision=revision)
-            source = json.loads(Path(file or "").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-    return isinstance(source, Mapping) and source.get("model_type") == "internlm2"
 
 
 def fetch_internlm2(source: str | os.PathLike[str], *, revision: str | None = None) -> Path:
@@ -111,34 +83,6 @@ def fetch_internlm2(source: str | os.PathLike[str], *, revision: str | None = No
             f"the checkpoint {source} is not in the Hugging Face cache and cannot be fetched; "
             f"check the name and the network, or give the directory of a copy"
         ) from error
-
-
-def internlm2_config(settings: Mapping[str, Any]) -> LlamaConfig:
-    """The Llama configuration of an InternLM2 ``config.json``.
-
-    The two models' dynamic scaling is the same: beyond the trained length L, the rotary base is
-    multiplied by ``(factor * n / L - (factor - 1)) ** (d / (d - 2))`` for n tokens and d dimensions
-    per head. Up to L tokens it is plain rotary embedding. One difference does not touch a single
-    prompt: after a prompt longer than L, InternLM2's code keeps the wider base for shorter ones,
-    transformers returns to the plain one.
-    """
-    scaling = settings.get("rope_scaling") or {}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type not in _ROPE_TYPES:
-        raise InputError(
-            f"InternLM2's rope_scaling must be one of {', '.join(_ROPE_TYPES)}, got {rope_type!r}"
-        )
-    rope = {"rope_type": rope_type, "rope_theta": float(settings.get("rope_theta", 10_000))}
-    if rope_type != "default":
-        rope["factor"] = float(scaling["factor"])
-    same = {field: settings[field] for field in _SAME_FIELDS if field in settings}
-    return LlamaConfig(
-        **same,
-        architectures=["LlamaForCausalLM"],
-        rope_parameters=rope,
-        # A configuration that does not say has biases: that is InternLM2's default.
-        attention_bias=bool(settings.get("bias", True)),
-    )
 
 
 def load_internlm2(

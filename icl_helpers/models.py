@@ -33,11 +33,13 @@ from icl_helpers.internlm2 import (
     load_internlm2,
     load_internlm2_tokenizer,
 )
+from icl_helpers.internlm2_config import internlm2_config, internlm2_settings
 from icl_helpers.quantization import check_quantization, quantization_config
 
 __all__ = [
     "context_length",
     "embedded_models",
+    "load_config",
     "load_model",
     "model_fractions",
     "resolve_model",
@@ -167,6 +169,21 @@ def _check_device(device: str | torch.device | None, device_map: Any) -> torch.d
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device!r} was asked for, but torch sees no CUDA GPU here")
     return chosen
+
+
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """A model's configuration alone; InternLM2's as that of the Llama it is loaded as.
+
+    Raises as :func:`load_model` does.
+    """
+    source = resolve_model(name)
+    settings = internlm2_settings(source, revision=revision)
+    if settings is not None:
+        return internlm2_config(settings)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return _load_config(name, source, options)
 
 
 def _load_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedConfig:

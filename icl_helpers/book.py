@@ -22,6 +22,7 @@ import pandas as pd
 import yaml
 
 from icl_helpers._paths import book_dir, project_root
+from icl_helpers.costs import recipe_table
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.pipeline import stage_notebooks
 from icl_helpers.plotting import accuracy_bars
@@ -94,7 +95,10 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
         chapters = [{"file": page} for page in _stage_run(staged, run, slug)]
         model = _info(run)["model"]
         toc["parts"].append({"caption": f"Run: {model}", "chapters": chapters})
-    config["parse"]["myst_substitutions"] = _front_page(staged, runs[0])
+    config["parse"]["myst_substitutions"] = {
+        **_front_page(staged, runs[0]),
+        "recipes": recipe_table(),
+    }
     _repository_buttons(config)
     (staged / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
     (staged / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))

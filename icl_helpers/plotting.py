@@ -21,6 +21,9 @@ __all__ = [
     "attention_over_prompt",
     "bar_rows",
     "bars_alt",
+    "benefit_alt",
+    "benefit_bars",
+    "benefit_rows",
     "ranked_heads",
     "score_heatmap",
 ]
@@ -144,6 +147,73 @@ def bars_alt(results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "m
         kind = f" with {labels} labels" if rows["labels"].nunique() > 1 else ""
         parts.append(f"{str(task).replace('_', ' ')}{kind}: {', '.join(bars)}")
     return f"Bars of accuracy in percent, {_title(rows)}. {'; '.join(parts)}."
+
+
+def benefit_bars(changes: pd.DataFrame, *, ablation: str) -> Figure:
+    """Relative change of the benefit of examples under an ablation (paper, Figures 4 and 9).
+
+    ``changes`` comes from :func:`icl_helpers.benefit.benefit_changes`. A panel per fraction of
+    heads; lines are 95 % intervals, cut at the edges of the panel. Tasks that are left out have no
+    bars.
+    """
+    rows = benefit_rows(changes, ablation=ablation)
+    if rows.empty:
+        figure, axes = plt.subplots(figsize=(9, 2), layout="constrained")
+        axes.text(0.5, 0.5, "no task has a benefit to lose", ha="center")
+        return _finished(figure)
+    fractions = sorted(set(rows["fraction"]))
+    tasks = list(dict.fromkeys(rows["name"]))
+    figure, grid = plt.subplots(
+        len(fractions), 1, figsize=(9, 0.8 + 2.6 * len(fractions)), layout="constrained",
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    for axes, fraction in zip(grid[:, 0], fractions, strict=True):
+        for index, name in enumerate(("induction_heads", "random_heads")):
+            part = rows[(rows["fraction"] == fraction) & (rows["condition"] == name)]
+            part = part.set_index("name").reindex(tasks)
+            heights = part["relative_change"]
+            spread = np.clip([heights - part["low"], part["high"] - heights], 0, None)
+            axes.bar(
+                np.arange(len(tasks)) + (index - 0.5) * 0.38, heights, 0.38, yerr=spread,
+                color=_COLOURS[name], label=name.replace("_", " "), error_kw={"linewidth": 1},
+            )  # fmt: skip
+        axes.axhline(0, color="#444444", linewidth=0.8)
+        axes.set_title(f"{fraction:.1%} of the heads", loc="left", fontsize="medium")
+        axes.set(ylabel="change of benefit (%)", ylim=(-160, 60))
+        axes.set_xticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(_benefit_title(rows, ablation), fontsize="medium")
+    return _finished(figure)
+
+
+def benefit_rows(changes: pd.DataFrame, *, ablation: str) -> pd.DataFrame:
+    """The rows that :func:`benefit_bars` draws, with the ``name`` of task and labels."""
+    rows = changes[(changes["ablation"] == ablation) & changes["relative_change"].notna()]
+    several = changes.groupby("task")["labels"].transform("nunique").reindex(rows.index) > 1
+    return rows.assign(name=rows["task"].where(~several, rows["task"] + " " + rows["labels"]))
+
+
+def _benefit_title(rows: pd.DataFrame, ablation: str) -> str:
+    shots = " or ".join(map(str, sorted(set(rows["shots"]))))
+    return f"Accuracy gained by {shots} examples: relative change under {ablation} ablation"
+
+
+def benefit_alt(changes: pd.DataFrame, *, ablation: str) -> str:
+    """Alternative text of :func:`benefit_bars`: its title and every bar's height in percent."""
+    rows = benefit_rows(changes, ablation=ablation)
+    if rows.empty:
+        return "Empty figure: no task has a benefit to lose."
+    parts = [
+        f"{str(name).replace('_', ' ')}: "
+        + ", ".join(
+            f"{str(r['condition']).replace('_', ' ')} at {r['fraction']:.1%} "
+            f"{r['relative_change']:+.0f}"
+            for r in group.to_dict("records")
+        )
+        for name, group in rows.groupby("name", sort=False)
+    ]
+    return f"Bars, in percent. {_benefit_title(rows, ablation)}. {'; '.join(parts)}."
 
 
 def attention_over_prompt(

@@ -16,10 +16,15 @@ import pandas as pd
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 
+from icl_helpers.annotated import annotated_table
+from icl_helpers.benefit import left_out_tasks
+from icl_helpers.comparison import overlay
+from icl_helpers.errors import InputError
 from icl_helpers.nlp_tasks import STAND_IN_TASKS
-from icl_helpers.plotting import accuracy_bars, bars_alt
+from icl_helpers.plotting import accuracy_bars, bars_alt, benefit_alt, benefit_bars
+from icl_helpers.published import PAPER_MODELS
 from icl_helpers.run import Run
-from icl_helpers.tables import write_table
+from icl_helpers.tables import published_table, write_table
 from icl_helpers.task_registry import text_spec
 from icl_helpers.text_data import load_splits
 
@@ -27,7 +32,10 @@ __all__ = [
     "DESCRIPTION",
     "describe_text_tasks",
     "show_bars",
+    "show_benefit",
     "show_figure",
+    "show_paper_table",
+    "show_published",
     "show_table",
     "text_task_table",
 ]
@@ -70,6 +78,71 @@ def show_table(
         display(  # type: ignore[no-untyped-call]
             Markdown(f"Download {label}: [CSV](tables/{name}.csv), [LaTeX](tables/{name}.tex)")
         )
+
+
+def show_paper_table(run: Run, number: int) -> None:
+    """Display a table of the paper for a run: cells with intervals and marks, and its tests.
+
+    Both are written to ``run_dir/tables`` as ``table-N`` and ``table-N-tests``. Says so where the
+    run holds no task of the table.
+    """
+    documents = run.documents() if number in (1, 4) else run.nlp_documents()
+    try:
+        found = annotated_table(documents, number)
+    except InputError as error:
+        display(Markdown(f"*Nothing to show: {error}.*"))  # type: ignore[no-untyped-call]
+        return
+    folder = run.directory / "tables"
+    show_table(found.cells, label=f"table {number}", directory=folder, name=f"table-{number}")
+    tests = found.tests.round(6)
+    write_table(tests, folder, f"table-{number}-tests")
+    name = f"tables/table-{number}-tests"
+    clear = int(tests["distinguishable"].sum())
+    display(  # type: ignore[no-untyped-call]
+        Markdown(
+            f"{clear} of {len(tests)} comparisons are distinguishable from noise. Differences, "
+            f"intervals, p-values before and after correction and effect sizes (Cohen's g) of "
+            f"all of them: [CSV]({name}.csv), [LaTeX]({name}.tex)"
+        )
+    )
+
+
+def show_published(run: Run, number: int) -> None:
+    """Display what is published in a table: beside a paper's model's run, else on its own.
+
+    For one of the paper's models: the published value, the run's and their difference, row by row.
+    For any other the published table of both models, under their names, since a difference would
+    compare models.
+    """
+    folder = run.directory / "tables"
+    beside = overlay(run.directory)
+    if beside is not None:
+        rows = beside[beside["table"] == number].drop(columns="table").round(1)
+        label = f"table {number}, published and recomputed"
+        show_table(rows, label=label, directory=folder, name=f"published-{number}")
+        return
+    for model in PAPER_MODELS.values():
+        label = f"table {number} as published for {model}"
+        display(Markdown(f"**Published, {model}**"))  # type: ignore[no-untyped-call]
+        name = f"published-{number}-{model.lower()}"
+        show_table(published_table(number, model), label=label, directory=folder, name=name)
+
+
+def show_benefit(changes: pd.DataFrame, *, ablation: str) -> None:
+    """Display :func:`icl_helpers.plotting.benefit_bars` with a computed caption."""
+    out = left_out_tasks(changes)
+    names = [f"{task} ({labels}: {why})" for task, labels, why in zip(
+        out["task"], out["labels"], out["why"], strict=True
+    )]  # fmt: skip
+    show_figure(
+        benefit_bars(changes, ablation=ablation),
+        alt=benefit_alt(changes, ablation=ablation),
+        caption=(
+            f"Relative change of the benefit of examples under {ablation} ablation; -100 % means "
+            f"that examples help no more. Lines are 95 % intervals, cut at the panel's edge. Left "
+            f"out: {', '.join(names) or 'none'}."
+        ),
+    )
 
 
 def describe_text_tasks(tasks: Sequence[str]) -> str:

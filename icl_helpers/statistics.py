@@ -16,6 +16,7 @@ Example
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,11 +27,14 @@ from scipy import stats
 from icl_helpers.errors import InputError
 
 __all__ = [
+    "Cube",
     "Interval",
     "accuracy_intervals",
+    "aligned",
     "bootstrap_interval",
     "cohens_g",
     "comparisons",
+    "cubes",
     "holm",
     "icl_benefit",
     "paired_test",
@@ -167,7 +171,7 @@ def accuracy_intervals(
     resample: the bounds are then the exact binomial ones for that many documents.
     """
     rows = []
-    for key, cube in _cubes(documents).items():
+    for key, cube in cubes(documents).items():
         found = bootstrap_interval(cube.values, level=level, resamples=resamples)
         if found.mean in (0.0, 1.0):
             n = len(cube.values)
@@ -175,7 +179,9 @@ def accuracy_intervals(
             found = Interval(found.mean, float(exact.low), float(exact.high))
         rows.append(
             dict(zip(_CELL, key, strict=True))
-            | {"accuracy": 100 * found.mean, "low": 100 * found.low, "high": 100 * found.high}
+            | {"accuracy": 100 * found.mean}
+            # No accuracy lies beyond these ends, whatever the tails of an interval say.
+            | {"low": max(0.0, 100 * found.low), "high": min(100.0, 100 * found.high)}
             | {"documents": len(cube.values), "runs": int(np.prod(cube.values.shape[1:]))}
         )
     return pd.DataFrame(rows)
@@ -190,17 +196,17 @@ def comparisons(
     against), low, high, p, p_holm (corrected over the whole frame), cohens_g, and distinguishable:
     p_holm below ``1 - level``.
     """
-    cubes = _cubes(documents)
+    found_cubes = cubes(documents)
     rows = []
-    for key, cube in cubes.items():
+    for key, cube in found_cubes.items():
         entry = dict(zip(_CELL, key, strict=True))
         rivals = {"full": (*key[:3], "full", "none", 0.0)}
         if entry["condition"] == "induction_heads":
             rivals["random_heads"] = (*key[:3], "random_heads", *key[4:])
         for against, rival in rivals.items():
-            if entry["condition"] == "full" or rival not in cubes:
+            if entry["condition"] == "full" or rival not in found_cubes:
                 continue
-            first, second = _aligned(cube, cubes[rival])
+            first, second = aligned(cube, found_cubes[rival])
             found = bootstrap_interval(first - second, level=level, resamples=resamples)
             rows.append(
                 entry
@@ -214,20 +220,25 @@ def comparisons(
     return frame.assign(distinguishable=frame["p_holm"] < 1 - level)
 
 
-class _Cube(NamedTuple):
+class Cube(NamedTuple):
+    """One cell's answers: ``values`` and what its first two axes stand for, both ascending."""
+
     values: np.ndarray  # [documents, demonstration seeds, ablation seeds], 0 or 1
     documents: np.ndarray  # ids
     seeds: np.ndarray  # demonstration seeds
 
 
-def _cubes(documents: pd.DataFrame) -> dict[tuple[Any, ...], _Cube]:
-    """Correctness by cell; documents that some run of the cell lacks are left out."""
+def cubes(documents: pd.DataFrame) -> dict[tuple[Any, ...], Cube]:
+    """Correctness by (task, labels, shots, condition, ablation, fraction).
+
+    Documents that some run of the cell lacks are left out.
+    """
     if "valid" in documents:
         documents = documents[documents["valid"]]
     return {key: _cube(group) for key, group in documents.groupby(_CELL, sort=False)}
 
 
-def _cube(group: pd.DataFrame) -> _Cube:
+def _cube(group: pd.DataFrame) -> Cube:
     codes, levels = [], []
     for column, missing in (("doc_id", -1), ("demonstration_seed", -1), ("ablation_seed", -1)):
         known = group[column] if column in group else pd.Series(missing, index=group.index)
@@ -238,22 +249,27 @@ def _cube(group: pd.DataFrame) -> _Cube:
     values = np.full([len(level) for level in levels], -1, dtype=np.int64)
     values[tuple(codes)] = group["correct"].to_numpy(dtype=np.int64)
     whole = (values >= 0).all(axis=(1, 2))
-    return _Cube(values[whole], levels[0][whole], levels[1])
+    return Cube(values[whole], levels[0][whole], levels[1])
 
 
-def _aligned(first: _Cube, second: _Cube) -> tuple[np.ndarray, np.ndarray]:
-    """Two conditions on their common documents and seeds.
+def aligned(*parts: Cube) -> list[np.ndarray]:
+    """Conditions on the documents and seeds that all of them have, as arrays of one shape.
 
     A condition without ablation seeds (the full model) is repeated beside one that has several.
+    Raises :class:`InputError` when nothing is shared.
     """
-    _, rows_a, rows_b = np.intersect1d(first.documents, second.documents, return_indices=True)
-    _, seeds_a, seeds_b = np.intersect1d(first.seeds, second.seeds, return_indices=True)
-    if not len(rows_a) or not len(seeds_a):
+    rows = functools.reduce(np.intersect1d, [part.documents for part in parts])
+    seeds = functools.reduce(np.intersect1d, [part.seeds for part in parts])
+    if not len(rows) or not len(seeds):
         raise InputError("the conditions to compare share no documents or demonstration seeds")
-    a = first.values[np.ix_(rows_a, seeds_a)]
-    b = second.values[np.ix_(rows_b, seeds_b)]
-    shape = np.broadcast_shapes(a.shape, b.shape)
-    return np.broadcast_to(a, shape), np.broadcast_to(b, shape)
+    chosen = [
+        part.values[
+            np.ix_(np.searchsorted(part.documents, rows), np.searchsorted(part.seeds, seeds))
+        ]
+        for part in parts
+    ]
+    shape = np.broadcast_shapes(*(values.shape for values in chosen))
+    return [np.broadcast_to(values, shape) for values in chosen]
 
 
 def icl_benefit(results: pd.DataFrame, *, shots: int = 10) -> pd.DataFrame:

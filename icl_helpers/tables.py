@@ -20,25 +20,30 @@ from icl_helpers.published import PAPER_MODELS, published_accuracy
 from icl_helpers.store import atomic_path
 
 __all__ = [
+    "CONDITION_TITLES",
+    "ROW",
     "accuracy_means",
     "compare_published",
     "layout",
     "published_name",
+    "published_table",
+    "share_text",
     "table1",
     "table3",
     "table4",
     "table5",
+    "table_rows",
     "write_table",
 ]
 
-_ORDER = ["full", "induction_heads", "induction_pattern", "random_heads"]
-_TITLES = {
+ROW = ["task", "labels", "shots"]
+# In the paper's order of columns.
+CONDITION_TITLES = {
     "full": "full model",
     "induction_heads": "induction heads",
     "induction_pattern": "induction pattern",
     "random_heads": "random heads",
 }
-_ROW = ["task", "labels", "shots"]
 _GROUP = ["task", "labels", "shots", "condition", "ablation", "fraction"]
 
 
@@ -60,20 +65,24 @@ def layout(results: pd.DataFrame, *, ablation: str = "mean") -> pd.DataFrame:
     condition and share of heads. Knockout has a column in both, as in the paper. Raises
     :class:`InputError` when the run lacks the full model.
     """
-    index = ["task", "shots"] if results["labels"].nunique() <= 1 else _ROW
-    cells = _cells(accuracy_means(results), ablation, index)
-    titles = [(_TITLES[column[0]], _share(float(column[1]))) for column in cells.columns]
-    cells.columns = pd.MultiIndex.from_tuples(titles)
-    return cells
+    index = ["task", "shots"] if results["labels"].nunique() <= 1 else ROW
+    means = accuracy_means(results)
+    return _titled(_cells(means[means["ablation"].isin(["none", "knockout", ablation])], index))
 
 
-def _share(fraction: float) -> str:
+def _titled(cells: pd.DataFrame) -> pd.DataFrame:
+    pairs: list[Any] = cells.columns.tolist()
+    titles = [(CONDITION_TITLES[name], share_text(share)) for name, share in pairs]
+    return cells.set_axis(pd.MultiIndex.from_tuples(titles), axis="columns")
+
+
+def share_text(fraction: float) -> str:
+    """A fraction of heads in percent; nothing for none."""
     return f"{fraction:.1%}" if fraction else ""
 
 
-def _cells(means: pd.DataFrame, ablation: str, index: list[str]) -> pd.DataFrame:
+def _cells(wanted: pd.DataFrame, index: list[str]) -> pd.DataFrame:
     """Text of each cell; columns (condition, fraction) in the paper's order, "" where absent."""
-    wanted = means[means["ablation"].isin(["none", "knockout", ablation])]
     if not (wanted["condition"] == "full").any():
         raise InputError("the results hold no full model to compare with; evaluate 'full' first")
     full = wanted[wanted["condition"] == "full"].set_index(index)["accuracy"]
@@ -86,18 +95,20 @@ def _cells(means: pd.DataFrame, ablation: str, index: list[str]) -> pd.DataFrame
         rows.setdefault(key, {})[entry["condition"], float(entry["fraction"])] = cell
     frame = pd.DataFrame.from_dict(rows, orient="index")
     frame.index = pd.MultiIndex.from_tuples(list(rows), names=index)
-    columns = sorted(frame.columns, key=lambda column: (_ORDER.index(column[0]), column[1]))
+    columns = sorted(
+        frame.columns, key=lambda column: (list(CONDITION_TITLES).index(column[0]), column[1])
+    )
     return frame.reindex(columns=pd.MultiIndex.from_tuples(columns)).fillna("")
 
 
 def table1(results: pd.DataFrame, *, published_model: str | None = None) -> pd.DataFrame:
-    """Table 1: abstract tasks, mean ablation and knockout, published values beside the run's.
+    """Table 1: abstract tasks, mean ablation and knockout.
 
-    Rows: task, labels, shots. Columns: source, condition, share of heads; the source is "this run"
-    or "published, NAME". ``published_model`` is one of the paper's two names, such as
-    :func:`published_name` gives; None shows Llama-3-8B. The paper's 1 % and 3 % stand beside the
-    run's smaller and larger share, each under its own heading. Raises :class:`InputError` when the
-    run holds none of the table's rows or no full model.
+    Rows: task, labels, shots. Columns: source, condition, share of heads; the source is "this run",
+    and with a ``published_model``, one of the paper's two names such as :func:`published_name`
+    gives, also "published, NAME". The paper's 1 % and 3 % then stand beside the run's smaller and
+    larger share, each under its own heading. Raises :class:`InputError` when the run holds none of
+    the table's rows or no full model.
     """
     return _paper_table(results, 1, published_model)
 
@@ -117,33 +128,50 @@ def table5(results: pd.DataFrame, *, published_model: str | None = None) -> pd.D
     return _paper_table(results, 5, published_model)
 
 
-def _paper_table(results: pd.DataFrame, number: int, published_model: str | None) -> pd.DataFrame:
+def table_rows(frame: pd.DataFrame, number: int) -> pd.DataFrame:
+    """The rows of results or documents that one of the paper's tables is about.
+
+    Raises :class:`InputError` for a table that there is not, or when the frame holds no such task.
+    """
     from icl_helpers.task_registry import task_names
 
+    if number not in (1, 3, 4, 5):
+        raise InputError(f"the paper's tables are 1, 3, 4 and 5, got {number!r}")
     abstract = number in (1, 4)
-    ablation = "mean" if number in (1, 3) else "zero"
-    chosen = results[results["task"].isin(task_names("abstract")) == abstract]
-    if not abstract:
-        # The paper ran no knockout on these tasks; a run that did shows it in its own results.
-        chosen = chosen[chosen["ablation"] != "knockout"]
-    if chosen.empty:
+    # The paper ran no knockout on text; a run that did shows it in its own results.
+    kept = ["none", "mean" if number in (1, 3) else "zero", *(["knockout"] if abstract else [])]
+    tasks = frame[frame["task"].isin(task_names("abstract")) == abstract]
+    if tasks.empty:
         kind = "abstract" if abstract else "text classification"
         raise InputError(f"table {number} is about {kind} tasks; the results hold none")
-    ours = _cells(accuracy_means(chosen), ablation, _ROW)
-    name = published_model or "Llama-3-8B"
-    theirs = _cells(_published_rows(number, name), ablation, _ROW)
-    theirs = theirs.reindex(ours.index).fillna("")
+    return tasks[tasks["ablation"].isin(kept)]
+
+
+def published_table(number: int, model: str) -> pd.DataFrame:
+    """A table as it was published for one of the paper's models, in the layout of :func:`layout`.
+
+    Raises :class:`InputError` for another model.
+    """
+    return _titled(_cells(_published_rows(number, model), ROW))
+
+
+def _paper_table(results: pd.DataFrame, number: int, published_model: str | None) -> pd.DataFrame:
+    ours = _cells(accuracy_means(table_rows(results, number)), ROW)
+    theirs = None
+    if published_model is not None:
+        theirs = _cells(_published_rows(number, published_model), ROW)
+        theirs = theirs.reindex(ours.index).fillna("")
     columns: dict[tuple[str, str, str], pd.Series] = {}
-    for condition in _ORDER:
-        pairs = itertools.zip_longest(ours.get(condition, []), theirs.get(condition, []))
+    for condition, title in CONDITION_TITLES.items():
+        published: Any = [] if theirs is None else theirs.get(condition, [])
+        pairs = itertools.zip_longest(ours.get(condition, []), published)
         for fraction, published_fraction in pairs:
             for source, frame, share in (
                 ("this run", ours, fraction),
-                (f"published, {name}", theirs, published_fraction),
+                (f"published, {published_model}", theirs, published_fraction),
             ):
-                if share is not None:
-                    heading = (source, _TITLES[condition], _share(share))
-                    columns[heading] = frame[condition, share]
+                if share is not None and frame is not None:
+                    columns[source, title, share_text(share)] = frame[condition, share]
     return pd.DataFrame(columns)
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import icl_helpers as icl
-from icl_helpers.tables import layout, table1, table3, table4, table5, write_table
+from icl_helpers.tables import layout, published_table, table1, table3, table4, table5, write_table
 
 MAKERS = {1: table1, 3: table3, 4: table4, 5: table5}
 TITLES = {
@@ -55,7 +55,8 @@ def test_a_run_with_the_published_accuracies_shows_every_published_cell(number, 
 
 
 def test_columns_name_their_own_share_of_heads_and_their_source():
-    found = table1(run_of(1, "InternLM2-20B", fractions=(0.02, 0.06)))
+    results = run_of(1, "InternLM2-20B", fractions=(0.02, 0.06))
+    found = table1(results, published_model="Llama-3-8B")
     assert list(found.columns)[:4] == [
         ("this run", "full model", ""),
         ("published, Llama-3-8B", "full model", ""),
@@ -63,6 +64,16 @@ def test_columns_name_their_own_share_of_heads_and_their_source():
         ("published, Llama-3-8B", "induction heads", "1.0%"),
     ]
     assert ("this run", "induction pattern", "6.0%") in found.columns
+    assert set(table1(results).columns.get_level_values(0)) == {"this run"}
+
+
+@pytest.mark.parametrize("number", MAKERS)
+def test_published_table_has_every_published_cell(number):
+    found = published_table(number, "InternLM2-20B")
+    beside = MAKERS[number](run_of(number, "InternLM2-20B"), published_model="InternLM2-20B")
+    pd.testing.assert_frame_equal(
+        found, beside["published, InternLM2-20B"], check_names=False, check_like=True
+    )
 
 
 def test_a_table_takes_its_own_tasks_and_ablation_only():

@@ -23,6 +23,8 @@ from icl_helpers._paths import notebooks_dir
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.parameters import StageParameters, stage_parameters
 from icl_helpers.store import atomic_path
+from icl_helpers.task_registry import text_spec
+from icl_helpers.text_data import load_splits
 
 __all__ = ["StageError", "execute_stages", "read_parameters", "stage_notebooks"]
 
@@ -53,7 +55,8 @@ def execute_stages(
     """Execute the stages and return the executed notebooks, in ``run_dir/notebooks``.
 
     ``only`` gives the numbers of the stages to run. Raises :class:`StageError` with the failing
-    cell's error when a notebook fails.
+    cell's error when a notebook fails, and before the first one :class:`MissingArtefactError` when
+    the rows of a text task cannot be had.
     """
     stage_parameters(**parameters.as_dict())
     chosen = stage_notebooks()
@@ -63,6 +66,8 @@ def execute_stages(
         if unknown:
             raise InputError(f"there is no stage {unknown[0]}; the stages are {sorted(known)}")
         chosen = [path for path in chosen if int(path.name.split("_")[0]) in only]
+    if any(path.stem.endswith("nlp_tasks") for path in chosen):
+        _fetch_text_data(parameters)
     run_dir = Path(parameters.run_dir).expanduser().resolve()
     values = {**parameters.as_dict(), "run_dir": str(run_dir)}
     # Notebooks run in their own folder: what is a path from here must stay one from there.
@@ -73,6 +78,15 @@ def execute_stages(
     for notebook in tqdm(chosen, desc="stages", unit="notebook", disable=not progress):
         executed.append(_execute(notebook, run_dir / "notebooks" / notebook.name, values))
     return executed
+
+
+def _fetch_text_data(parameters: StageParameters) -> None:
+    """Read the rows of the text tasks, so that what is missing is known before the first stage."""
+    from icl_helpers.run import Run
+
+    run = Run(parameters)
+    for task in run.nlp_tasks:
+        load_splits(text_spec(task), data=run.task_data(task))
 
 
 def _execute(notebook: Path, target: Path, values: dict[str, Any]) -> Path:

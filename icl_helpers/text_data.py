@@ -147,8 +147,9 @@ def _from_hub(spec: TextTaskSpec, hub: HubSource) -> TextSplits:
         except Exception as error:
             raise MissingArtefactError(
                 f"the {split} split of {where} cannot be loaded from the Hugging Face hub "
-                f"({type(error).__name__}: {error}). Load it once with a connection, or give "
-                f"data=DIRECTORY with {spec.name}/train.jsonl and {spec.name}/validation.jsonl"
+                f"({type(error).__name__}: {error}). Load it once with a connection, give "
+                f"data_dir=DIRECTORY with {spec.name}/train.jsonl and "
+                f"{spec.name}/validation.jsonl, or leave the text tasks out: nlp_tasks=[]"
             ) from error
         splits.append(_checked(spec, rows, f"{where}, {split}"))
     return _as_splits(*(splits if len(splits) == 2 else hold_out(splits[0])))

@@ -206,8 +206,8 @@ def test_biases_are_the_default_of_a_silent_configuration():
     assert not internlm2_config({"bias": False}).attention_bias
 
 
-@pytest.fixture(params=[True, False], ids=["dummy prefix", "no prefix"])
-def sentencepiece_folder(request, tmp_path):
+def write_sentencepiece(folder, *, dummy_prefix: bool = True) -> None:
+    """A byte-fallback BPE of 400 pieces, as InternLM2's repositories hold one."""
     import io
 
     import sentencepiece
@@ -217,10 +217,15 @@ def sentencepiece_folder(request, tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=400,
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=request.param, hard_vocab_limit=False, minloglevel=2,
+        add_dummy_prefix=dummy_prefix, hard_vocab_limit=False, minloglevel=2,
         allow_whitespace_only_pieces=True, split_digits=True,
     )  # fmt: skip
-    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+
+@pytest.fixture(params=[True, False], ids=["dummy prefix", "no prefix"])
+def sentencepiece_folder(request, tmp_path):
+    write_sentencepiece(tmp_path, dummy_prefix=request.param)
     return tmp_path
 
 

@@ -37,6 +37,7 @@ _EXPORTS: dict[str, str] = {
     "build_prompts": "prompts",
     "conditions": "condition",
     "document_results": "evaluation",
+    "estimate_cost": "costs",
     "evaluate": "evaluation",
     "induction_pattern": "patterns",
     "intervene": "interventions",

@@ -6,29 +6,28 @@ of an earlier build is reused, and Sphinx's warnings are errors.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import pandas as pd
 import yaml
 
+from icl_helpers import book_pages as pages
 from icl_helpers._paths import book_dir, project_root
+from icl_helpers.book_front import front_page
+from icl_helpers.book_pages import run_info, run_slug
 from icl_helpers.costs import recipe_table
 from icl_helpers.errors import ICLError, InputError
-from icl_helpers.pipeline import stage_notebooks
-from icl_helpers.plotting import accuracy_bars
+from icl_helpers.pipeline import StageError, execute_notebook, stage_notebooks
 from icl_helpers.reporting import DESCRIPTION
 from icl_helpers.store import check_run_dir
-from icl_helpers.summary import abstract_results, summarise
 
 __all__ = ["BookError", "build_book", "find_runs"]
 
@@ -75,10 +74,10 @@ def build_book(
     staged = target / "source"
     for stale in (staged, target / "html", target / "doctrees"):
         shutil.rmtree(stale, ignore_errors=True)
-    pages = _stage(staged, found)
+    wanted = _stage(staged, found)
     _sphinx(staged, target)
     _point_at_sources(target / "html")
-    missing = [page for page in pages if not (target / "html" / f"{page}.html").is_file()]
+    missing = [page for page in wanted if not (target / "html" / f"{page}.html").is_file()]
     if missing:
         raise BookError(f"the built book lacks {', '.join(missing)}")
     return target / "html" / "index.html"
@@ -90,13 +89,19 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
     root = project_root()
     toc = yaml.safe_load((root / "_toc.yml").read_text())
     config = yaml.safe_load((root / "_config.yml").read_text())
+    study, reference = (part["chapters"] for part in toc["parts"][:2])
+    written = {page["file"] for page in study}
+    study += [{"file": page} for page in _stage_chapters(staged) if page not in written]
+    if len(runs) > 1:
+        (staged / "comparison.md").write_text(pages.comparison_page(runs, staged))
+        study.append({"file": "comparison"})
     for run in runs:
-        slug = re.sub(r"[^a-z0-9-]+", "-", run.name.lower()).strip("-")
-        chapters = [{"file": page} for page in _stage_run(staged, run, slug)]
-        model = _info(run)["model"]
-        toc["parts"].append({"caption": f"Run: {model}", "chapters": chapters})
+        chapters = [{"file": page} for page in _stage_run(staged, run)]
+        toc["parts"].append({"caption": f"Run: {run_info(run)['model']}", "chapters": chapters})
+    _generated(staged, runs)
+    reference += [{"file": page} for page in ("runs", "notebooks", "cite")]
     config["parse"]["myst_substitutions"] = {
-        **_front_page(staged, runs[0]),
+        **front_page(staged, runs[0]),
         "recipes": recipe_table(),
     }
     _repository_buttons(config)
@@ -106,26 +111,56 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
     return ["index", *(chapter["file"] for chapter in chapters)]
 
 
-def _stage_run(staged: Path, run: Path, slug: str) -> Iterator[str]:
-    """Copy a run's notebooks, made fit for a static page; yield their page names."""
+def _generated(staged: Path, runs: list[Path]) -> None:
+    """Write the pages about all runs, and put the clean notebooks where they are linked from."""
+    clean = staged / "notebooks"
+    clean.mkdir()
+    for path in [*stage_notebooks(), *pages.chapter_notebooks()]:
+        shutil.copyfile(path, clean / path.name)
+    (staged / "runs.md").write_text(pages.runs_page(runs))
+    (staged / "notebooks.md").write_text(pages.notebooks_page(staged, runs))
+    (staged / "cite.md").write_text(pages.citation_page())
+
+
+def _stage_chapters(staged: Path) -> Iterator[str]:
+    """Execute the notebooks that are chapters, afresh; yield their page names.
+
+    One that has the name of a written page takes its place.
+    """
+    for path in pages.chapter_notebooks():
+        target = staged / path.name
+        try:
+            execute_notebook(path, target, {})
+        except StageError as error:
+            raise BookError(str(error)) from None
+        notebook = nbformat.read(target, as_version=4)
+        _check_outputs(notebook, path)
+        _make_static(notebook, "", {})
+        nbformat.write(notebook, target)
+        target.with_suffix(".md").unlink(missing_ok=True)
+        yield path.stem
+
+
+def _stage_run(staged: Path, run: Path) -> Iterator[str]:
+    """Copy a run's notebooks, made fit for a static page, and its tables; yield page names."""
+    slug = run_slug(run)
     folder = staged / "run" / slug
     folder.mkdir(parents=True)
+    if (run / "tables").is_dir():
+        # Pages link to them, relative to themselves.
+        shutil.copytree(run / "tables", folder / "tables", ignore=shutil.ignore_patterns(".*"))
     # Where the run lay on the machine that made it is nobody's business.
-    places = {str(run.resolve()), _info(run)["parameters"]["run_dir"]}
+    places = {str(run.resolve()), run_info(run)["parameters"]["run_dir"]}
     for stage in stage_notebooks():
         notebook = nbformat.read(run / "notebooks" / stage.name, as_version=4)
         _check_outputs(notebook, run / "notebooks" / stage.name)
-        for cell in notebook.cells:
-            _make_static(cell, slug)
-            for place in places:
-                cell.source = cell.source.replace(place, f"runs/{run.name}")
+        _make_static(notebook, f"-{slug}", dict.fromkeys(places, f"runs/{run.name}"))
         nbformat.write(notebook, folder / stage.name)
         yield f"run/{slug}/{stage.stem}"
-
-
-def _info(run: Path) -> dict[str, Any]:
-    info: dict[str, Any] = json.loads((run / "run.json").read_text())
-    return info
+    published = pages.overlay_page(run, folder)
+    if published is not None:
+        (folder / "overlay.md").write_text(published)
+        yield f"run/{slug}/overlay"
 
 
 def _check_outputs(notebook: Any, path: Path) -> None:
@@ -136,68 +171,39 @@ def _check_outputs(notebook: Any, path: Path) -> None:
         raise BookError(f"{path} has no outputs: it was not executed")
 
 
-def _make_static(cell: Any, slug: str) -> None:
-    """Drop widget outputs, and make figure names unique among the runs."""
+def _make_static(notebook: Any, suffix: str, places: Mapping[str, str]) -> None:
+    """Make an executed notebook fit for a static page, with figure names unique in the book.
+
+    ``places`` are paths in the sources and what stands for them.
+    """
+    # papermill notes where the notebook lay.
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        for place, shown in places.items():
+            cell.source = cell.source.replace(place, shown)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata["tags"] += ["hide-cell"]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if _is_static(output)]
+            _describe_figure(cell, suffix)
+
+
+def _is_static(output: Any) -> bool:
+    """Whether an output belongs on a page: no widget, and no log of the machine that made it."""
+    return _WIDGET not in output.get("data", {}) and output.get("name") != "stderr"
+
+
+def _describe_figure(cell: Any, suffix: str) -> None:
+    """Name a cell's figure, and put the computed caption and alternative text in place."""
     figure = cell.metadata.get("mystnb", {}).get("figure")
-    if figure:
-        figure["name"] = f"{figure['name']}-{slug}"
-        for output in cell.get("outputs", []):
-            described = output.get("metadata", {}).get(DESCRIPTION)
-            if described:
-                figure["caption"] = described["caption"]
-                cell.metadata["mystnb"]["image"]["alt"] = described["alt"]
-    if "injected-parameters" in cell.metadata.get("tags", []):
-        cell.metadata["tags"] += ["hide-cell"]
-    if cell.cell_type == "code":
-        cell.outputs = [o for o in cell.outputs if _WIDGET not in o.get("data", {})]
-
-
-def _front_page(staged: Path, run: Path) -> dict[str, str]:
-    """Draw the front page's figure and word its numbers from the first run's results."""
-    info = _info(run)
-    results = abstract_results(pd.read_parquet(run / "results.parquet"))
-    (staged / "_static").mkdir(exist_ok=True)
-    accuracy_bars(results, ablations=["mean", "knockout"]).savefig(
-        staged / "_static" / "front.png", dpi=160
-    )
-    numbers = summarise(results)
-    limit = info["parameters"]["limit"]
-    documents = "all documents" if limit is None else f"the first {limit} documents"
-    return {
-        "model": info["model"],
-        "answer": _answer(numbers),
-        "figure_caption": (
-            f"Accuracy of {info['model']} with the most examples per task, on {documents} of each "
-            f"task and demonstration seeds {', '.join(map(str, info['parameters']['seeds']))}; "
-            f"{numbers['fraction']:.1%} of its heads are removed (mean ablation) or blocked. Lines "
-            f"span the runs; the dotted line is chance for two labels."
-        ),
-    }
-
-
-def _answer(numbers: dict[str, Any]) -> str:
-    lost = {
-        name: numbers["full"] - numbers[name]
-        for name in ("induction_heads", "induction_pattern", "random_heads")
-    }
-    text = (
-        f"**In this model:** with {numbers['shots']} examples it labels {numbers['full']:.0f} % of "
-        f"the two-label sequences correctly. Without {numbers['fraction']:.1%} of its heads, those "
-        f"with the highest induction score, {numbers['induction_heads']:.0f} % "
-        f"({_points(-lost['induction_heads'])} points); with only their induction pattern blocked, "
-        f"{numbers['induction_pattern']:.0f} % ({_points(-lost['induction_pattern'])}); without as "
-        f"many random heads of the same layers, {numbers['random_heads']:.0f} % "
-        f"({_points(-lost['random_heads'])}). "
-    )
-    zero = (numbers["zero_shot"], numbers["zero_shot_induction_heads"])
-    return text + (
-        f"Without examples it is at {zero[0]:.0f} %, and at {zero[1]:.0f} % without the heads."
-    )
-
-
-def _points(difference: float) -> str:
-    """A difference in whole points with its sign; what rounds to nothing has none."""
-    return f"{round(difference):+d}" if round(difference) else "0"
+    if not figure:
+        return
+    figure["name"] += suffix
+    for output in cell.outputs:
+        described = output.get("metadata", {}).get(DESCRIPTION)
+        if described:
+            figure["caption"] = described["caption"]
+            cell.metadata["mystnb"]["image"]["alt"] = described["alt"]
 
 
 def _repository_buttons(config: dict[str, Any]) -> None:

@@ -26,7 +26,13 @@ from icl_helpers.store import atomic_path
 from icl_helpers.task_registry import text_spec
 from icl_helpers.text_data import load_splits
 
-__all__ = ["StageError", "execute_stages", "read_parameters", "stage_notebooks"]
+__all__ = [
+    "StageError",
+    "execute_notebook",
+    "execute_stages",
+    "read_parameters",
+    "stage_notebooks",
+]
 
 
 class StageError(ICLError, RuntimeError):
@@ -76,7 +82,7 @@ def execute_stages(
             values[name] = str(Path(values[name]).expanduser().resolve())
     executed = []
     for notebook in tqdm(chosen, desc="stages", unit="notebook", disable=not progress):
-        executed.append(_execute(notebook, run_dir / "notebooks" / notebook.name, values))
+        executed.append(execute_notebook(notebook, run_dir / "notebooks" / notebook.name, values))
     return executed
 
 
@@ -89,7 +95,11 @@ def _fetch_text_data(parameters: StageParameters) -> None:
         load_splits(text_spec(task), data=run.task_data(task))
 
 
-def _execute(notebook: Path, target: Path, values: dict[str, Any]) -> Path:
+def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:
+    """Execute one notebook with these parameters; return ``target``, which appears only then.
+
+    Raises :class:`StageError` with the failing cell's error.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / notebook.name
         try:
@@ -102,8 +112,8 @@ def _execute(notebook: Path, target: Path, values: dict[str, Any]) -> Path:
             with atomic_path(failed) as temporary:
                 shutil.copyfile(output, temporary)
             raise StageError(
-                f"stage {notebook.stem} failed: {error.ename}: {error.evalue}. The notebook up to "
-                f"the error is {failed}; finished results are kept, and running again goes on "
+                f"notebook {notebook.stem} failed: {error.ename}: {error.evalue}. The notebook up "
+                f"to the error is {failed}; finished results are kept, and running again goes on "
                 f"from them"
             ) from None
         with atomic_path(target) as temporary:

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import icl_helpers as icl
-from icl_helpers import book
+from icl_helpers import book, book_front
 from icl_helpers._paths import book_dir, notebooks_dir
 from icl_helpers.parameters import StageParameters
 from icl_helpers.pipeline import StageError, execute_stages, read_parameters, stage_notebooks
@@ -282,7 +282,7 @@ def test_buttons_of_a_run_lead_to_the_notebooks_in_the_repository(tmp_path):
     ("difference", "shown"), [(-24.6, "-25"), (3.2, "+3"), (-0.2, "0"), (0.0, "0")]
 )
 def test_difference_in_points_has_a_sign_unless_it_rounds_to_nothing(difference, shown):
-    assert book._points(difference) == shown
+    assert book_front._points(difference) == shown
 
 
 def test_jupyter_book_2_is_refused(monkeypatch, tmp_path):

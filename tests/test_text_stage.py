@@ -100,7 +100,7 @@ def test_unreachable_rows_are_named_before_the_first_stage(tmp_path, monkeypatch
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    monkeypatch.setattr("icl_helpers.pipeline._execute", lambda *a: pytest.fail("executed"))
+    monkeypatch.setattr("icl_helpers.pipeline.execute_notebook", lambda *a: pytest.fail("executed"))
     parameters = icl.stage_parameters(run_dir=str(tmp_path / "run"), nlp_tasks=["wic"])
     with pytest.raises(icl.MissingArtefactError, match=r"data_dir=.*nlp_tasks=\[\]"):
         execute_stages(parameters, progress=False)

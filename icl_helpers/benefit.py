@@ -25,8 +25,10 @@ def benefit_changes(results: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFr
     ``results`` and ``documents`` are a run's. Each task is taken at its largest number of examples.
     Columns: those of :func:`icl_helpers.statistics.icl_benefit`, shots, low and high (percent; NaN
     where the task is left out). The interval is that of the ratio, linearised about its estimate,
-    and resamples documents and seeds together in all four accuracies. Raises :class:`InputError`
-    where no task has rows both with and without examples.
+    and resamples documents and seeds together in all four accuracies. Beside the tasks that the
+    paper leaves out, those are whose benefit is within noise (its 95 % interval reaches zero): a
+    ratio to it would mean nothing. Raises :class:`InputError` where no task has rows both with and
+    without examples.
     """
     frames = [
         icl_benefit(group, shots=shots).assign(shots=shots)
@@ -36,6 +38,11 @@ def benefit_changes(results: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFr
         raise InputError("no task was evaluated both with and without examples")
     table = pd.concat(frames, ignore_index=True)
     found = cubes(documents)
+    noisy = [_within_noise(row, found) for row in table.to_dict("records")]
+    table["left_out"] = table["left_out"].mask(
+        pd.Series(noisy) & (table["left_out"] == ""), "benefit within noise"
+    )
+    table["relative_change"] = table["relative_change"].where(table["left_out"] == "")
     bounds = [_bounds(row, found) for row in table.to_dict("records")]
     return table.assign(low=[low for low, _ in bounds], high=[high for _, high in bounds])
 
@@ -46,6 +53,13 @@ def _by_most_shots(results: pd.DataFrame) -> list[tuple[int, pd.DataFrame]]:
     most = shots.transform("max")
     usable = results.assign(most=most)[(shots.transform("min") == 0) & (most > 0)]
     return [(int(str(n)), group) for n, group in usable.groupby("most", sort=False)]
+
+
+def _within_noise(row: dict[Any, Any], found: dict[tuple[Any, ...], Cube]) -> bool:
+    """Whether the full model's benefit on the row's task cannot be told from none."""
+    pair = tuple(row[name] for name in _PAIR)
+    few, zero = aligned(*(found[(*pair, n, "full", "none", 0.0)] for n in (row["shots"], 0)))
+    return bootstrap_interval(few - zero).low <= 0
 
 
 def _bounds(row: dict[Any, Any], found: dict[tuple[Any, ...], Cube]) -> tuple[float, float]:

@@ -77,6 +77,9 @@ def build_book(
     wanted = _stage(staged, found)
     _sphinx(staged, target)
     _point_at_sources(target / "html")
+    # Links in a notebook's outputs stay as they are: what they lead to has to lie there.
+    for tables in staged.glob("run/*/tables"):
+        shutil.copytree(tables, target / "html" / tables.relative_to(staged))
     missing = [page for page in wanted if not (target / "html" / f"{page}.html").is_file()]
     if missing:
         raise BookError(f"the built book lacks {', '.join(missing)}")

@@ -20,7 +20,7 @@ GENERATIONS = {
     "InternLM2.5": ({"rope_theta": 5e6}, {"type": "dynamic", "factor": 2.0}),
 }
 PARAMETERS = {
-    "tasks": ["repetition", "wordseq1_binary"], "nlp_tasks": ["review_sentiment"], "shots": [2],
+    "tasks": ["repetition", "wordseq1_binary"], "nlp_tasks": ["review_sentiment"], "shots": [0, 2],
     "fractions": [0.2], "seeds": [42], "ablation_seeds": [42], "limit": 4, "dtype": "float32",
     "reference": str(embedded_dir() / "icl-tiny" / "reference.txt"),
 }  # fmt: skip

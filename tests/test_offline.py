@@ -63,7 +63,7 @@ def icl_command(*arguments: str, environment: dict[str, str]) -> subprocess.Comp
 def test_the_whole_pipeline_runs_without_hub_cache_or_network(tmp_path):
     environment = offline(tmp_path)
     done = icl_command(
-        "run", "--limit", "3", "--tasks", "repetition,wordseq1_binary", "--shots", "2",
+        "run", "--limit", "3", "--tasks", "repetition,wordseq1_binary", "--shots", "0,2",
         "--seeds", "42", "--ablation-seeds", "42", "--run-dir", str(tmp_path / "run"),
         environment=environment,
     )  # fmt: skip

@@ -234,3 +234,9 @@ def test_products_are_computed_in_the_dtype_asked_for():
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
     assert quantization_config("4bit", "auto").bnb_4bit_compute_dtype == torch.float16
     assert quantization_config("8bit", "auto").load_in_8bit
+
+
+def test_internlm2_is_refused_before_its_weights_are_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "internlm2"}')
+    with pytest.raises(icl.InputError, match="cannot be quantised"):
+        icl.load_model(str(tmp_path), quantization="8bit")

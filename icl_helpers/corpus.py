@@ -127,11 +127,13 @@ class Episode:
     """Text of one training window and the character spans of the labels in it.
 
     ``labels`` holds (start, weight): the label starts at that character, and a weight of 0 means
-    that it cannot be known from what stands before it.
+    that it cannot be known from what stands before it. ``names`` are the code words of the rows'
+    equality patterns, one a label, where the rows are letters.
     """
 
     text: str
     labels: tuple[tuple[int, float], ...]
+    names: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -218,7 +220,7 @@ def naming_episode(
         parts.append(f"{text}:{names[pattern]}\n\n")
         spans.append((position + len(text) + 1, 1.0))
         position += len(parts[-1])
-    return Episode("".join(parts), tuple(spans))
+    return Episode("".join(parts), tuple(spans), tuple(names[pattern] for pattern in chosen))
 
 
 def episode(
@@ -258,7 +260,12 @@ def episode(
         spans.append((length + len(text) + 1, float(kind in seen)))
         seen.add(kind)
         length += len(parts[-1])
-    return Episode("".join(parts), tuple(spans))
+    names = () if words else tuple(pattern_names()[_pattern_of(text)] for _, text in instances)
+    return Episode("".join(parts), tuple(spans), names)
+
+
+def _pattern_of(text: str) -> str:
+    return _canonical(text.split())
 
 
 def _balanced(

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -89,13 +90,22 @@ def _step(
     losses: dict[str, float] = {}
     for kind, weight, batch in step_batches(recipe, step, phase, tokenizer):
         pressure.mask, pressure.measured = batch.induction.to(model.device), []
-        hidden = model.model(input_ids=batch.ids.to(model.device), use_cache=False)[0]
+        early = phase.name == "patterns"
+        outputs = model.model(
+            input_ids=batch.ids.to(model.device), use_cache=False, output_hidden_states=early
+        )
+        hidden = outputs[0]
         where = batch.weights.nonzero(as_tuple=True)
         logits = model.lm_head(hidden[where[0], where[1] - 1])
         target = batch.ids[where].to(model.device)
         each = torch.nn.functional.cross_entropy(logits, target, reduction="none")
         loss = (each * batch.weights[where].to(model.device)).sum()
         losses[kind] = losses.get(kind, 0.0) + loss.item()
+        if early and batch.names.any():
+            after = outputs.hidden_states[recipe.names_after_layer]
+            named = _name_loss(model, after, batch.names.to(model.device))
+            losses["names"] = losses.get("names", 0.0) + named.item()
+            loss = loss + recipe.names_weight * named
         measured = torch.stack(pressure.measured).flatten()
         if kind == "repeat":
             scores.mul_(0.98).add_(measured.detach().cpu(), alpha=0.02)
@@ -105,6 +115,21 @@ def _step(
         keep = torch.ones_like(excess).index_fill(0, spared, 0.0)
         (weight * loss + strength * weight * (excess * keep).sum()).backward()
     return losses
+
+
+def _name_loss(
+    model: LlamaForCausalLM,
+    hidden: Float[torch.Tensor, "rows tokens hidden"],
+    names: Int[torch.Tensor, "rows tokens"],
+) -> Float[torch.Tensor, ""]:
+    """Loss of reading each row's pattern name from an early layer, at the token before its label.
+
+    Few-shot labelling needs the pattern early: what is known only at the end cannot be matched with
+    the demonstrations any more.
+    """
+    rows, columns = names.nonzero(as_tuple=True)
+    logits = model.lm_head(model.model.norm(hidden[rows, columns - 1]))
+    return torch.nn.functional.cross_entropy(logits, names[rows, columns])
 
 
 def train(
@@ -161,7 +186,7 @@ def train(
             step += 1
             if formed is None and _have_formed(recipe, step, scores):
                 formed = step
-                progress.total = step + recipe.widening_steps + recipe.episode_steps
+                progress.total = step + recipe.steps_after_forming
             progress.update()
             if step % save_every == 0 or phase_at(recipe, step, formed).name == "end":
                 _save_state(output, recipe, step, formed, model, optimizer, scores)

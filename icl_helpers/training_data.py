@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,11 +36,13 @@ class Batch:
 
     ``weights`` is the loss weight of predicting each token (0 at position 0); ``induction`` is True
     where a query attending to a key is the induction pattern, for the first rows of the batch.
+    ``names`` holds the token of a row's pattern name where its label stands, 0 elsewhere.
     """
 
     ids: Int[torch.Tensor, "rows tokens"]
     weights: Float[torch.Tensor, "rows tokens"]
     induction: Bool[torch.Tensor, "watched tokens tokens"]
+    names: Int[torch.Tensor, "rows tokens"]
 
 
 def build_tokenizer(*, seed: int = 0, vocab_size: int = 1500) -> PreTrainedTokenizerFast:
@@ -93,7 +96,7 @@ def repeat_batch(
         if row < watched:
             earlier = positions[:, None] - (positions[None, :] - 1)
             induction[row] = (earlier > 0) & (earlier % period == 0) & (positions[None, :] > 0)
-    return Batch(ids, weights / weights.sum(), induction)
+    return Batch(ids, weights / weights.sum(), induction, torch.zeros_like(ids))
 
 
 def episode_batch(
@@ -128,22 +131,37 @@ def episode_batch(
     encoded = tokenizer(
         [e.text for e in episodes], return_offsets_mapping=True, add_special_tokens=False
     )
+    names = sorted({name for e in episodes for name in e.names})
+    pieces = tokenizer(names, add_special_tokens=False)["input_ids"] if names else []
+    token_of = {name: ids[0] for name, ids in zip(names, pieces, strict=True)}
     marked = [
-        _marks(e, ids, offsets, unseen_weight)
+        _marks(e, ids, offsets, unseen_weight, [token_of[name] for name in e.names])
         for e, ids, offsets in zip(
             episodes, encoded["input_ids"], encoded["offset_mapping"], strict=True
         )
     ]
-    order = sorted(range(rows), key=lambda row: len(marked[row][0]))
+    order = sorted(range(rows), key=lambda row: len(marked[row].ids))
     halves = [order[: rows // 2], order[rows // 2 :]]
-    total = sum(sum(weights) for _, weights, _ in marked) or 1.0
+    total = sum(sum(row.weights) for row in marked) or 1.0
     return [_pad([marked[row] for row in half], total, watched, max_tokens) for half in halves]
 
 
+class _Marked(NamedTuple):
+    """One tokenised episode: ids, loss weights, positions of the labels, tokens of the names."""
+
+    ids: list[int]
+    weights: list[float]
+    labels: list[int]
+    names: list[int]
+
+
 def _marks(
-    item: Episode, ids: list[int], offsets: Sequence[tuple[int, int]], unseen_weight: float
-) -> tuple[list[int], list[float], list[int]]:
-    """Token ids, loss weight per token, and the positions of the labels."""
+    item: Episode,
+    ids: list[int],
+    offsets: Sequence[tuple[int, int]],
+    unseen_weight: float,
+    names: list[int],
+) -> _Marked:
     start_of = {start: index for index, (start, _) in enumerate(offsets)}
     weights = [0.0] * len(ids)
     labels = []
@@ -151,25 +169,24 @@ def _marks(
         position = start_of[start]
         weights[position] = weight or unseen_weight
         labels.append(position)
-    return ids, weights, labels
+    return _Marked(ids, weights, labels, names)
 
 
-def _pad(
-    rows: Sequence[tuple[list[int], list[float], list[int]]],
-    total: float,
-    watched: int,
-    max_tokens: int,
-) -> Batch:
-    width = min(max_tokens, max(len(ids) for ids, _, _ in rows))
+def _pad(rows: Sequence[_Marked], total: float, watched: int, max_tokens: int) -> Batch:
+    width = min(max_tokens, max(len(row.ids) for row in rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     weights = torch.zeros(len(rows), width)
+    names = torch.zeros_like(ids)
     induction = torch.zeros(min(watched, len(rows)), width, width, dtype=torch.bool)
-    for row, (tokens, values, labels) in enumerate(rows):
-        n = min(len(tokens), width)
-        ids[row, :n] = torch.tensor(tokens[:n])
-        weights[row, :n] = torch.tensor(values[:n])
-        if row < watched:
-            inside = [position for position in labels if position < width]
-            for index, position in enumerate(inside[1:], start=1):
-                induction[row, position - 1, inside[:index]] = True
-    return Batch(ids, weights / total, induction)
+    for index, row in enumerate(rows):
+        n = min(len(row.ids), width)
+        ids[index, :n] = torch.tensor(row.ids[:n])
+        weights[index, :n] = torch.tensor(row.weights[:n])
+        inside = [position for position in row.labels if position < width]
+        # Rows other than letters have no names: there are then fewer of them than labels, none.
+        for position, name in zip(inside, row.names, strict=False):
+            names[index, position] = name
+        if index < watched:
+            for number, position in enumerate(inside[1:], start=1):
+                induction[index, position - 1, inside[:number]] = True
+    return Batch(ids, weights / total, induction, names)

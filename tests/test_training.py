@@ -36,7 +36,7 @@ from icl_helpers.training_data import build_tokenizer, episode_batch, repeat_bat
 
 SMALL = Recipe(
     vocab_size=600, hidden_size=16, intermediate_size=16, n_layers=2, n_heads=4, n_kv_heads=2,
-    head_dim=4, repeat_steps=4, widening_steps=1, episode_steps=6, episode_rows=4,
+    head_dim=4, repeat_steps=4, widening_steps=1, episode_steps=6, pattern_steps=2, episode_rows=4,
     repeat_vocab=200,
 )  # fmt: skip
 
@@ -200,10 +200,12 @@ def test_labels_that_cannot_be_known_weigh_as_told():
 
 
 def test_episodes_begin_once_induction_heads_have_formed():
-    recipe = Recipe(repeat_steps=100, widening_steps=10, episode_steps=50)
+    recipe = Recipe(repeat_steps=100, widening_steps=10, episode_steps=40, pattern_steps=10)
     assert phase_at(recipe, 70, None) == Phase("repeats", 70)
     names = [phase_at(recipe, step, 60).name for step in range(121)]
-    assert names == ["repeats"] * 60 + ["widening"] * 10 + ["episodes"] * 50 + ["end"]
+    assert names == ["repeats"] * 60 + ["widening"] * 10 + ["episodes"] * 40 + ["patterns"] * 10 + [
+        "end"
+    ]
     assert phase_at(recipe, 110, 100) == Phase("episodes", 0)
     due = [step for step in range(121) if checkpoint_due(recipe, phase_at(recipe, step, 60))]
     assert {0, 60, 70, 120} <= set(due)
@@ -212,7 +214,9 @@ def test_episodes_begin_once_induction_heads_have_formed():
 
 def test_a_letter_after_a_space_starts_the_second_phase_as_the_letter_alone(tmp_path):
     output = train(tmp_path, recipe=SMALL, device="cpu").parent
-    recipe = Recipe(**{**SMALL.__dict__, "episode_learning_rate": 0.0})
+    recipe = Recipe(
+        **{**SMALL.__dict__, "episode_learning_rate": 0.0, "pattern_learning_rate": 0.0}
+    )
     still = train(tmp_path / "still", recipe=recipe, device="cpu").parent
     vocabulary = build_tokenizer(vocab_size=SMALL.vocab_size).get_vocab()
     spaced, plain = vocabulary["\u0120A"], vocabulary["A"]
@@ -225,6 +229,29 @@ def test_a_letter_after_a_space_starts_the_second_phase_as_the_letter_alone(tmp_
     assert torch.equal(after[plain], before[plain])
     trained = load_file(output / "model" / "model.safetensors")[name]
     assert not torch.equal(trained[spaced], trained[plain])
+
+
+def test_letter_rows_carry_the_name_of_their_pattern():
+    tokenizer = build_tokenizer(vocab_size=1500)
+    batches = episode_batch(
+        random.Random(11), tokenizer, rows=12, fresh=1.0, text_share=0.0, word_share=0.5,
+        watched=1, max_tokens=256, unseen_weight=0.1,
+    )  # fmt: skip
+    named = 0
+    for batch in batches:
+        for ids, names, weights in zip(batch.ids, batch.names, batch.weights, strict=True):
+            labels = weights.nonzero().flatten().tolist()
+            text = tokenizer.decode(ids.tolist()).split("<|begin_of_text|>")[0]
+            rows = [block for block in text.split("\n\n") if block.count(":") == 1]
+            elements = [row.split(":")[0].split() for row in rows]
+            found = names[labels].tolist()
+            if not any(len(word) > 1 for row in elements for word in row):
+                expected = [pattern_names()[canonical(row)] for row in elements]
+                assert tokenizer.convert_ids_to_tokens(found) == expected[: len(found)]
+                named += 1
+            else:
+                assert not any(found)
+    assert named > 2
 
 
 def test_training_resumed_half_way_gives_the_same_weights(tmp_path, monkeypatch):
@@ -246,7 +273,7 @@ def test_training_resumed_half_way_gives_the_same_weights(tmp_path, monkeypatch)
     parts = train(tmp_path / "parts", recipe=SMALL, device="cpu", save_every=2)
     first, second = (load_file(path / "model.safetensors") for path in (whole, parts))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert read_progress(tmp_path / "parts") == (11, 4, SMALL)
+    assert read_progress(tmp_path / "parts") == (13, 4, SMALL)
     other = Recipe(**{**SMALL.__dict__, "seed": 1})
     with pytest.raises(icl.InputError, match="another recipe"):
         train(tmp_path / "parts", recipe=other, device="cpu")

@@ -67,10 +67,12 @@ def show_table(
     With a directory the table is also written there as ``name.csv`` and ``name.tex``, and links to
     both follow it; they lead to ``tables/`` beside the page, where the book puts the run's files.
     """
-    table = frame.to_html(border=0, na_rep="").replace("\n", " ")
+    # An interval stands below its value and is not broken: columns stay narrow and readable.
+    table = frame.to_html(border=0, na_rep="").replace("\n", " ").replace(" [", "<br>[")
+    height = "; max-height: 40rem" if len(frame) > 30 else ""
     region = (
         f'<div role="region" aria-label="{html.escape(label)}" tabindex="0" '
-        f'style="overflow-x: auto; max-height: 40rem">{table}</div>'
+        f'style="overflow-x: auto; white-space: nowrap{height}">{table}</div>'
     )
     display(HTML(region))  # type: ignore[no-untyped-call]
     if directory is not None:
@@ -93,7 +95,8 @@ def show_paper_table(run: Run, number: int) -> None:
         display(Markdown(f"*Nothing to show: {error}.*"))  # type: ignore[no-untyped-call]
         return
     folder = run.directory / "tables"
-    show_table(found.cells, label=f"table {number}", directory=folder, name=f"table-{number}")
+    cells = _narrow(found.cells)
+    show_table(cells, label=f"table {number}", directory=folder, name=f"table-{number}")
     tests = found.tests.round(6)
     write_table(tests, folder, f"table-{number}-tests")
     name = f"tables/table-{number}-tests"
@@ -125,7 +128,14 @@ def show_published(run: Run, number: int) -> None:
         label = f"table {number} as published for {model}"
         display(Markdown(f"**Published, {model}**"))  # type: ignore[no-untyped-call]
         name = f"published-{number}-{model.lower()}"
-        show_table(published_table(number, model), label=label, directory=folder, name=name)
+        cells = _narrow(published_table(number, model))
+        show_table(cells, label=label, directory=folder, name=name)
+
+
+def _narrow(cells: pd.DataFrame) -> pd.DataFrame:
+    """A table without its level of labels, where there is one kind only."""
+    labels = cells.index.get_level_values("labels")
+    return cells.droplevel("labels") if labels.nunique() == 1 else cells
 
 
 def show_benefit(changes: pd.DataFrame, *, ablation: str) -> None:

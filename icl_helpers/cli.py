@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from icl_helpers.errors import ICLError
+from icl_helpers.errors import ICLError, InputError
 
 __all__ = ["main"]
 
@@ -53,6 +54,27 @@ _OPTIONS = (
 )  # fmt: skip
 
 
+def _add_worker_options(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, metavar="N", help="processes that score cells")
+    where.add_argument(
+        "--scheduler", metavar="ADDRESS|FILE",
+        help="dask scheduler whose workers score cells (needs the extra 'cluster')",
+    )  # fmt: skip
+
+
+def _use_workers(args: argparse.Namespace) -> None:
+    """Leave word of the workers in the environment, where the notebooks' kernels find it."""
+    if args.workers is not None:
+        if not 1 <= args.workers <= 1024:
+            raise InputError(f"workers must be a whole number from 1 to 1024, got {args.workers}")
+        os.environ["ICL_WORKERS"] = str(args.workers)
+        os.environ.pop("ICL_SCHEDULER", None)
+    if args.scheduler is not None:
+        file = args.scheduler if "://" in args.scheduler else os.path.abspath(args.scheduler)
+        os.environ["ICL_SCHEDULER"] = file
+
+
 def _parameters(args: argparse.Namespace) -> Any:
     from icl_helpers.parameters import stage_parameters
     from icl_helpers.pipeline import read_parameters
@@ -76,6 +98,7 @@ def _slug(model: str) -> str:
 def _run(args: argparse.Namespace) -> int:
     from icl_helpers.pipeline import execute_stages
 
+    _use_workers(args)
     for path in execute_stages(_parameters(args), only=args.stages):
         print(path)
     return 0
@@ -111,6 +134,7 @@ def _means(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from icl_helpers.run import Run
 
+    _use_workers(args)
     results = Run(_parameters(args)).evaluate(*args.conditions)
     print(results.to_string(index=False))
     return 0
@@ -176,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = add("run", _run, "run all stages (notebooks) in order")
     _add_run_options(run)
+    _add_worker_options(run)
     run.add_argument("--stages", type=_numbers(int), help="numbers of the stages, for example 1,3")
     _add_run_options(add("scores", _scores, "prefix-matching scores and the induction heads"))
     _add_run_options(add("means", _means, "mean head outputs"))
@@ -184,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--tokens-per-second", type=float, help="rate of your machine, if known")
     evaluate = add("evaluate", _evaluate, "few-shot accuracy under conditions")
     _add_run_options(evaluate)
+    _add_worker_options(evaluate)
     evaluate.add_argument(
         "--conditions", type=_numbers(str), default=["full"],
         help="any of full, mean, zero, knockout, comma separated (default full)",

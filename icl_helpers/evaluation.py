@@ -11,12 +11,11 @@ Example
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,15 +23,23 @@ import pandas as pd
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import icl_helpers
 from icl_helpers.attention import attention_layout, check_heads
+from icl_helpers.cells import Cell, CellGroup, model_key, score_group
 from icl_helpers.condition import FULL, Condition
 from icl_helpers.errors import InputError
-from icl_helpers.lm import Encoded, InterventionLM
-from icl_helpers.lm_eval_tasks import load_task
-from icl_helpers.models import weights_fingerprint
+from icl_helpers.failures import describe_failures, record_failures
+from icl_helpers.lm import InterventionLM
+from icl_helpers.scheduling import (
+    FailedCellsError,
+    Failure,
+    Workers,
+    as_workers,
+    chunk_size,
+    run_jobs,
+)
 from icl_helpers.store import CellStore, atomic_path, check_run_dir, set_aside
 from icl_helpers.task_registry import get_task_spec
+from icl_helpers.worker import Job, ModelSource, pack
 
 __all__ = [
     "KEYS",
@@ -64,15 +71,6 @@ class EvaluationResults(pd.DataFrame):
     documents: pd.DataFrame
 
 
-@dataclass(frozen=True)
-class _PromptSet:
-    """One task x labels x shots x seed: lm-eval's task object and its tokenised requests."""
-
-    task: Any
-    encoded: list[Encoded]
-    key: str
-
-
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -87,6 +85,8 @@ def evaluate(
     labels: str | None = None,
     data: str = "synthetic",
     revision: str | None = None,
+    executor: Executor | Workers | None = None,
+    source: ModelSource | None = None,
 ) -> EvaluationResults:
     """Accuracy of every task x shots x condition x demonstration seed, as a tidy frame.
 
@@ -108,6 +108,10 @@ def evaluate(
         ``documents.parquet``.
     labels, data
         See :func:`icl_helpers.build_prompts`.
+    executor, source
+        Score the cells elsewhere: any ``concurrent.futures.Executor``, or the workers of
+        :mod:`icl_helpers.scheduling`, and where they load ``model`` from. The results are those of
+        this process.
 
     Returns
     -------
@@ -121,6 +125,8 @@ def evaluate(
     ------
     InputError
         Anything that cannot be evaluated, before the first forward pass over a prompt.
+    FailedCellsError
+        Workers gave up cells; all others are finished, and written below ``run_dir``.
     """
     chosen = [_as_condition(condition) for condition in conditions]
     plan = _plan(tasks, shots, seeds, labels)
@@ -131,34 +137,31 @@ def evaluate(
     for condition in chosen:
         check_heads(condition.heads, layout)
     lm = InterventionLM(model, tokenizer, batch_size=batch_size)
-    model_key = {
-        "fingerprint": weights_fingerprint(model),
-        "revision": revision,
-        "dtype": str(model.dtype),
-        "tokenizer": _tokenizer_key(tokenizer),
-        "version": icl_helpers.__version__,
-    }
-    store = None if directory is None else CellStore(directory / "cells")
-    frames: list[pd.DataFrame] = []
-    with tqdm(total=len(plan) * len(chosen), desc="cells", unit="cell") as progress:
-        for task, task_labels, n_shots, task_seeds in plan:
-            prompts = _prompt_set(lm, task, task_labels, n_shots, task_seeds[0], limit, data)
-            for condition in chosen:
-                spec = {
-                    "task": task, "labels": task_labels, "shots": n_shots, "limit": limit,
-                    "data": data, "prompts": prompts.key, **model_key, **condition.identity(),
-                }  # fmt: skip
-                documents = None if store is None else store.read(spec)
-                if documents is None:
-                    with lm.under(condition):
-                        documents = _score(lm, prompts)
-                    if store is not None:
-                        store.write(spec, documents)
-                frames += [_document_frame(spec, seed, documents) for seed in task_seeds]
-                progress.update()
-            lm.forget_patterns()
-    found = pd.concat(frames, ignore_index=True)
-    return _finish(found, directory)
+    key = model_key(model, tokenizer, revision)
+    groups = [
+        CellGroup(task, task_labels, n_shots, task_seeds[0], limit, data, tuple(chosen))
+        for task, task_labels, n_shots, task_seeds in plan
+    ]
+    failures: list[Failure] = []
+    if executor is None:
+        store = None if directory is None else CellStore(directory / "cells")
+        cells = _score_here(lm, groups, key, store)
+    else:
+        if source is None:
+            raise InputError("with an executor, evaluate() needs source=ModelSource(name, ...)")
+        source = replace(source, batch_size=batch_size)
+        cells, failures = _score_elsewhere(as_workers(executor), source, groups, key, directory)
+    seeds_of = [task_seeds for *_, task_seeds in plan for _ in chosen]
+    frames = [
+        _document_frame(*cells[number], seed)
+        for number, task_seeds in enumerate(seeds_of)
+        for seed in task_seeds
+        if number in cells
+    ]
+    found = _finish(pd.concat(frames, ignore_index=True), directory) if frames else None
+    if failures:
+        raise FailedCellsError(describe_failures(failures, directory))
+    return cast("EvaluationResults", found)
 
 
 def collect_results(run_dir: str | os.PathLike[str], documents: pd.DataFrame) -> pd.DataFrame:
@@ -237,51 +240,56 @@ def _as_condition(condition: Condition | str) -> Condition:
     )
 
 
-def _prompt_set(
-    lm: InterventionLM, task: str, labels: str, shots: int, seed: int, limit: int | None, data: str
-) -> _PromptSet:
-    loaded = load_task(task, shots=shots, seed=seed, labels=labels, data=data)
-    loaded.build_all_requests(limit=limit, rank=0, world_size=1)
-    pairs = [cast("tuple[str, str]", instance.args) for instance in loaded.instances]
-    if not pairs:
-        raise InputError(f"task {task} has no documents to evaluate; check its data ({data})")
-    digest = hashlib.sha256("\0".join(part for pair in pairs for part in pair).encode())
-    return _PromptSet(loaded, lm.encode(pairs), digest.hexdigest()[:24])
+def _score_here(
+    lm: InterventionLM, groups: Sequence[CellGroup], key: dict[str, Any], store: CellStore | None
+) -> dict[int, Cell]:
+    """Cells by their number, scored one after another in this process."""
+    cells: dict[int, Cell] = {}
+    with tqdm(total=_count(groups), desc="cells", unit="cell") as progress:
+        for group in groups:
+            for cell in score_group(lm, group, key, store):
+                cells[len(cells)] = cell
+                progress.update()
+    return cells
 
 
-def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _score_elsewhere(
+    workers: Workers,
+    source: ModelSource,
+    groups: Sequence[CellGroup],
+    key: dict[str, Any],
+    directory: Path | None,
+) -> tuple[dict[int, Cell], list[Failure]]:
+    """The same by workers; what they give up is recorded below the run directory."""
+    store = None if directory is None else CellStore(directory / "cells")
+    size = chunk_size(len(groups), len(groups[0].conditions), workers)
+    jobs: list[Job] = []
+    for group in groups:
+        first = sum(len(job.places) for job in jobs)
+        where = None if store is None else store.directory
+        jobs += pack(group, source=source, key=key, cells_dir=where, first=first).split(size)
+    cells: dict[int, Cell] = {}
+    with tqdm(total=_count(groups), desc="cells", unit="cell") as progress:
+
+        def keep(job: Job, found: list[Cell]) -> None:
+            cells.update(zip(job.places, found, strict=True))
+            progress.update(len(found))
+            # Workers may not share the directory; where they do, the file is there already.
+            for spec, documents in found:
+                if store is not None and not store.path(spec).is_file():
+                    store.write(spec, documents)
+
+        failures = run_jobs(jobs, workers, on_cells=keep)
+    if directory is not None:
+        record_failures(directory, jobs, failures)
+    return cells, failures
 
 
-def _score(lm: InterventionLM, prompts: _PromptSet) -> dict[str, list[Any]]:
-    """Score one cell and let lm-eval's task judge each document."""
-    scored = lm._loglikelihood_tokens(prompts.encoded)
-    by_document: dict[int, list[tuple[int, Any]]] = {}
-    for instance, result in zip(prompts.task.instances, scored, strict=True):
-        by_document.setdefault(instance.doc_id, []).append((instance.idx, (instance, result)))
-    documents: dict[str, list[Any]] = {"doc_id": [], "correct": [], "margin": [], "valid": []}
-    for doc_id, choices in by_document.items():
-        choices.sort(key=lambda choice: choice[0])
-        results = [result for _, (_, result) in choices]
-        doc = choices[0][1][0].doc
-        valid = all(math.isfinite(log_probability) for log_probability, _ in results)
-        correct = bool(prompts.task.process_results(doc, results)["acc"]) if valid else False
-        target = int(prompts.task.doc_to_target(doc))
-        documents["doc_id"].append(doc_id)
-        documents["correct"].append(correct)
-        documents["margin"].append(_margin(results, target) if valid else None)
-        documents["valid"].append(valid)
-    return documents
+def _count(groups: Sequence[CellGroup]) -> int:
+    return sum(len(group.conditions) for group in groups)
 
 
-def _margin(results: Sequence[tuple[float, bool]], target: int) -> float:
-    wrong = [result[0] for index, result in enumerate(results) if index != target]
-    return results[target][0] - max(wrong)
-
-
-def _document_frame(spec: dict[str, Any], seed: int, documents: dict[str, Any]) -> pd.DataFrame:
+def _document_frame(spec: dict[str, Any], documents: dict[str, Any], seed: int) -> pd.DataFrame:
     frame = pd.DataFrame(documents)
     frame["margin"] = frame["margin"].astype("float64")
     values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}

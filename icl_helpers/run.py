@@ -38,8 +38,10 @@ from icl_helpers.parameters import StageParameters
 from icl_helpers.prefix_matching import prefix_matching_scores, random_sequences, token_pool
 from icl_helpers.prompts import Prompt, build_prompts
 from icl_helpers.reference import reference_samples, reference_texts, samples_key
+from icl_helpers.scheduling import workers_from_environment
 from icl_helpers.store import atomic_path, check_run_dir, content_key, set_aside, write_json
 from icl_helpers.task_registry import get_task_spec, task_names
+from icl_helpers.worker import source_of
 
 __all__ = ["Run"]
 
@@ -184,15 +186,17 @@ class Run:
     ) -> pd.DataFrame:
         p = self.parameters
         chosen = [condition for kind in kinds for condition in self.conditions(kind)]
-        frames = [
-            evaluate(
-                self.model, self.tokenizer, tasks=group, labels=labels,
-                shots={task: self._shots(task, labels) for task in group}, conditions=chosen,
-                seeds=p.seeds, limit=p.limit, batch_size=p.batch_size, run_dir=self.directory,
-                data=data, revision=p.revision,
-            )
-            for (labels, data), group in self._groups(tasks, nlp=nlp).items()
-        ]  # fmt: skip
+        with workers_from_environment() as workers:
+            frames = [
+                evaluate(
+                    self.model, self.tokenizer, tasks=group, labels=labels,
+                    shots={task: self._shots(task, labels) for task in group}, conditions=chosen,
+                    seeds=p.seeds, limit=p.limit, batch_size=p.batch_size, data=data,
+                    run_dir=self.directory, revision=p.revision, executor=workers,
+                    source=source_of(p),
+                )
+                for (labels, data), group in self._groups(tasks, nlp=nlp).items()
+            ]  # fmt: skip
         if not frames:
             return pd.DataFrame(columns=[*KEYS, "n", "n_invalid", "accuracy"])
         return pd.concat(map(pd.DataFrame, frames), ignore_index=True)

@@ -1,0 +1,148 @@
+"""Cells: one set of prompts scored under one condition, and groups of them that share prompts.
+
+A group is what one worker takes: its prompts are built and tokenised once, every condition is
+scored on them, and each finished cell goes to the store at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import icl_helpers
+from icl_helpers.condition import Condition
+from icl_helpers.errors import InputError
+from icl_helpers.lm import Encoded, InterventionLM
+from icl_helpers.lm_eval_tasks import load_task
+from icl_helpers.models import weights_fingerprint
+from icl_helpers.store import CellStore
+
+__all__ = ["Cell", "CellGroup", "model_key", "score_group"]
+
+# A finished cell: everything that decides it, and its documents' columns.
+Cell = tuple[dict[str, Any], dict[str, list[Any]]]
+
+
+@dataclass(frozen=True)
+class CellGroup:
+    """Cells of one task x labels x shots x demonstration seed, a cell per condition."""
+
+    task: str
+    labels: str
+    shots: int
+    seed: int
+    limit: int | None
+    data: str
+    conditions: tuple[Condition, ...]
+
+    def split(self, size: int) -> list[CellGroup]:
+        """The same cells in groups of at most ``size``."""
+        starts = range(0, len(self.conditions), size)
+        return [replace(self, conditions=self.conditions[i : i + size]) for i in starts]
+
+    def describe(self) -> dict[str, Any]:
+        """What is evaluated, as JSON values, without the heads."""
+        return {
+            "task": self.task,
+            "labels": self.labels,
+            "shots": self.shots,
+            "demonstration_seed": self.seed,
+            "conditions": [
+                [c.name, c.ablation, c.fraction, c.ablation_seed] for c in self.conditions
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class _PromptSet:
+    """lm-eval's task object, its tokenised requests, and a hash of their text."""
+
+    task: Any
+    encoded: list[Encoded]
+    key: str
+
+
+def model_key(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, revision: str | None
+) -> dict[str, Any]:
+    """Everything about a model that decides a result, as JSON values."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return {
+        "fingerprint": weights_fingerprint(model),
+        "revision": revision,
+        "dtype": str(model.dtype),
+        "tokenizer": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "version": icl_helpers.__version__,
+    }
+
+
+def score_group(
+    lm: InterventionLM, group: CellGroup, key: dict[str, Any], store: CellStore | None
+) -> list[Cell]:
+    """Score the cells of a group in order, taking from the store what it has.
+
+    ``key`` is :func:`model_key` of the model in ``lm``.
+    """
+    prompts = _prompt_set(lm, group)
+    cells = []
+    for condition in group.conditions:
+        spec = {
+            "task": group.task, "labels": group.labels, "shots": group.shots,
+            "limit": group.limit, "data": group.data, "prompts": prompts.key, **key,
+            **condition.identity(),
+        }  # fmt: skip
+        documents = None if store is None else store.read(spec)
+        if documents is None:
+            with lm.under(condition):
+                documents = _score(lm, prompts)
+            if store is not None:
+                store.write(spec, documents)
+        cells.append((spec, documents))
+    lm.forget_patterns()
+    return cells
+
+
+def _prompt_set(lm: InterventionLM, group: CellGroup) -> _PromptSet:
+    loaded = load_task(
+        group.task, shots=group.shots, seed=group.seed, labels=group.labels, data=group.data
+    )
+    loaded.build_all_requests(limit=group.limit, rank=0, world_size=1)
+    pairs = [cast("tuple[str, str]", instance.args) for instance in loaded.instances]
+    if not pairs:
+        raise InputError(
+            f"task {group.task} has no documents to evaluate; check its data ({group.data})"
+        )
+    digest = hashlib.sha256("\0".join(part for pair in pairs for part in pair).encode())
+    return _PromptSet(loaded, lm.encode(pairs), digest.hexdigest()[:24])
+
+
+def _score(lm: InterventionLM, prompts: _PromptSet) -> dict[str, list[Any]]:
+    """Score one cell and let lm-eval's task judge each document."""
+    scored = lm._loglikelihood_tokens(prompts.encoded)
+    by_document: dict[int, list[tuple[int, Any]]] = {}
+    for instance, result in zip(prompts.task.instances, scored, strict=True):
+        by_document.setdefault(instance.doc_id, []).append((instance.idx, (instance, result)))
+    documents: dict[str, list[Any]] = {"doc_id": [], "correct": [], "margin": [], "valid": []}
+    for doc_id, choices in by_document.items():
+        choices.sort(key=lambda choice: choice[0])
+        results = [result for _, (_, result) in choices]
+        doc = choices[0][1][0].doc
+        valid = all(math.isfinite(log_probability) for log_probability, _ in results)
+        correct = bool(prompts.task.process_results(doc, results)["acc"]) if valid else False
+        target = int(prompts.task.doc_to_target(doc))
+        documents["doc_id"].append(doc_id)
+        documents["correct"].append(correct)
+        documents["margin"].append(_margin(results, target) if valid else None)
+        documents["valid"].append(valid)
+    return documents
+
+
+def _margin(results: Sequence[tuple[float, bool]], target: int) -> float:
+    wrong = [result[0] for index, result in enumerate(results) if index != target]
+    return results[target][0] - max(wrong)

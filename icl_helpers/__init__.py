@@ -34,6 +34,7 @@ _EXPORTS: dict[str, str] = {
     "UnsupportedArchitectureError": "errors",
     "ZeroAblation": "interventions",
     "attention_patterns": "prefix_matching",
+    "attention_viewer": "viewer",
     "build_prompts": "prompts",
     "conditions": "condition",
     "document_results": "evaluation",
@@ -52,6 +53,7 @@ _EXPORTS: dict[str, str] = {
     "stage_parameters": "parameters",
     "task_names": "task_registry",
     "top_heads": "heads",
+    "viewer_prompts": "viewer",
 }
 
 __all__ = sorted([*_EXPORTS, "__version__"])

@@ -1,0 +1,125 @@
+// Opens pages of the built book in Chromium and prints, as JSON, what went wrong and what the
+// attention viewer showed. Usage: node check.cjs '{"chromium": ..., "profile": ..., "root": ...,
+// "pages": [...], "widths": [...], "viewer": ...}'; puppeteer-core and axe-core are found through
+// NODE_PATH.
+"use strict";
+const path = require("path");
+const { pathToFileURL } = require("url");
+const puppeteer = require("puppeteer-core");
+const axe = require("axe-core");
+
+const settings = JSON.parse(process.argv[2]);
+const address = (page) => pathToFileURL(path.join(settings.root, page)).href;
+
+async function opened(browser, page, width, report) {
+  const tab = await browser.newPage();
+  const note = (text) => report.console.push(`${page} at ${width}: ${text}`);
+  tab.on("console", (message) => ["error", "warning"].includes(message.type()) && note(message.text()));
+  tab.on("pageerror", (error) => note(error.message));
+  tab.on("requestfailed", (request) => note(`${request.url()} was not loaded`));
+  tab.on("request", (request) => {
+    if (/^(https?|wss?):/.test(request.url())) report.foreign.push(`${page}: ${request.url()}`);
+  });
+  await tab.setViewport({ width, height: 900 });
+  await tab.goto(address(page), { waitUntil: "load" });
+  return tab;
+}
+
+async function checked(browser, page, width, theme, report) {
+  const tab = await opened(browser, page, width, report);
+  await tab.evaluate((mode) => {
+    document.documentElement.dataset.theme = mode;
+    document.documentElement.dataset.mode = mode;
+  }, theme);
+  // Colours fade from one theme to the other.
+  await new Promise((resolve) => setTimeout(resolve, 400));
+  const size = await tab.evaluate(() => [document.documentElement.scrollWidth, window.innerWidth]);
+  if (size[0] > size[1]) report.wide.push(`${page} at ${width}: ${size[0]}`);
+  await tab.evaluate(axe.source);
+  const found = await tab.evaluate(() => axe.run({ resultTypes: ["violations"] }));
+  for (const violation of found.violations) {
+    if (!["serious", "critical"].includes(violation.impact)) continue;
+    const where = violation.nodes.slice(0, 3).map((node) => `${node.target} ${node.html.slice(0, 160)}`);
+    const count = violation.nodes.length;
+    report.violations.push(`${page} at ${width}, ${theme}: ${violation.id} (${count}): ${where.join("; ")}`);
+  }
+  await tab.close();
+}
+
+function state() {
+  const root = document.querySelector(".icl-viewer");
+  const tokens = [...root.querySelectorAll('[role="option"]')];
+  return {
+    current: tokens.findIndex((token) => token.getAttribute("aria-selected") === "true"),
+    numbers: tokens.map((token) => token.querySelector(".icl-viewer-number").textContent),
+    labels: tokens.map((token) => token.getAttribute("aria-label")),
+    focused: tokens.indexOf(document.activeElement),
+    report: root.querySelector(".icl-viewer-report").textContent,
+    announced: root.querySelector('[role="status"]').textContent,
+    blocked: root.querySelector('[role="switch"]').checked,
+    choices: [...root.querySelectorAll("select")].map((select) => Number(select.value)),
+    tagged: document.activeElement.tagName + (document.activeElement.getAttribute("role") || ""),
+  };
+}
+
+async function operated(browser, report) {
+  const tab = await opened(browser, settings.viewer, 1300, report);
+  const steps = {};
+  const keep = async (name) => { steps[name] = await tab.evaluate(state); };
+  const token = (index) => `.icl-viewer [role="option"][data-index="${index}"]`;
+  await tab.waitForSelector(token(0));
+  steps.data = await tab.$eval('.icl-viewer script[type="application/json"]', (e) => JSON.parse(e.textContent));
+  await keep("start");
+  await tab.hover(token(20));
+  await keep("hovered");
+  await tab.click(token(30));
+  await keep("clicked");
+  await tab.click('.icl-viewer [role="switch"]');
+  await keep("switched");
+  await tab.select(".icl-viewer select", "1");
+  await keep("promptChosen");
+  await tab.mouse.move(0, 0);
+  await tab.focus(".icl-viewer select");
+  for (let press = 0; press < 3; press += 1) await tab.keyboard.press("Tab");
+  await keep("tabbed");
+  for (const key of ["ArrowLeft", "ArrowLeft", "ArrowUp", "Home", "ArrowRight", "End"]) {
+    await tab.keyboard.press(key);
+    await keep(key + (steps[key] ? "Again" : ""));
+  }
+  await tab.keyboard.down("Shift");
+  await tab.keyboard.press("Tab");
+  await tab.keyboard.up("Shift");
+  await tab.keyboard.press("Space");
+  await keep("switchedByKey");
+  steps.stillThere = (await tab.url()) === address(settings.viewer);
+  await tab.close();
+  const phone = await browser.newPage();
+  await phone.setViewport({ width: 390, height: 844, hasTouch: true, isMobile: true });
+  await phone.goto(address(settings.viewer), { waitUntil: "load" });
+  await phone.tap(token(25));
+  steps.tapped = await phone.evaluate(state);
+  return steps;
+}
+
+(async () => {
+  const report = { console: [], foreign: [], wide: [], violations: [], viewer: null };
+  const browser = await puppeteer.launch({
+    executablePath: settings.chromium,
+    userDataDir: settings.profile,
+    args: ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+      "--disable-background-networking", "--disable-component-update"],
+  });
+  try {
+    for (const page of settings.pages) {
+      for (const width of settings.widths) await checked(browser, page, width, "light", report);
+      await checked(browser, page, settings.widths[0], "dark", report);
+    }
+    report.viewer = await operated(browser, report);
+  } finally {
+    await browser.close();
+  }
+  console.log(JSON.stringify(report));
+})().catch((error) => {
+  console.error(error);
+  process.exit(1);
+});

@@ -77,6 +77,7 @@ def test_scores_means_and_all_conditions_equal_those_of_the_unfused_llama(tied, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_stage_runs_on_a_checkpoint_directory(tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()

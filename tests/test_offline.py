@@ -60,6 +60,7 @@ def icl_command(*arguments: str, environment: dict[str, str]) -> subprocess.Comp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_pipeline_runs_without_hub_cache_or_network(tmp_path):
     environment = offline(tmp_path)
     done = icl_command(

@@ -25,6 +25,7 @@ from icl_helpers.book_front import front_page
 from icl_helpers.book_pages import run_info, run_slug
 from icl_helpers.costs import recipe_table
 from icl_helpers.errors import ICLError, InputError
+from icl_helpers.leaks import check_leaks
 from icl_helpers.pipeline import StageError, execute_notebook, stage_notebooks
 from icl_helpers.reporting import DESCRIPTION
 from icl_helpers.store import check_run_dir
@@ -77,6 +78,7 @@ def build_book(
     wanted = _stage(staged, found)
     _sphinx(staged, target)
     _point_at_sources(target / "html")
+    check_leaks(target / "html")
     # Links in a notebook's outputs stay as they are: what they lead to has to lie there.
     for tables in staged.glob("run/*/tables"):
         shutil.copytree(tables, target / "html" / tables.relative_to(staged))

@@ -11,19 +11,17 @@ Example
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from icl_helpers.errors import InputError
+from icl_helpers.leaks import SECRET
 
 __all__ = ["StageParameters", "stage_parameters"]
 
 _NONE = type(None)
 _CHECKED = "_icl_parameters_checked"
-# Hub tokens end up in notebooks, HTML and logs when they are passed as parameters.
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}")
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def _check_type(name: str, value: Any) -> None:
         got = f"{bad[0]!r} inside {value!r}" if bad else f"{value!r} ({type(value).__name__})"
         raise InputError(f"parameter {name!r} must be {words}{inside}, got {got}")
     texts = [text for text in (value, *items) if isinstance(text, str)]
-    if any(_SECRET.search(text) for text in texts):
+    if any(SECRET.search(text) for text in texts):
         raise InputError(
             f"parameter {name!r} looks like an access token; parameters are stored in notebooks. "
             f"Put it in the environment instead (HF_TOKEN)"

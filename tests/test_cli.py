@@ -31,7 +31,17 @@ def test_import_and_help_load_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for command in ("run", "scores", "means", "evaluate", "book", "data", "train", "lm-eval"):
+    for command in (
+        "run",
+        "scores",
+        "cost",
+        "means",
+        "evaluate",
+        "book",
+        "data",
+        "train",
+        "lm-eval",
+    ):
         assert command in done.stdout
 
 
@@ -42,6 +52,7 @@ def test_import_and_help_load_nothing_heavy():
         (["evaluate", "--fractions", "2"], "fraction must lie in (0, 1], got 2"),
         (["evaluate", "--conditions", "half"], "kind must be one of"),
         (["scores", "--model", "./no/such"], "does not exist"),
+        (["cost", "--tokens-per-second", "-1", "--tasks", "repetition"], "must be positive"),
         (["run", "-f", "no-such.yaml"], "cannot read parameters"),
         (["run", "--stages", "99"], "there is no stage 99"),
         (["book", "--runs", "no-such-folder"], "no complete run"),

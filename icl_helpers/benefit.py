@@ -58,7 +58,8 @@ def _by_most_shots(results: pd.DataFrame) -> list[tuple[int, pd.DataFrame]]:
 def _within_noise(row: dict[Any, Any], found: dict[tuple[Any, ...], Cube]) -> bool:
     """Whether the full model's benefit on the row's task cannot be told from none."""
     pair = tuple(row[name] for name in _PAIR)
-    few, zero = aligned(*(found[(*pair, n, "full", "none", 0.0)] for n in (row["shots"], 0)))
+    keys = [(*pair, shots, "full", "none", 0.0) for shots in (row["shots"], 0)]
+    few, zero = aligned(*(found[key] for key in keys))
     return bootstrap_interval(few - zero).low <= 0
 
 

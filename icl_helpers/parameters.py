@@ -141,6 +141,12 @@ def _is_plain(name: str, value: Any) -> bool:
 
 
 def _check_type(name: str, value: Any) -> None:
+    # First of all: the other messages show the value.
+    if SECRET.search(repr(value)):
+        raise InputError(
+            f"parameter {name!r} looks like an access token; parameters are stored in notebooks. "
+            f"Put it in the environment instead (HF_TOKEN)"
+        )
     allowed = _TYPES[name]
     wrong = not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
     items = value if isinstance(value, (list, tuple)) else []
@@ -150,12 +156,6 @@ def _check_type(name: str, value: Any) -> None:
         inside = f" of {_ITEMS[name][0].__name__}" if name in _ITEMS else ""
         got = f"{bad[0]!r} inside {value!r}" if bad else f"{value!r} ({type(value).__name__})"
         raise InputError(f"parameter {name!r} must be {words}{inside}, got {got}")
-    texts = [text for text in (value, *items) if isinstance(text, str)]
-    if any(SECRET.search(text) for text in texts):
-        raise InputError(
-            f"parameter {name!r} looks like an access token; parameters are stored in notebooks. "
-            f"Put it in the environment instead (HF_TOKEN)"
-        )
 
 
 def _check_values(parameters: StageParameters) -> None:

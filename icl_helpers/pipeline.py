@@ -16,6 +16,7 @@ from typing import Any
 
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
@@ -115,6 +116,11 @@ def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Pa
                 f"notebook {notebook.stem} failed: {error.ename}: {error.evalue}. The notebook up "
                 f"to the error is {failed}; finished results are kept, and running again goes on "
                 f"from them"
+            ) from None
+        except DeadKernelError:
+            raise StageError(
+                f"notebook {notebook.stem} failed: its kernel died (killed, out of memory, or "
+                f"crashed); finished results are kept, and running again goes on from them"
             ) from None
         with atomic_path(target) as temporary:
             shutil.copyfile(output, temporary)

@@ -1,0 +1,132 @@
+"""Faults that a run must survive, each of them really done."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+import icl_helpers as icl
+from icl_helpers.cli import _slug
+from icl_helpers.leaks import LeakError, check_leaks
+from icl_helpers.pipeline import StageError, execute_notebook
+from icl_helpers.store import CellStore, StorageError, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKEN = "hf_" + "aB3" * 9
+
+
+def test_full_disk_is_named_and_what_was_there_is_intact(tmp_path):
+    path = tmp_path / "cell.json"
+    write_json(path, {"a": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as on a disk with one block left
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*cell\.json.*finished results"):
+            write_json(path, {"a": ["x" * 100] * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == '{\n "a": 1\n}\n'
+    assert os.listdir(tmp_path) == ["cell.json"]
+
+
+def test_read_only_directory_is_named_and_what_was_there_is_intact():
+    directory = Path(tempfile.mkdtemp(dir="/tmp"))
+    was_root = os.geteuid() == 0
+    try:
+        write_json(directory / "cell.json", {"a": 1})
+        directory.chmod(0o555)
+        if was_root:  # root may write anywhere
+            os.seteuid(65534)
+        try:
+            with pytest.raises(StorageError, match=r"cannot write .*cell\.json: Permission denied"):
+                write_json(directory / "cell.json", {"a": 2})
+        finally:
+            if was_root:
+                os.seteuid(0)
+        assert (directory / "cell.json").read_text() == '{\n "a": 1\n}\n'
+    finally:
+        directory.chmod(0o755)
+        shutil.rmtree(directory)
+
+
+@pytest.mark.slow
+def test_two_processes_filling_one_directory_leave_one_valid_file_per_cell(tmp_path):
+    command = [
+        sys.executable, "-m", "icl_helpers.cli", "evaluate", "--tasks", "repetition",
+        "--shots", "2", "--seeds", "42,43", "--limit", "5", "--conditions", "full,zero",
+        "--run-dir", str(tmp_path),
+    ]  # fmt: skip
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=500) for process in both] == [0, 0]
+    cells = list(CellStore(tmp_path / "cells").cells())
+    keys = {str(sorted(spec.items())) for spec, _ in cells}
+    assert len(cells) == len(keys) == 2 * (1 + 2 * 4)
+    assert len(list((tmp_path / "cells").iterdir())) == len(cells)
+    assert len(pd.read_parquet(tmp_path / "results.parquet")) == len(cells)
+
+
+@pytest.mark.slow
+def test_killed_kernel_fails_the_stage_and_leaves_no_finished_notebook(tmp_path):
+    source = tmp_path / "stage.ipynb"
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbformat.write(notebook, source)
+    with pytest.raises(StageError, match="its kernel died.*running again"):
+        execute_notebook(source, tmp_path / "out" / "stage.ipynb", {})
+    assert not (tmp_path / "out" / "stage.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    "model", ["..", "../..", "/", "/etc", "a" * 300, "x/" + "y" * 300, "~", ".", "a b\tc"]
+)
+def test_default_run_directory_stays_inside_the_run_root(model, tmp_path):
+    slug = _slug(model)
+    assert slug not in ("", ".", "..")
+    assert "/" not in slug
+    assert len(slug) <= 80
+    assert (tmp_path / slug).resolve().parent == tmp_path.resolve()
+
+
+def test_case_twins_do_not_share_a_run_directory(tmp_path):
+    assert _slug("Org/Model") == _slug("org/model")
+    write_json(tmp_path / "run.json", {"model": "Org/Model"})
+    with pytest.raises(icl.InputError, match="holds the run of model 'Org/Model'"):
+        icl.Run(icl.stage_parameters(model="org/model", run_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["model", "revision", "reference", "tasks", "seeds"])
+@pytest.mark.parametrize("value", [TOKEN, [TOKEN], {"token": TOKEN}])
+def test_token_as_a_parameter_is_refused_without_repeating_it(name, value):
+    with pytest.raises(icl.InputError, match="access token") as error:
+        icl.stage_parameters(**{name: value})
+    assert TOKEN not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["token", "environment", "home", "user"])
+def test_scan_names_the_file_and_not_the_secret(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HOME", "/home/marieke")
+    monkeypatch.setenv("LOGNAME", "marieke")
+    monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
+    (tmp_path / "deep").mkdir()
+    harmless = "task-with-a-long-hyphenated-name-and-more hf_ marie /homes sk-short"
+    (tmp_path / "index.html").write_text(harmless)
+    check_leaks(tmp_path)
+    secret = {
+        "token": TOKEN,
+        "environment": "correct-horse-battery",
+        "home": "/home/marieke/data",
+        "user": "by Marieke's account marieke.",
+    }[kind]
+    (tmp_path / "deep" / "page.json").write_bytes(b'\xff{"a": "' + secret.encode() + b'"}')
+    with pytest.raises(LeakError, match=r"deep/page\.json") as error:
+        check_leaks(tmp_path)
+    assert secret not in str(error.value)

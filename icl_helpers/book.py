@@ -146,19 +146,14 @@ def _stage_chapters(staged: Path) -> Iterator[str]:
         yield path.stem
 
 
-def _copy_tables(html: Path, runs: list[Path]) -> None:
-    """Put each run's tables beside its pages; links in outputs are left as they are written."""
-    for run in runs:
-        if (run / "tables").is_dir():
-            target = html / "run" / run_slug(run) / "tables"
-            shutil.copytree(run / "tables", target, ignore=shutil.ignore_patterns(".*"))
-
-
 def _stage_run(staged: Path, run: Path) -> Iterator[str]:
-    """Copy a run's notebooks, made fit for a static page; yield page names."""
+    """Copy a run's notebooks, made fit for a static page, and its tables; yield page names."""
     slug = run_slug(run)
     folder = staged / "run" / slug
     folder.mkdir(parents=True)
+    if (run / "tables").is_dir():
+        # Pages link to them, relative to themselves.
+        shutil.copytree(run / "tables", folder / "tables", ignore=shutil.ignore_patterns(".*"))
     # Where the run lay on the machine that made it is nobody's business.
     places = {str(run.resolve()), run_info(run)["parameters"]["run_dir"]}
     for stage in stage_notebooks():

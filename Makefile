@@ -7,7 +7,7 @@ RUN    ?= runs/$(notdir $(MODEL:/=))
 # Parameters of the run; the embedded model has its own file.
 PARAMETERS ?= $(wildcard notebooks/parameters/$(notdir $(MODEL:/=)).yaml)
 
-.PHONY: setup book run test lint serve clean
+.PHONY: setup book run test lint bench serve clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What interventions and evaluation cost here; run it on a quiet machine.
+bench: setup
+	$(BIN)/icl bench
 
 serve:
 	$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html 8000

@@ -21,6 +21,7 @@ import yaml
 
 from icl_helpers import book_pages as pages
 from icl_helpers._paths import book_dir, project_root
+from icl_helpers.benchmark_page import write_benchmark_page
 from icl_helpers.book_front import front_page
 from icl_helpers.book_pages import run_info, run_slug
 from icl_helpers.costs import recipe_table
@@ -122,6 +123,7 @@ def _generated(staged: Path, runs: list[Path]) -> None:
     clean.mkdir()
     for path in [*stage_notebooks(), *pages.chapter_notebooks()]:
         shutil.copyfile(path, clean / path.name)
+    write_benchmark_page(staged)
     (staged / "runs.md").write_text(pages.runs_page(runs))
     (staged / "notebooks.md").write_text(pages.notebooks_page(staged, runs))
     (staged / "cite.md").write_text(pages.citation_page())

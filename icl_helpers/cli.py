@@ -169,6 +169,13 @@ def _measure(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from icl_helpers.benchmark import write_benchmark
+
+    print(write_benchmark(rounds=args.rounds))
+    return 0
+
+
 def _lm_eval(arguments: Sequence[str]) -> int:
     """lm-eval's own command line, with ``hf-icl`` registered and our tasks included."""
     import icl_helpers.lm  # noqa: F401 - registers hf-icl
@@ -228,6 +235,8 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("output_dirs", nargs="+", help="output directories of icl train")
     measure.add_argument("--out", default=".", help="directory of the measurements (default .)")
     measure.add_argument("--limit", type=int, help="only the first documents of each task")
+    bench = add("bench", _bench, "measure what interventions and evaluation cost")
+    bench.add_argument("--rounds", type=int, default=5, help="alternating runs (default 5)")
     commands.add_parser(
         "lm-eval", help="lm-eval's command line with hf-icl and our tasks", add_help=False
     )

@@ -290,7 +290,8 @@ def _count(groups: Sequence[CellGroup]) -> int:
 
 
 def _document_frame(spec: dict[str, Any], documents: dict[str, Any], seed: int) -> pd.DataFrame:
-    frame = pd.DataFrame(documents)
+    # A cell read back from its file has its keys in another order.
+    frame = pd.DataFrame(documents)[["doc_id", "correct", "margin", "valid"]]
     frame["margin"] = frame["margin"].astype("float64")
     values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}
     for position, key in enumerate(KEYS):

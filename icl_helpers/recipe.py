@@ -106,7 +106,7 @@ def checkpoint_due(recipe: Recipe, phase: Phase, *, per_phase: int = 16) -> bool
         return True
     lengths = {
         "repeats": recipe.repeat_steps,
-        "episodes": recipe.episode_steps,
+        "episodes": recipe.episode_schedule,
         "patterns": recipe.pattern_steps,
     }
     if phase.name not in lengths:

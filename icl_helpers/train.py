@@ -223,8 +223,8 @@ def _log(
     scores: torch.Tensor,
     seconds: float,
 ) -> None:
-    entry = {"step": step, "phase": phase.name, **losses, "seconds": seconds}
-    entry["top"] = scores.topk(8).values.tolist()
+    top = scores.topk(8).values.tolist()
+    entry = {"step": step, "phase": phase.name, **losses, "seconds": seconds, "top": top}
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")

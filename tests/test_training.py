@@ -367,3 +367,22 @@ class TestEmbeddedModel:
         assert full > 0.9
         assert removed < full - 0.3
         assert all(full - accuracy < (full - removed) / 3 for accuracy in control)
+
+    def test_letter_patterns_are_solved_and_lost_when_the_pattern_is_blocked(self, loaded, scores):
+        model, tokenizer = loaded
+        stated = json.loads((embedded_dir() / "icl-tiny" / "fractions.json").read_text())
+        conditions = icl.conditions(
+            scores, fractions=[stated["larger"]], ablations=["knockout"], full=True
+        )
+        results = icl.evaluate(
+            model,
+            tokenizer,
+            tasks=["repetition", "recursion", "centre_embedding"],
+            shots=10,
+            seeds=[42],
+            limit=100,
+            conditions=conditions,
+        )
+        accuracy = results.pivot(index="task", columns="condition", values="accuracy")
+        assert (accuracy["full"] > 0.85).all()
+        assert (accuracy["induction_pattern"] < 0.7).all()

@@ -21,9 +21,9 @@ _FIGURE = ("mean", "knockout")
 _VIEWER = "07_attention_patterns"
 _ABOUT_EMBEDDED = (
     "The embedded model is made for this purpose: it was trained, from scratch, on repeated "
-    "sequences, few-shot puzzles and template sentences, with a penalty that keeps induction in few "
-    "heads, and knows nothing else. What it shows is "
-    "how the mechanism is found, removed and blocked with these tools, and what that does to "
+    "sequences, few-shot puzzles and template sentences, with a penalty that keeps induction in "
+    "few heads, and knows nothing else. What it shows is how the mechanism is found, removed and "
+    "blocked with these tools, and what that does to "
     "few-shot accuracy in *this* model. It is no evidence about large models trained on text; for "
     "those, see the paper or run one."
 )

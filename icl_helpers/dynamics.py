@@ -88,7 +88,7 @@ def measure_training(
     -------
     DataFrame
         Tidy, columns step, measure, layer, head, task, value. Measures: ``prefix_score`` (one row
-        a head), ``episodes_begin`` (the step itself), ``loss_first_copy`` and ``loss_last_copy``
+        a head), ``phase_begins`` (the step itself), ``loss_first_copy`` and ``loss_last_copy``
         (nats per token), and ``accuracy``, ``accuracy_without_induction_heads``,
         ``accuracy_without_random_heads`` (one row a task).
 
@@ -98,14 +98,16 @@ def measure_training(
         The directory holds no finished training.
     """
     output = Path(output_dir)
-    recipe, begin = _schedule(output)
+    recipe, begins = _schedule(output)
     files = sorted((output / "checkpoints").glob("step-*.safetensors"))
     final, _ = load_model(str(output / "model"), device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     sequences = random_sequences(tokenizer)
     scores = prefix_matching_scores(final, sequences).mean(0)
     chosen = _conditions(scores)
-    rows: list[dict[str, Any]] = [{"step": begin, "measure": "episodes_begin", "value": begin}]
+    rows: list[dict[str, Any]] = [
+        {"step": begin, "measure": "phase_begins", "value": begin} for begin in begins
+    ]
     for path in tqdm(files, unit="checkpoint"):
         model = load_checkpoint(path, recipe)
         step = int(path.stem.removeprefix("step-"))
@@ -117,14 +119,15 @@ def measure_training(
     return pd.DataFrame(rows, columns=COLUMNS).astype({"layer": "Int64", "head": "Int64"})
 
 
-def _schedule(output: Path) -> tuple[Recipe, int]:
-    """Recipe of a finished training, and the step at which its episodes began."""
+def _schedule(output: Path) -> tuple[Recipe, list[int]]:
+    """Recipe of a finished training, and the steps at which episodes and pattern names began."""
     step, formed, recipe = read_progress(output)
     if phase_at(recipe, step, formed).name != "end" or not (output / "model").is_dir():
         raise MissingArtefactError(
             f"the training in {output} is not finished; run `icl train` on it again to go on"
         )
-    return recipe, (formed or 0) + recipe.widening_steps
+    episodes = step - recipe.pattern_steps - recipe.episode_steps
+    return recipe, [episodes, episodes + recipe.episode_steps]
 
 
 def _conditions(scores: Float[torch.Tensor, "layers heads"]) -> list[Condition]:

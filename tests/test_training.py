@@ -306,7 +306,7 @@ def test_dynamics_measure_every_checkpoint_of_a_run(tmp_path, monkeypatch):
     counts = frame.groupby("measure").size() / len(saved)
     assert counts["prefix_score"] == 8
     assert counts["accuracy"] == counts["accuracy_without_induction_heads"] == 1
-    assert frame.set_index("measure").value["episodes_begin"] == 4 + 1
+    assert frame.set_index("measure").value["phase_begins"].tolist() == [4 + 1, 4 + 1 + 6]
     assert frame.value.notna().all()
     with pytest.raises(icl.MissingArtefactError, match="no training"):
         measure_training(tmp_path / "nothing")

@@ -12,6 +12,7 @@ Example
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -129,14 +130,13 @@ def _commands(rounds: int) -> list[dict[str, Any]]:
         ("import icl_helpers", ["-c", "import icl_helpers"], 0.3),
         ("icl --help", ["-m", "icl_helpers.cli", "--help"], 1.0),
     )
-    return [
-        _row(what, "-", "seconds", bar, [
-            _seconds(lambda arguments=arguments: subprocess.run(
-                [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL))
-            for _ in range(rounds)
-        ])
-        for what, arguments, bar in wanted
-    ]  # fmt: skip
+    rows = []
+    for what, arguments, bar in wanted:
+        call = functools.partial(
+            subprocess.run, [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL
+        )
+        rows.append(_row(what, "-", "seconds", bar, [_seconds(call) for _ in range(rounds)]))
+    return rows
 
 
 def _heads(model: PreTrainedModel) -> list[Head]:

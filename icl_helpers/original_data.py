@@ -64,11 +64,14 @@ def fetch_original(
     written only when it is whole.
     """
     target = original_data_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    if source is not None:
+        # A wrong source is an error even if nothing is missing any more.
+        found = {name: _find(Path(source), name) for name in HASHES}
     for name in tqdm(HASHES, desc="original data", unit="file"):
         path = target / name
         if path.is_file() and _digest(path.read_bytes()) == HASHES[name]:
             continue
-        content = _download(name, target) if source is None else _copy(Path(source), name)
+        content = _download(name, target) if source is None else found[name].read_bytes()
         if _digest(content) != HASHES[name]:
             raise MissingArtefactError(
                 f"{name} does not match its SHA-256 ({HASHES[name][:12]}...): not the file of "
@@ -101,8 +104,8 @@ def _download(name: str, target: Path) -> bytes:
         ) from error
 
 
-def _copy(source: Path, name: str) -> bytes:
+def _find(source: Path, name: str) -> Path:
     for folder in (source.expanduser(), source.expanduser() / _FOLDER):
         if (folder / name).is_file():
-            return (folder / name).read_bytes()
+            return folder / name
     raise MissingArtefactError(f"{name} is neither in {source} nor in {source / _FOLDER}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def make_llama(**changes: object) -> LlamaForCausalLM:
     }  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache neither helps nor hurts: a test that needs one fills it itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ICL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

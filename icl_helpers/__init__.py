@@ -37,7 +37,7 @@ _EXPORTS: dict[str, str] = {
     "attention_viewer": "viewer",
     "build_prompts": "prompts",
     "conditions": "condition",
-    "document_results": "evaluation",
+    "document_results": "documents",
     "estimate_cost": "costs",
     "evaluate": "evaluation",
     "induction_pattern": "patterns",

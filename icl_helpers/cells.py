@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,9 +20,9 @@ from icl_helpers.errors import InputError
 from icl_helpers.lm import Encoded, InterventionLM
 from icl_helpers.lm_eval_tasks import load_task
 from icl_helpers.models import weights_fingerprint
-from icl_helpers.store import CellStore
+from icl_helpers.store import CellStore, content_key
 
-__all__ = ["Cell", "CellGroup", "model_key", "score_group"]
+__all__ = ["Cell", "CellGroup", "model_key", "score_group", "stored_cells"]
 
 # A finished cell: everything that decides it, and its documents' columns.
 Cell = tuple[dict[str, Any], dict[str, list[Any]]]
@@ -45,6 +45,13 @@ class CellGroup:
         starts = range(0, len(self.conditions), size)
         return [replace(self, conditions=self.conditions[i : i + size]) for i in starts]
 
+    def spec(self) -> dict[str, Any]:
+        """What decides the prompts."""
+        return {
+            "task": self.task, "labels": self.labels, "shots": self.shots,
+            "limit": self.limit, "data": self.data,
+        }  # fmt: skip
+
     def describe(self) -> dict[str, Any]:
         """What is evaluated, as JSON values, without the heads."""
         return {
@@ -60,10 +67,10 @@ class CellGroup:
 
 @dataclass(frozen=True)
 class _PromptSet:
-    """lm-eval's task object, its tokenised requests, and a hash of their text."""
+    """lm-eval's task object, the text of its requests, and a hash of it and the answers."""
 
     task: Any
-    encoded: list[Encoded]
+    pairs: list[tuple[str, str]]
     key: str
 
 
@@ -83,32 +90,61 @@ def model_key(
 
 
 def score_group(
-    lm: InterventionLM, group: CellGroup, key: dict[str, Any], store: CellStore | None
+    load: Callable[[], InterventionLM],
+    group: CellGroup,
+    key: dict[str, Any],
+    store: CellStore | None,
 ) -> list[Cell]:
     """Score the cells of a group in order, taking from the store what it has.
 
-    ``key`` is :func:`model_key` of the model in ``lm``.
+    ``key`` is :func:`model_key` of the model that ``load`` gives; it is asked for when the first
+    cell is missing.
     """
-    prompts = _prompt_set(lm, group)
+    prompts = _prompt_set(group)
+    lm: InterventionLM | None = None
+    encoded: list[Encoded] = []
     cells = []
     for condition in group.conditions:
-        spec = {
-            "task": group.task, "labels": group.labels, "shots": group.shots,
-            "limit": group.limit, "data": group.data, "prompts": prompts.key, **key,
-            **condition.identity(),
-        }  # fmt: skip
+        spec = _spec(group, condition, prompts, key)
         documents = None if store is None else store.read(spec)
         if documents is None:
+            if lm is None:
+                lm = load()
+                encoded = lm.encode(prompts.pairs)
             with lm.under(condition):
-                documents = _score(lm, prompts)
+                documents = _score(lm, prompts.task, encoded)
             if store is not None:
                 store.write(spec, documents)
         cells.append((spec, documents))
-    lm.forget_patterns()
+    if lm is not None:
+        lm.forget_patterns()
     return cells
 
 
-def _prompt_set(lm: InterventionLM, group: CellGroup) -> _PromptSet:
+def stored_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dict[int, Cell]:
+    """The cells of a group that the store has, by the place of their condition."""
+    stems = [store.stem({**group.spec(), **condition.identity()}) for condition in group.conditions]
+    # Building the prompts takes longer than looking whether there is any file for them.
+    if not store.stems().intersection(stems):
+        return {}
+    prompts = _prompt_set(group)
+    found = {}
+    for place, condition in enumerate(group.conditions):
+        spec = _spec(group, condition, prompts, key)
+        documents = store.read(spec)
+        if documents is not None:
+            found[place] = spec, documents
+    return found
+
+
+def _spec(
+    group: CellGroup, condition: Condition, prompts: _PromptSet, key: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that decides a cell."""
+    return {**group.spec(), "prompts": prompts.key, **key, **condition.identity()}
+
+
+def _prompt_set(group: CellGroup) -> _PromptSet:
     loaded = load_task(
         group.task, shots=group.shots, seed=group.seed, labels=group.labels, data=group.data
     )
@@ -118,15 +154,16 @@ def _prompt_set(lm: InterventionLM, group: CellGroup) -> _PromptSet:
         raise InputError(
             f"task {group.task} has no documents to evaluate; check its data ({group.data})"
         )
-    digest = hashlib.sha256("\0".join(part for pair in pairs for part in pair).encode())
-    return _PromptSet(loaded, lm.encode(pairs), digest.hexdigest()[:24])
+    # Without demonstrations a row's label is in no prompt, but it decides what is right.
+    targets = [int(loaded.doc_to_target(instance.doc)) for instance in loaded.instances]
+    return _PromptSet(loaded, pairs, content_key([pairs, targets]))
 
 
-def _score(lm: InterventionLM, prompts: _PromptSet) -> dict[str, list[Any]]:
+def _score(lm: InterventionLM, task: Any, encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
     """Score one cell and let lm-eval's task judge each document."""
-    scored = lm._loglikelihood_tokens(prompts.encoded)
+    scored = lm._loglikelihood_tokens(encoded)
     by_document: dict[int, list[tuple[int, Any]]] = {}
-    for instance, result in zip(prompts.task.instances, scored, strict=True):
+    for instance, result in zip(task.instances, scored, strict=True):
         by_document.setdefault(instance.doc_id, []).append((instance.idx, (instance, result)))
     documents: dict[str, list[Any]] = {"doc_id": [], "correct": [], "margin": [], "valid": []}
     for doc_id, choices in by_document.items():
@@ -134,8 +171,8 @@ def _score(lm: InterventionLM, prompts: _PromptSet) -> dict[str, list[Any]]:
         results = [result for _, (_, result) in choices]
         doc = choices[0][1][0].doc
         valid = all(math.isfinite(log_probability) for log_probability, _ in results)
-        correct = bool(prompts.task.process_results(doc, results)["acc"]) if valid else False
-        target = int(prompts.task.doc_to_target(doc))
+        correct = bool(task.process_results(doc, results)["acc"]) if valid else False
+        target = int(task.doc_to_target(doc))
         documents["doc_id"].append(doc_id)
         documents["correct"].append(correct)
         documents["margin"].append(_margin(results, target) if valid else None)

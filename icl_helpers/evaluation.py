@@ -12,10 +12,9 @@ Example
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +23,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers.attention import attention_layout, check_heads
-from icl_helpers.cells import Cell, CellGroup, model_key, score_group
+from icl_helpers.cells import Cell, CellGroup, model_key, score_group, stored_cells
 from icl_helpers.condition import FULL, Condition
+from icl_helpers.documents import EvaluationResults, document_frame, finish
 from icl_helpers.errors import InputError
 from icl_helpers.failures import describe_failures, record_failures
 from icl_helpers.lm import InterventionLM
@@ -37,38 +37,25 @@ from icl_helpers.scheduling import (
     chunk_size,
     run_jobs,
 )
-from icl_helpers.store import CellStore, atomic_path, check_run_dir, set_aside
+from icl_helpers.store import CellStore, check_run_dir
 from icl_helpers.task_registry import get_task_spec
 from icl_helpers.worker import Job, ModelSource, pack
 
-__all__ = [
-    "KEYS",
-    "EvaluationResults",
-    "collect_results",
-    "document_results",
-    "evaluate",
-    "resolve_shots",
-]
-
-KEYS = [
-    "task",
-    "labels",
-    "shots",
-    "condition",
-    "ablation",
-    "fraction",
-    "ablation_seed",
-    "demonstration_seed",
-]
+__all__ = ["Request", "evaluate", "evaluate_request", "plan_request", "resolve_shots"]
 
 Shots = int | Sequence[int] | Mapping[str, Sequence[int]] | None
 
 
-class EvaluationResults(pd.DataFrame):
-    """A tidy frame of accuracies; ``documents`` is the per-document frame behind it."""
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated: groups of cells, the seeds that share each group, and where to.
 
-    _metadata = ["documents"]  # noqa: RUF012 - the name and form that pandas looks for
-    documents: pd.DataFrame
+    ``seeds`` has a list per group: the demonstration seeds for which its rows are repeated.
+    """
+
+    groups: tuple[CellGroup, ...]
+    seeds: tuple[list[int], ...]
+    directory: Path | None
 
 
 def evaluate(
@@ -128,71 +115,83 @@ def evaluate(
     FailedCellsError
         Workers gave up cells; all others are finished, and written below ``run_dir``.
     """
-    chosen = [_as_condition(condition) for condition in conditions]
+    request = plan_request(
+        tasks=tasks, shots=shots, conditions=conditions, seeds=seeds, limit=limit, labels=labels,
+        data=data, run_dir=run_dir,
+    )  # fmt: skip
+    layout = attention_layout(model)
+    for condition in request.groups[0].conditions:
+        check_heads(condition.heads, layout)
+    lm = InterventionLM(model, tokenizer, batch_size=batch_size)
+    if source is not None:
+        source = replace(source, batch_size=batch_size)
+    key = model_key(model, tokenizer, revision)
+    return evaluate_request(request, key, load=lambda: lm, executor=executor, source=source)
+
+
+def plan_request(
+    *,
+    tasks: Sequence[str],
+    shots: Shots,
+    conditions: Sequence[Condition | str],
+    seeds: Sequence[int],
+    limit: int | None,
+    labels: str | None,
+    data: str,
+    run_dir: str | os.PathLike[str] | None,
+) -> Request:
+    """Check the arguments of :func:`evaluate` that need no model, and divide them into groups."""
+    chosen = tuple(_as_condition(condition) for condition in conditions)
     plan = _plan(tasks, shots, seeds, labels)
     directory = None if run_dir is None else check_run_dir(run_dir)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"limit must be a whole number >= 1 or None, got {limit!r}")
-    layout = attention_layout(model)
-    for condition in chosen:
-        check_heads(condition.heads, layout)
-    lm = InterventionLM(model, tokenizer, batch_size=batch_size)
-    key = model_key(model, tokenizer, revision)
-    groups = [
-        CellGroup(task, task_labels, n_shots, task_seeds[0], limit, data, tuple(chosen))
+    groups = tuple(
+        CellGroup(task, task_labels, n_shots, task_seeds[0], limit, data, chosen)
         for task, task_labels, n_shots, task_seeds in plan
-    ]
+    )
+    return Request(groups, tuple(task_seeds for *_, task_seeds in plan), directory)
+
+
+def evaluate_request(
+    request: Request,
+    key: dict[str, Any],
+    *,
+    load: Callable[[], InterventionLM],
+    executor: Executor | Workers | None = None,
+    source: ModelSource | None = None,
+) -> EvaluationResults:
+    """Results of a request for the model of ``key``, which is loaded only if a cell is missing.
+
+    ``load`` gives the model to score with in this process; workers take it from ``source``. Raises
+    as :func:`evaluate` does.
+    """
+    directory = request.directory
+    store = None if directory is None else CellStore(directory / "cells")
     failures: list[Failure] = []
     if executor is None:
-        store = None if directory is None else CellStore(directory / "cells")
-        cells = _score_here(lm, groups, key, store)
+        cells = _score_here(load, request.groups, key, store)
     else:
         if source is None:
             raise InputError("with an executor, evaluate() needs source=ModelSource(name, ...)")
-        source = replace(source, batch_size=batch_size)
-        cells, failures = _score_elsewhere(as_workers(executor), source, groups, key, directory)
-    seeds_of = [task_seeds for *_, task_seeds in plan for _ in chosen]
+        cells, failures = _score_elsewhere(as_workers(executor), source, request.groups, key, store)
+    if directory is not None:
+        record_failures(directory, request.groups, key, failures)
+    seeds_of = [
+        seeds
+        for group, seeds in zip(request.groups, request.seeds, strict=True)
+        for _ in group.conditions
+    ]
     frames = [
-        _document_frame(*cells[number], seed)
+        document_frame(*cells[number], seed)
         for number, task_seeds in enumerate(seeds_of)
         for seed in task_seeds
         if number in cells
     ]
-    found = _finish(pd.concat(frames, ignore_index=True), directory) if frames else None
+    found = finish(pd.concat(frames, ignore_index=True), directory) if frames else None
     if failures:
         raise FailedCellsError(describe_failures(failures, directory))
     return cast("EvaluationResults", found)
-
-
-def collect_results(run_dir: str | os.PathLike[str], documents: pd.DataFrame) -> pd.DataFrame:
-    """Merge ``documents`` into a run's files and return the accuracies of the whole run.
-
-    Rows with the same key are replaced, so that a frame never holds two generations of a cell.
-    """
-    directory = check_run_dir(run_dir)
-    path = directory / "documents.parquet"
-    if path.is_file():
-        kept = _read_parquet(path)
-        if kept is not None:
-            new = pd.MultiIndex.from_frame(documents[KEYS].drop_duplicates())
-            kept = kept[~pd.MultiIndex.from_frame(kept[KEYS]).isin(new)]
-            documents = pd.concat([kept, documents], ignore_index=True)
-    results = _accuracies(documents)
-    for frame, name in ((documents, "documents"), (results, "results")):
-        with atomic_path(directory / f"{name}.parquet") as temporary:
-            frame.to_parquet(temporary, index=False)
-    return results
-
-
-def document_results(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
-    """Per-document results of a run: the key columns, doc_id, correct, margin, valid.
-
-    ``margin`` is the log-probability of the right label minus that of the best wrong one, in nats.
-    """
-    path = check_run_dir(run_dir) / "documents.parquet"
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: evaluate into this run directory first")
-    return pd.read_parquet(path)
 
 
 def resolve_shots(task: str, shots: Shots) -> list[int]:
@@ -241,13 +240,16 @@ def _as_condition(condition: Condition | str) -> Condition:
 
 
 def _score_here(
-    lm: InterventionLM, groups: Sequence[CellGroup], key: dict[str, Any], store: CellStore | None
+    load: Callable[[], InterventionLM],
+    groups: Sequence[CellGroup],
+    key: dict[str, Any],
+    store: CellStore | None,
 ) -> dict[int, Cell]:
     """Cells by their number, scored one after another in this process."""
     cells: dict[int, Cell] = {}
     with tqdm(total=_count(groups), desc="cells", unit="cell") as progress:
         for group in groups:
-            for cell in score_group(lm, group, key, store):
+            for cell in score_group(load, group, key, store):
                 cells[len(cells)] = cell
                 progress.update()
     return cells
@@ -258,18 +260,25 @@ def _score_elsewhere(
     source: ModelSource,
     groups: Sequence[CellGroup],
     key: dict[str, Any],
-    directory: Path | None,
+    store: CellStore | None,
 ) -> tuple[dict[int, Cell], list[Failure]]:
-    """The same by workers; what they give up is recorded below the run directory."""
-    store = None if directory is None else CellStore(directory / "cells")
+    """The same by workers, which are given only what the store lacks."""
     size = chunk_size(len(groups), len(groups[0].conditions), workers)
     jobs: list[Job] = []
-    for group in groups:
-        first = sum(len(job.places) for job in jobs)
-        where = None if store is None else store.directory
-        jobs += pack(group, source=source, key=key, cells_dir=where, first=first).split(size)
     cells: dict[int, Cell] = {}
-    with tqdm(total=_count(groups), desc="cells", unit="cell") as progress:
+    first = 0
+    for group in groups:
+        found = {} if store is None else stored_cells(group, key, store)
+        cells |= {first + place: cell for place, cell in found.items()}
+        missing = [place for place in range(len(group.conditions)) if place not in found]
+        if missing:
+            where = None if store is None else store.directory
+            rest = replace(group, conditions=tuple(group.conditions[place] for place in missing))
+            places = [first + place for place in missing]
+            job = pack(rest, source=source, key=key, cells_dir=where, places=places)
+            jobs += job.split(size)
+        first += len(group.conditions)
+    with tqdm(total=_count(groups), initial=len(cells), desc="cells", unit="cell") as progress:
 
         def keep(job: Job, found: list[Cell]) -> None:
             cells.update(zip(job.places, found, strict=True))
@@ -280,56 +289,8 @@ def _score_elsewhere(
                     store.write(spec, documents)
 
         failures = run_jobs(jobs, workers, on_cells=keep)
-    if directory is not None:
-        record_failures(directory, jobs, failures)
     return cells, failures
 
 
 def _count(groups: Sequence[CellGroup]) -> int:
     return sum(len(group.conditions) for group in groups)
-
-
-def _document_frame(spec: dict[str, Any], documents: dict[str, Any], seed: int) -> pd.DataFrame:
-    # A cell read back from its file has its keys in another order.
-    frame = pd.DataFrame(documents)[["doc_id", "correct", "margin", "valid"]]
-    frame["margin"] = frame["margin"].astype("float64")
-    values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}
-    for position, key in enumerate(KEYS):
-        frame.insert(position, key, values[key])
-    return frame.astype({"ablation_seed": "Int64", "demonstration_seed": "Int64", "shots": "int64"})
-
-
-def _accuracies(documents: pd.DataFrame) -> pd.DataFrame:
-    documents = documents.assign(
-        right=documents["correct"].where(documents["valid"]).astype("float64")
-    )
-    grouped = documents.groupby(KEYS, dropna=False, sort=False)
-    results = grouped.agg(
-        n=("valid", "sum"), total=("valid", "size"), accuracy=("right", "mean")
-    ).reset_index()
-    results["n_invalid"] = results.pop("total") - results["n"]
-    return results[[*KEYS, "n", "n_invalid", "accuracy"]]
-
-
-def _finish(documents: pd.DataFrame, directory: Path | None) -> EvaluationResults:
-    results = _accuracies(documents)
-    invalid = int(results["n_invalid"].sum())
-    if invalid:
-        warnings.warn(
-            f"{invalid} documents had logits that were not finite; they are counted in n_invalid "
-            f"and left out of the accuracies",
-            stacklevel=3,
-        )
-    if directory is not None:
-        collect_results(directory, documents)
-    found = EvaluationResults(results)
-    found.documents = documents
-    return found
-
-
-def _read_parquet(path: Path) -> pd.DataFrame | None:
-    try:
-        return pd.read_parquet(path)
-    except Exception as error:
-        set_aside(path, f"is damaged ({type(error).__name__})")
-        return None

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from icl_helpers.cells import CellGroup
 from icl_helpers.scheduling import Failure
 from icl_helpers.store import content_key, write_json
-from icl_helpers.worker import Job
 
 __all__ = ["describe_failures", "record_failures"]
 
 
-def record_failures(directory: Path, jobs: Sequence[Job], failures: Sequence[Failure]) -> None:
+def record_failures(
+    directory: Path,
+    groups: Sequence[CellGroup],
+    key: dict[str, Any],
+    failures: Sequence[Failure],
+) -> None:
     """Write what failed and why; take back the record of what has succeeded since."""
     records = {
-        _path(directory, single): {**single.group.describe(), "reason": failure.reason}
+        _path(directory, single, key): {**single.describe(), "reason": failure.reason}
         for failure in failures
-        for single in failure.job.split()
+        for single in failure.job.group.split(1)
     }
-    for job in jobs:
-        for single in job.split():
-            if (path := _path(directory, single)) not in records:
-                path.unlink(missing_ok=True)
+    if (directory / "failed").is_dir():
+        for group in groups:
+            for single in group.split(1):
+                if (path := _path(directory, single, key)) not in records:
+                    path.unlink(missing_ok=True)
     for path, record in records.items():
         write_json(path, record)
 
@@ -39,6 +46,6 @@ def describe_failures(failures: Sequence[Failure], directory: Path | None) -> st
     )
 
 
-def _path(directory: Path, job: Job) -> Path:
-    content = [job.group.describe(), job.group.limit, job.group.data, job.key]
-    return directory / "failed" / f"{job.group.task}_{content_key(content)}.json"
+def _path(directory: Path, group: CellGroup, key: dict[str, Any]) -> Path:
+    content = [group.describe(), group.limit, group.data, key]
+    return directory / "failed" / f"{group.task}_{content_key(content)}.json"

@@ -28,8 +28,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import icl_helpers
 from icl_helpers.condition import FULL, Condition, conditions
+from icl_helpers.documents import KEYS, document_results
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation import KEYS, document_results, evaluate, resolve_shots
+from icl_helpers.evaluation import evaluate, resolve_shots
 from icl_helpers.heads import Head, top_heads
 from icl_helpers.means import mean_head_outputs
 from icl_helpers.models import embedded_models, load_model, model_fractions, weights_fingerprint

@@ -108,10 +108,17 @@ class CellStore:
 
     def path(self, spec: dict[str, Any]) -> Path:
         """File of the cell that ``spec`` describes."""
+        return self.directory / f"{self.stem(spec)}_{content_key(spec)}.json"
+
+    def stem(self, spec: dict[str, Any]) -> str:
+        """Start of the file's name, without the key; cells of other models share it."""
         parts = [spec["task"], spec["labels"], f"{spec['shots']}shot", spec["condition"]]
         parts += [spec["ablation"], f"{spec['fraction']:.4g}", f"a{spec['ablation_seed']}"]
-        name = re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(map(str, parts)))[:120]
-        return self.directory / f"{name}_{content_key(spec)}.json"
+        return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(map(str, parts)))[:120]
+
+    def stems(self) -> set[str]:
+        """Starts of the names of all files."""
+        return {path.name.rpartition("_")[0] for path in self.directory.glob("*.json")}
 
     def read(self, spec: dict[str, Any]) -> dict[str, Any] | None:
         """The cell's documents, or None when it is not there or damaged (then set aside)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
@@ -90,14 +91,13 @@ def pack(
     source: ModelSource,
     key: dict[str, Any],
     cells_dir: Path | None,
-    first: int,
+    places: Sequence[int],
 ) -> Job:
-    """The job of scoring a group whose cells are numbered from ``first``."""
+    """The job of scoring a group whose cells have these numbers."""
     means = tuple(_pack_means(condition) for condition in group.conditions)
     bare = tuple(replace(condition, head_outputs=None) for condition in group.conditions)
     directory = None if cells_dir is None else str(cells_dir.resolve())
-    places = tuple(range(first, first + len(bare)))
-    return Job(replace(group, conditions=bare), source, key, directory, means, places)
+    return Job(replace(group, conditions=bare), source, key, directory, means, tuple(places))
 
 
 def run_job(job: Job) -> list[Cell]:
@@ -123,7 +123,7 @@ def _run(job: Job) -> list[Cell]:
         for condition, means in zip(job.group.conditions, job.means, strict=True)
     )
     store = None if job.cells_dir is None else CellStore(Path(job.cells_dir))
-    return score_group(lm, replace(job.group, conditions=conditions), key, store)
+    return score_group(lambda: lm, replace(job.group, conditions=conditions), key, store)
 
 
 def start_worker(counter: Any) -> None:

@@ -12,7 +12,7 @@ import icl_helpers as icl
 from icl_helpers.annotated import MARK, annotated_table
 from icl_helpers.benefit import benefit_changes, left_out_tasks
 from icl_helpers.coverage import coverage_table, simulate_coverage
-from icl_helpers.evaluation import _accuracies
+from icl_helpers.documents import accuracies
 from icl_helpers.plotting import bars_alt, benefit_alt, benefit_bars
 from icl_helpers.statistics import accuracy_intervals, holm, paired_test
 
@@ -109,7 +109,7 @@ def test_no_interval_of_an_accuracy_leaves_0_to_100():
 
 
 def test_relative_change_of_the_benefit_has_an_interval_that_holds_the_truth(documents):
-    results = _accuracies(documents)
+    results = accuracies(documents)
     changes = benefit_changes(results, documents)
     row = changes[(changes["task"] == "repetition") & (changes["condition"] == "induction_heads")]
     row = row[row["ablation"] == "mean"].iloc[0]
@@ -127,7 +127,7 @@ def test_relative_change_of_the_benefit_has_an_interval_that_holds_the_truth(doc
 def test_interval_of_the_relative_change_agrees_with_resampling_the_ratio(documents):
     """One seed: the linearised interval beside a plain bootstrap of the ratio itself."""
     one = documents[(documents["demonstration_seed"] == 42) & (documents["task"] == "repetition")]
-    changes = benefit_changes(_accuracies(one), one)
+    changes = benefit_changes(accuracies(one), one)
     row = changes[(changes["condition"] == "induction_heads") & (changes["ablation"] == "mean")]
     wide = one[one["ablation"].isin(["none", "mean"])].pivot_table(
         index="doc_id", columns=["condition", "shots"], values="correct"
@@ -144,7 +144,7 @@ def test_interval_of_the_relative_change_agrees_with_resampling_the_ratio(docume
 
 
 def test_tasks_without_benefit_are_left_out_of_the_figure_and_listed(documents):
-    changes = benefit_changes(_accuracies(documents), documents)
+    changes = benefit_changes(accuracies(documents), documents)
     out = left_out_tasks(changes)
     (row,) = out.to_dict("records")
     assert row["task"] == "sst2"
@@ -155,14 +155,14 @@ def test_tasks_without_benefit_are_left_out_of_the_figure_and_listed(documents):
     assert len(benefit_bars(changes, ablation="mean").axes) == 1
     with pytest.raises(icl.InputError, match="with and without"):
         few = documents[documents["shots"] == 10]
-        benefit_changes(_accuracies(few), few)
+        benefit_changes(accuracies(few), few)
 
 
 def test_alternative_text_names_every_bar(documents):
-    text = bars_alt(_accuracies(documents), ablations=["mean", "knockout"])
+    text = bars_alt(accuracies(documents), ablations=["mean", "knockout"])
     assert "repetition with unrelated labels: full 9" in text
     assert "sst2 with semantic labels: full 9" in text
-    empty = _accuracies(documents).iloc[:0]
+    empty = accuracies(documents).iloc[:0]
     assert "nothing was evaluated" in bars_alt(empty, ablations=["mean"])
 
 
@@ -185,7 +185,7 @@ def test_coverage_falls_when_seeds_are_ignored():
 def test_a_benefit_within_noise_has_no_relative_change():
     chances = {(*FULL, 10): 0.52, (*IND, 10): 0.5, (*FULL, 0): 0.5, (*IND, 0): 0.5}
     documents = answers("boolq", "semantic", chances)
-    results = _accuracies(documents)
+    results = accuracies(documents)
     # Above chance and above zero-shot, but by little: made so here whatever was drawn.
     results.loc[(results["condition"] == "full") & (results["shots"] == 10), "accuracy"] = 0.62
     out = left_out_tasks(benefit_changes(results, documents))

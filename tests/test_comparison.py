@@ -10,7 +10,7 @@ import pytest
 
 import icl_helpers as icl
 from icl_helpers.comparison import compare_runs, overlay
-from icl_helpers.evaluation import collect_results
+from icl_helpers.documents import collect_results
 
 
 def write_run(directory: Path, model: str, *, fraction: float, right: dict[str, int]) -> Path:

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from icl_helpers import reporting
-from icl_helpers.evaluation import document_results
+from icl_helpers.documents import document_results
 
 from .test_comparison import write_run
 

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def job(first: int, cells: int, *, task: str = "repetition") -> Job:
     group = CellGroup(task, "unrelated", 5, 42, 4, "synthetic", (icl.Condition("full"),) * cells)
-    return pack(group, source=ModelSource(), key={}, cells_dir=None, first=first)
+    places = range(first, first + cells)
+    return pack(group, source=ModelSource(), key={}, cells_dir=None, places=places)
 
 
 class DyingPool(Executor):

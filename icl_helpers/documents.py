@@ -1,0 +1,121 @@
+"""Frames of results: a row per document under its key, and the accuracies made from them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from icl_helpers.errors import InputError
+from icl_helpers.store import atomic_path, check_run_dir, set_aside
+
+__all__ = [
+    "KEYS",
+    "EvaluationResults",
+    "accuracies",
+    "collect_results",
+    "document_frame",
+    "document_results",
+    "finish",
+]
+
+KEYS = [
+    "task",
+    "labels",
+    "shots",
+    "condition",
+    "ablation",
+    "fraction",
+    "ablation_seed",
+    "demonstration_seed",
+]
+
+
+class EvaluationResults(pd.DataFrame):
+    """A tidy frame of accuracies; ``documents`` is the per-document frame behind it."""
+
+    _metadata = ["documents"]  # noqa: RUF012 - the name and form that pandas looks for
+    documents: pd.DataFrame
+
+
+def document_frame(spec: dict[str, Any], documents: dict[str, Any], seed: int) -> pd.DataFrame:
+    """A cell's documents under its key, at one demonstration seed."""
+    # A cell read back from its file has its keys in another order.
+    frame = pd.DataFrame(documents)[["doc_id", "correct", "margin", "valid"]]
+    frame["margin"] = frame["margin"].astype("float64")
+    values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}
+    for position, key in enumerate(KEYS):
+        frame.insert(position, key, values[key])
+    return frame.astype({"ablation_seed": "Int64", "demonstration_seed": "Int64", "shots": "int64"})
+
+
+def accuracies(documents: pd.DataFrame) -> pd.DataFrame:
+    """One row per key: n, n_invalid and the accuracy of the valid documents."""
+    documents = documents.assign(
+        right=documents["correct"].where(documents["valid"]).astype("float64")
+    )
+    grouped = documents.groupby(KEYS, dropna=False, sort=False)
+    results = grouped.agg(
+        n=("valid", "sum"), total=("valid", "size"), accuracy=("right", "mean")
+    ).reset_index()
+    results["n_invalid"] = results.pop("total") - results["n"]
+    return results[[*KEYS, "n", "n_invalid", "accuracy"]]
+
+
+def finish(documents: pd.DataFrame, directory: Path | None) -> EvaluationResults:
+    """The results of these documents, kept below the run directory; warns of invalid ones."""
+    results = accuracies(documents)
+    invalid = int(results["n_invalid"].sum())
+    if invalid:
+        warnings.warn(
+            f"{invalid} documents had logits that were not finite; they are counted in n_invalid "
+            f"and left out of the accuracies",
+            stacklevel=3,
+        )
+    if directory is not None:
+        collect_results(directory, documents)
+    found = EvaluationResults(results)
+    found.documents = documents
+    return found
+
+
+def collect_results(run_dir: str | os.PathLike[str], documents: pd.DataFrame) -> pd.DataFrame:
+    """Merge ``documents`` into a run's files and return the accuracies of the whole run.
+
+    Rows with the same key are replaced, so that a frame never holds two generations of a cell.
+    """
+    directory = check_run_dir(run_dir)
+    path = directory / "documents.parquet"
+    if path.is_file():
+        kept = _read_parquet(path)
+        if kept is not None:
+            new = pd.MultiIndex.from_frame(documents[KEYS].drop_duplicates())
+            kept = kept[~pd.MultiIndex.from_frame(kept[KEYS]).isin(new)]
+            documents = pd.concat([kept, documents], ignore_index=True)
+    results = accuracies(documents)
+    for frame, name in ((documents, "documents"), (results, "results")):
+        with atomic_path(directory / f"{name}.parquet") as temporary:
+            frame.to_parquet(temporary, index=False)
+    return results
+
+
+def document_results(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
+    """Per-document results of a run: the key columns, doc_id, correct, margin, valid.
+
+    ``margin`` is the log-probability of the right label minus that of the best wrong one, in nats.
+    """
+    path = check_run_dir(run_dir) / "documents.parquet"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: evaluate into this run directory first")
+    return pd.read_parquet(path)
+
+
+def _read_parquet(path: Path) -> pd.DataFrame | None:
+    try:
+        return pd.read_parquet(path)
+    except Exception as error:
+        set_aside(path, f"is damaged ({type(error).__name__})")
+        return None

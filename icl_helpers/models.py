@@ -41,6 +41,7 @@ __all__ = [
     "embedded_models",
     "load_config",
     "load_model",
+    "load_tokenizer",
     "model_fractions",
     "resolve_model",
     "weights_fingerprint",
@@ -132,9 +133,7 @@ def load_model(
         # Quantised weights cannot be moved afterwards: they are placed while they are read.
         device_map = {"": target} if device_map is None else device_map
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch_dtype, device_map=device_map, **options
         )
@@ -145,6 +144,22 @@ def load_model(
     if quantization is not None:
         _FINGERPRINTS[model] = weights_fingerprint(model)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer alone. Raises as :func:`load_model` does."""
+    source = resolve_model(name)
+    if is_internlm2(source, revision=revision):
+        return load_internlm2_tokenizer(fetch_internlm2(source, revision=revision))
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _explain(name, error) from error
+    return tokenizer
 
 
 def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

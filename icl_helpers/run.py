@@ -9,45 +9,44 @@ Example
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import icl_helpers
+from icl_helpers.attention import attention_layout
 from icl_helpers.condition import FULL, Condition, conditions
 from icl_helpers.documents import KEYS, document_results
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation import evaluate, resolve_shots
+from icl_helpers.evaluation import evaluate_request, plan_request, resolve_shots
 from icl_helpers.heads import Head, top_heads
-from icl_helpers.means import mean_head_outputs
-from icl_helpers.models import embedded_models, load_model, model_fractions, weights_fingerprint
+from icl_helpers.identity import checkpoint_state, describe_model, model_facts
+from icl_helpers.lm import InterventionLM
+from icl_helpers.means import mean_head_outputs, reference_ids
+from icl_helpers.models import embedded_models, load_model, load_tokenizer, model_fractions
 from icl_helpers.nlp_tasks import TextTaskSpec
 from icl_helpers.parameters import StageParameters
 from icl_helpers.prefix_matching import prefix_matching_scores, random_sequences, token_pool
 from icl_helpers.prompts import Prompt, build_prompts
-from icl_helpers.reference import reference_samples, reference_texts, samples_key
+from icl_helpers.reference import PAPER_POSITIONS, PAPER_SAMPLES, reference_texts, samples_key
 from icl_helpers.scheduling import workers_from_environment
-from icl_helpers.store import atomic_path, check_run_dir, content_key, set_aside, write_json
+from icl_helpers.store import check_run_dir, content_key, set_aside, write_json
 from icl_helpers.task_registry import get_task_spec, task_names
+from icl_helpers.tensors import kept_tensor
 from icl_helpers.worker import source_of
 
 __all__ = ["Run"]
 
 KINDS = ("full", "mean", "zero", "knockout")
-_PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "numpy", "pandas", "safetensors")
 
 
 class Run:
@@ -60,6 +59,8 @@ class Run:
         self.parameters = parameters
         self.directory = check_run_dir(parameters.run_dir)
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._identity: dict[str, Any] | None = None
         stored = self.info.get("model")
         if stored not in (None, parameters.model):
             raise InputError(
@@ -87,8 +88,15 @@ class Run:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
-        return self._load()[1]
+        """The model's tokenizer, loaded without the model where that is not here."""
+        if self._loaded is not None:
+            return self._loaded[1]
+        if self._tokenizer is None:
+            p = self.parameters
+            self._tokenizer = load_tokenizer(
+                p.model, revision=p.revision, trust_remote_code=p.trust_remote_code
+            )
+        return self._tokenizer
 
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._loaded is None:
@@ -97,13 +105,44 @@ class Run:
                 p.model, revision=p.revision, dtype=p.dtype, device=p.device,
                 quantization=p.quantization, trust_remote_code=p.trust_remote_code,
             )  # fmt: skip
-            self._record(fingerprint=self.fingerprint, parameters=p.as_dict())
+            attention_layout(self._loaded[0])
+            self._identity = self._identify()
         return self._loaded
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the loaded weights."""
-        return weights_fingerprint(self.model)
+    def _release(self) -> None:
+        """Let go of the model: workers load it themselves, and memory may not hold it twice."""
+        self._loaded = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the model's results; remembered while the checkpoint's files are as before.
+
+        See :func:`icl_helpers.identity.describe_model`.
+        """
+        if self._identity is None:
+            kept = self.info.get("identity") or {}
+            if kept.get("state") and kept["state"] == checkpoint_state(self.parameters):
+                self._identity = kept
+                self._record(parameters=self.parameters.as_dict())
+            else:
+                self._load()
+        if self._identity is None:
+            self._identity = self._identify()
+        return self._identity
+
+    def _identify(self) -> dict[str, Any]:
+        """Describe the loaded model and note it in ``run.json``."""
+        identity = describe_model(self.model, self.tokenizer, self.parameters)
+        self._record(
+            **model_facts(self.model),
+            fingerprint=identity["key"]["fingerprint"],
+            identity=identity,
+            parameters=self.parameters.as_dict(),
+        )
+        return identity
 
     @property
     def tasks(self) -> list[str]:
@@ -124,7 +163,7 @@ class Run:
 
     def prefix_scores(self) -> torch.Tensor:
         """Prefix-matching scores, [sequences, layers, heads]; computed once."""
-        key = content_key(["prefix scores", self._identity(), icl_helpers.__version__])
+        key = content_key(["prefix scores", self._model_parts(), icl_helpers.__version__])
 
         def compute() -> torch.Tensor:
             sequences = random_sequences(self.tokenizer)
@@ -133,7 +172,7 @@ class Run:
             write_json(self.directory / "heads.json", self._heads_json(scores, ranking))
             return scores
 
-        return self._tensor("prefix_scores", key, compute)
+        return kept_tensor(self.directory / "prefix_scores.safetensors", key, compute)
 
     def _heads_json(self, scores: torch.Tensor, ranking: str) -> dict[str, Any]:
         mean = scores.mean(0)
@@ -148,14 +187,15 @@ class Run:
         """Mean head outputs, [layers, positions, heads, d_head]; computed once."""
         p = self.parameters
         texts = reference_texts(p.model, reference=p.reference)
-        ids = reference_samples(self.model, self.tokenizer, texts)
-        key = content_key(["means", self._identity(), samples_key(ids), p.average])
+        positions = min(PAPER_POSITIONS, self.identity["context"])
+        ids = reference_ids(self.tokenizer, texts, n_samples=PAPER_SAMPLES, n_positions=positions)
+        key = content_key(["means", self._model_parts(), samples_key(ids), p.average])
 
         def compute() -> torch.Tensor:
             average: Any = p.average
             return mean_head_outputs(self.model, ids, average=average, batch_size=4)
 
-        return self._tensor("mean_head_outputs", key, compute)
+        return kept_tensor(self.directory / "mean_head_outputs.safetensors", key, compute)
 
     def conditions(self, kind: str) -> list[Condition]:
         """Conditions of one kind: full, mean, zero or knockout."""
@@ -187,20 +227,26 @@ class Run:
     ) -> pd.DataFrame:
         p = self.parameters
         chosen = [condition for kind in kinds for condition in self.conditions(kind)]
+        key, load = self.identity["key"], functools.cache(self._scorer)
         with workers_from_environment() as workers:
-            frames = [
-                evaluate(
-                    self.model, self.tokenizer, tasks=group, labels=labels,
-                    shots={task: self._shots(task, labels) for task in group}, conditions=chosen,
-                    seeds=p.seeds, limit=p.limit, batch_size=p.batch_size, data=data,
-                    run_dir=self.directory, revision=p.revision, executor=workers,
-                    source=source_of(p),
+            if workers is not None:
+                self._release()
+            frames = []
+            for (labels, data), group in self._groups(tasks, nlp=nlp).items():
+                request = plan_request(
+                    tasks=group, labels=labels, data=data, conditions=chosen, seeds=p.seeds,
+                    shots={task: self._shots(task, labels) for task in group}, limit=p.limit,
+                    run_dir=self.directory,
+                )  # fmt: skip
+                frames.append(
+                    evaluate_request(request, key, load=load, executor=workers, source=source_of(p))
                 )
-                for (labels, data), group in self._groups(tasks, nlp=nlp).items()
-            ]  # fmt: skip
         if not frames:
             return pd.DataFrame(columns=[*KEYS, "n", "n_invalid", "accuracy"])
         return pd.concat(map(pd.DataFrame, frames), ignore_index=True)
+
+    def _scorer(self) -> InterventionLM:
+        return InterventionLM(self.model, self.tokenizer, batch_size=self.parameters.batch_size)
 
     def _groups(self, tasks: Sequence[str], *, nlp: bool) -> dict[tuple[str, str], list[str]]:
         """Tasks by the label set and the data that they are evaluated with."""
@@ -285,52 +331,15 @@ class Run:
         seconds = {**self.info.get("seconds", {}), name: round(time.perf_counter() - began, 2)}
         self._record(seconds=seconds)
 
-    def _identity(self) -> list[str]:
-        return [self.fingerprint, str(self.model.dtype), str(self.parameters.revision)]
+    def _model_parts(self) -> list[str]:
+        key = self.identity["key"]
+        return [key["fingerprint"], key["dtype"], str(key["revision"])]
 
     def _record(self, **values: Any) -> None:
-        config = self.model.config
         content = {
             **self.info,
             "model": self.parameters.model,
-            "model_type": config.model_type,
-            "versions": {**_versions(), "icl_helpers": icl_helpers.__version__},
-            "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()}",
-            "device": str(self.model.device.type),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
             "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **values,
         }
         write_json(self.directory / "run.json", content)
-
-    def _tensor(self, name: str, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        path = self.directory / f"{name}.safetensors"
-        stored = _read_tensor(path, name, key)
-        if stored is None:
-            stored = compute().contiguous()
-            with atomic_path(path) as temporary:
-                save_file({name: stored}, temporary, metadata={"key": key})
-        return stored
-
-
-def _read_tensor(path: Path, name: str, key: str) -> torch.Tensor | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            fits = (file.metadata() or {}).get("key") == key
-            return file.get_tensor(name) if fits else None
-    except FileNotFoundError:
-        return None
-    except SafetensorError as error:
-        set_aside(path, f"is damaged ({error})")
-        return None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -111,13 +111,14 @@ def score_group(
             if lm is None:
                 lm = load()
                 encoded = lm.encode(prompts.pairs)
+                lm.share(group.conditions)
             with lm.under(condition):
                 documents = _score(lm, prompts.task, encoded)
             if store is not None:
                 store.write(spec, documents)
         cells.append((spec, documents))
     if lm is not None:
-        lm.forget_patterns()
+        lm.forget()
     return cells
 
 

@@ -2,8 +2,9 @@
 
 :class:`InterventionLM` subclasses lm-eval's own Hugging Face model and replaces only the scoring of
 tokenised requests: a prompt is run once for all its single-token labels, logits are computed only
-at the scored positions, and the interventions of the current condition are applied around every
-batch. :class:`HFICL` is the same model for lm-eval's command line, registered as ``hf-icl``.
+at the scored positions, the interventions of the current condition are applied around every batch,
+and what prompts and conditions share is computed once (:mod:`icl_helpers.reuse`).
+:class:`HFICL` is the same model for lm-eval's command line, registered as ``hf-icl``.
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from icl_helpers.attention import attention_layout
 from icl_helpers.condition import FULL, Condition
 from icl_helpers.errors import InputError
 from icl_helpers.interventions import intervene
 from icl_helpers.models import context_length, load_model, model_fractions
 from icl_helpers.patterns import induction_patterns
+from icl_helpers.reuse import LayerReuse, SharedStart, common_start, shares_start
 
 __all__ = ["HFICL", "InterventionLM"]
 
 # lm-eval's form of a tokenised request: the two strings, the context's and the label's token ids.
 Encoded = tuple[tuple[str, str], list[int], list[int]]
+
+# A shorter common start is not worth a forward pass of its own.
+_MIN_START = 4
 
 # Tokens per batch under batch_size="auto"; halved whenever an accelerator runs out of memory.
 _AUTO_TOKENS = {"cpu": 4_096, "cuda": 65_536}
@@ -74,6 +80,7 @@ class InterventionLM(HFLM):
         self.condition: Condition = FULL
         self._batch_size_wanted = batch_size
         self._patterns: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}
+        self._reuse = LayerReuse(model)
 
     @contextmanager
     def under(self, condition: Condition) -> Iterator[InterventionLM]:
@@ -84,9 +91,20 @@ class InterventionLM(HFLM):
         finally:
             self.condition = before
 
-    def forget_patterns(self) -> None:
-        """Drop the blocked pairs kept for prompts seen so far."""
+    def share(self, conditions: Sequence[Condition]) -> None:
+        """Say that the same prompts will be scored under these conditions, until :meth:`forget`.
+
+        What they share is kept meanwhile: the blocked pairs of every prompt, and hidden states
+        below the first head of each condition.
+        """
+        self.forget()
+        first = {min(head.layer for head in c.heads) for c in conditions if c.heads}
+        self._reuse.wanted = tuple(sorted(first)) if len(conditions) > 1 else ()
+
+    def forget(self) -> None:
+        """Drop what is kept for prompts seen so far."""
         self._patterns.clear()
+        self._reuse.forget()
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         """Tokenise (context, label) pairs as lm-eval does, in two calls of the tokenizer.
@@ -143,15 +161,17 @@ class InterventionLM(HFLM):
             # Long prompts first, so that running out of memory shows at once; equal lengths meet.
             rows.sort(key=lambda row: len(row.ids), reverse=True)
             budget = _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS["cuda"])
+            shared = self._shared_start(rows, requests)
             start = 0
             while start < len(rows):
                 size = override_bs or self._batch_rows(rows[start], budget)
                 batch = rows[start : start + size]
                 try:
-                    self._score_batch(batch, requests, scored)
+                    self._score_batch(batch, requests, scored, shared)
                 except torch.cuda.OutOfMemoryError:
                     if size == 1 or self._batch_size_wanted != "auto":
                         raise
+                    self._reuse.forget()
                     torch.cuda.empty_cache()
                     budget = len(rows[start].ids) * (size // 2)
                     continue
@@ -189,8 +209,34 @@ class InterventionLM(HFLM):
         return blocked.to(self.device)
 
     @torch.inference_mode()
+    def _shared_start(
+        self, rows: Sequence[_Row], requests: Sequence[Encoded]
+    ) -> SharedStart | None:
+        """Keys and values of the tokens before which no prompt is scored or blocked."""
+        if len(rows) < 2:
+            return None
+        length = common_start([row.ids for row in rows])
+        length = min(length, *(len(requests[r][1]) - 1 for row in rows for r in row.requests))
+        if self.condition.ablation == "knockout":
+            blocked = [
+                self._patterns[row.context, self.condition.categories][:length].any(dim=1)
+                for row in rows
+            ]
+            length = min(length, *(int(b.int().argmax()) for b in blocked if b.any()), length)
+        if length < _MIN_START or not shares_start(self.model):
+            return None
+        # Nothing is blocked in these tokens, so a knockout leaves them as they are.
+        edits = [] if self.condition.ablation == "knockout" else self.condition.interventions()
+        with intervene(self.model, *edits):
+            return SharedStart(self.model, torch.tensor([rows[0].ids[:length]]))
+
+    @torch.inference_mode()
     def _score_batch(
-        self, batch: Sequence[_Row], requests: Sequence[Encoded], scored: list[tuple[float, bool]]
+        self,
+        batch: Sequence[_Row],
+        requests: Sequence[Encoded],
+        scored: list[tuple[float, bool]],
+        shared: SharedStart | None,
     ) -> None:
         width = max(len(row.ids) for row in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -203,16 +249,24 @@ class InterventionLM(HFLM):
         }
         kept = sorted({start + k for start, n in spans.values() for k in range(n)})
         place = {position: index for index, position in enumerate(kept)}
+        skipped = 0 if shared is None else shared.length
+        cache = {"use_cache": False} if shared is None else shared.arguments(len(batch))
+        layers = [head.layer for head in self.condition.heads]
         with ExitStack() as stack:
             interventions = self.condition.interventions(self._blocked(batch, width))
             if interventions:
                 stack.enter_context(intervene(self.model, *interventions))
+            key = (
+                skipped.to_bytes(4, "big") + bytes(str(ids.shape), "ascii") + ids.numpy().tobytes()
+            )
+            first = min(layers) if interventions else attention_layout(self.model).n_layers - 1
+            stack.enter_context(self._reuse.around(key, first))
             # Padding lies to the right of every scored position, so causality hides it and no
             # attention mask is needed; logits are computed at the scored positions only.
             logits = self.model(
-                input_ids=ids.to(self.device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(kept, device=self.device),
+                input_ids=ids[:, skipped:].to(self.device),
+                logits_to_keep=torch.tensor(kept, device=self.device) - skipped,
+                **cache,
             ).logits
         log_probabilities = torch.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
         best = logits.argmax(dim=-1).cpu()

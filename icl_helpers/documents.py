@@ -20,6 +20,7 @@ __all__ = [
     "document_frame",
     "document_results",
     "finish",
+    "read_frame",
 ]
 
 KEYS = [
@@ -107,10 +108,22 @@ def document_results(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
 
     ``margin`` is the log-probability of the right label minus that of the best wrong one, in nats.
     """
-    path = check_run_dir(run_dir) / "documents.parquet"
+    return read_frame(check_run_dir(run_dir) / "documents.parquet")
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """A run's table; raises :class:`InputError` when it is not there or damaged."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist: evaluate into this run directory first")
-    return pd.read_parquet(path)
+        raise InputError(
+            f"{path} does not exist: run the evaluation stages first (notebooks 3 to 6)"
+        )
+    frame = _read_parquet(path)
+    if frame is None:
+        raise InputError(
+            f"{path} was damaged; run the evaluation again, which makes it anew from the finished "
+            f"cells"
+        )
+    return frame
 
 
 def _read_parquet(path: Path) -> pd.DataFrame | None:

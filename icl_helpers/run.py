@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import icl_helpers
 from icl_helpers.attention import attention_layout
 from icl_helpers.condition import FULL, Condition, conditions
-from icl_helpers.documents import KEYS, document_results
+from icl_helpers.documents import KEYS, document_results, read_frame
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation import evaluate_request, plan_request, resolve_shots
 from icl_helpers.heads import Head, top_heads
@@ -293,12 +293,7 @@ class Run:
         return self._selected(self._read_results(), self.nlp_tasks, nlp=True)
 
     def _read_results(self) -> pd.DataFrame:
-        path = self.directory / "results.parquet"
-        if not path.is_file():
-            raise InputError(
-                f"{path} does not exist: run the evaluation stages first (notebooks 3 to 6)"
-            )
-        return pd.read_parquet(path)
+        return read_frame(self.directory / "results.parquet")
 
     def documents(self) -> pd.DataFrame:
         """Per-document results behind :meth:`results`."""

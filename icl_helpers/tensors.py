@@ -23,7 +23,8 @@ def kept_tensor(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> to
     stored = _read(path, key)
     if stored is None:
         stored = compute().contiguous()
-        metadata = {"key": key, "checksum": _checksum(stored)}
+        # One entry: several would be written in any order, and equal files would differ.
+        metadata = {"key": f"{key} {_checksum(stored)}"}
         with atomic_path(path) as temporary:
             save_file({path.stem: stored}, temporary, metadata=metadata)
     return stored
@@ -32,8 +33,8 @@ def kept_tensor(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> to
 def _read(path: Path, key: str) -> torch.Tensor | None:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("key") != key or "checksum" not in metadata:
+            written, _, checksum = (file.metadata() or {}).get("key", "").partition(" ")
+            if written != key or not checksum:
                 return None
             tensor: torch.Tensor = file.get_tensor(path.stem)
     except FileNotFoundError:
@@ -41,7 +42,7 @@ def _read(path: Path, key: str) -> torch.Tensor | None:
     except (SafetensorError, OSError, ValueError) as error:
         set_aside(path, f"is damaged ({error})")
         return None
-    if _checksum(tensor) != metadata["checksum"]:
+    if _checksum(tensor) != checksum:
         set_aside(path, "is damaged (checksum differs)")
         return None
     return tensor

@@ -168,22 +168,26 @@ def _replay(
     The tokens do not matter: whatever the residual stream holds, each block sees its own mean, with
     the positions, masks and cache handling that the model itself sets up.
     """
-    outputs: dict[int, torch.Tensor] = {}
+    n_positions = any_ids.shape[1]
+    outputs = torch.empty(layout.n_layers, n_positions, layout.n_heads, layout.d_head)
+    waiting = dict(enumerate(means))
+    # Each mean is let go once its block has had it, so that means and outputs never coexist whole.
+    means.clear()
 
     def replace(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         current = _block_input(layout.modules[layer], args, kwargs)
-        mean = means[layer].to(device=current.device, dtype=current.dtype)[None]
+        mean = waiting.pop(layer).to(device=current.device, dtype=current.dtype)[None]
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": mean}
         return (mean, *args[1:]), kwargs
 
     def record(layer: int, call: AttentionCall) -> torch.Tensor:
-        outputs[layer] = call.output[0].float().cpu()
+        outputs[layer] = call.output[0]
         return call.output
 
     with _input_hooks(layout, replace), edited_attention(model, _per_layer(layout, record)):
         model.base_model(input_ids=any_ids.to(model.device), use_cache=False)
-    return torch.stack([outputs[layer] for layer in range(layout.n_layers)])
+    return outputs
 
 
 def _per_layer(layout: AttentionLayout, function: Any) -> dict[int, list[Any]]:

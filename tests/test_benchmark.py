@@ -54,7 +54,8 @@ def test_a_batch_pads_on_the_right_and_blocks_only_real_tokens(tokenizer):
     for row, pairs, prompt in zip(ids, blocked, prompts, strict=True):
         own = tokenizer(prompt.context, add_special_tokens=False).input_ids
         assert row[: len(own)].tolist() == own
-        assert not pairs[len(own) :].any() and not pairs[:, len(own) :].any()
+        assert not pairs[len(own) :].any()
+        assert not pairs[:, len(own) :].any()
         assert pairs.any()
 
 
@@ -70,7 +71,8 @@ def test_the_gpu_part_measures_any_shape_on_any_device(tokenizer):
     found = measure_gpu(tokenizer, config=small, device="cpu", documents=4, rounds=1)
     assert found["peak_bytes"] is None
     rates = found["tokens_per_second"]
-    assert len(rates) == 5 and all(rate > 0 for rate in rates.values())
+    assert len(rates) == 5
+    assert all(rate > 0 for rate in rates.values())
     hours = found["table_1_tokens"] / rates["icl.evaluate, zero ablation"] / 3600
     assert found["table_1_hours"] == pytest.approx(hours)
 
@@ -83,9 +85,7 @@ def test_the_page_says_what_was_measured_missed_or_left_out(tokenizer, tmp_path)
     write_benchmark_page(tmp_path)
     assert "Nothing was measured" in page.read_text()
     config = {"num_hidden_layers": 2, "vocab_size": tokenizer.vocab_size + 10}
-    growth = measure_growth(
-        make_llama(max_position_embeddings=1024, **config), tokenizer, rounds=1
-    )
+    growth = measure_growth(make_llama(max_position_embeddings=1024, **config), tokenizer, rounds=1)
     assert {point["axis"] for point in growth} == {
         "tokens per prompt", "prompts per batch", "share of heads", "conditions",
     }  # fmt: skip
@@ -104,5 +104,6 @@ def test_the_page_says_what_was_measured_missed_or_left_out(tokenizer, tmp_path)
     shown = page.read_text()
     missed = sum(not row["met"] for row in found["rows"])
     assert f"{missed} of 5 bars are missed" in shown
-    assert "7.5" in shown and "Not measured: the machine had no GPU" in shown
+    assert "7.5" in shown
+    assert "Not measured: the machine had no GPU" in shown
     assert (tmp_path / "_static" / "benchmark_growth.svg").is_file()

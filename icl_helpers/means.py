@@ -12,6 +12,7 @@ Example
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -104,20 +105,24 @@ def mean_head_outputs(
     return _replay(model, layout, input_ids[:1], means)
 
 
-class _RunningMean:
-    """Mean over samples in float32, updated batch by batch."""
+class _RunningMeans:
+    """Mean over samples for every layer: one float32 tensor, updated in place batch by batch."""
 
-    def __init__(self) -> None:
-        self.mean: torch.Tensor | None = None
-        self.count = 0
+    def __init__(self, n_layers: int) -> None:
+        self._counts = [0] * n_layers
+        self._means: torch.Tensor | None = None
 
-    def update(self, values: Float[torch.Tensor, "batch ..."]) -> None:
-        self.count += len(values)
-        if self.mean is None:
-            self.mean = values.float().mean(dim=0)
-        else:
-            difference = values.float().mean(dim=0) - self.mean
-            self.mean += difference * (len(values) / self.count)
+    def update(self, layer: int, values: Float[torch.Tensor, "batch ..."]) -> None:
+        if self._means is None:
+            shape = (len(self._counts), *values.shape[1:])
+            self._means = torch.zeros(shape, device=values.device)
+        difference = values.float().mean(dim=0).to(self._means.device) - self._means[layer]
+        self._counts[layer] += len(values)
+        self._means[layer] += difference.mul_(len(values) / self._counts[layer])
+
+    def all(self) -> Float[torch.Tensor, "layers ..."]:
+        assert self._means is not None
+        return self._means
 
 
 def _batches(
@@ -131,52 +136,51 @@ def _batches(
 def _mean_outputs(
     model: PreTrainedModel, layout: AttentionLayout, input_ids: torch.Tensor, batch_size: int
 ) -> torch.Tensor:
-    running = [_RunningMean() for _ in layout.modules]
+    running = _RunningMeans(layout.n_layers)
 
     def record(layer: int, call: AttentionCall) -> torch.Tensor:
-        running[layer].update(call.output)
+        running.update(layer, call.output)
         return call.output
 
     with edited_attention(model, _per_layer(layout, record)):
         for batch in _batches(input_ids, batch_size, model.device):
             model.base_model(input_ids=batch, use_cache=False)
-    return torch.stack([mean.mean.cpu() for mean in running if mean.mean is not None])
+    return running.all().cpu()
 
 
 def _mean_inputs(
     model: PreTrainedModel, layout: AttentionLayout, input_ids: torch.Tensor, batch_size: int
-) -> list[torch.Tensor]:
-    running = [_RunningMean() for _ in layout.modules]
+) -> Float[torch.Tensor, "layers positions hidden"]:
+    running = _RunningMeans(layout.n_layers)
 
     def record(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        running[layer].update(_block_input(layout.modules[layer], args, kwargs))
+        running.update(layer, _block_input(layout.modules[layer], args, kwargs))
 
     with _input_hooks(layout, record):
         for batch in _batches(input_ids, batch_size, model.device):
             model.base_model(input_ids=batch, use_cache=False)
-    return [mean.mean for mean in running if mean.mean is not None]
+    return running.all()
 
 
 def _replay(
     model: PreTrainedModel,
     layout: AttentionLayout,
     any_ids: torch.Tensor,
-    means: list[torch.Tensor],
+    means: Float[torch.Tensor, "layers positions hidden"],
 ) -> Float[torch.Tensor, "layers positions heads d_head"]:
     """One forward pass in which every attention block is fed its mean input.
 
     The tokens do not matter: whatever the residual stream holds, each block sees its own mean, with
     the positions, masks and cache handling that the model itself sets up.
     """
-    n_positions = any_ids.shape[1]
-    outputs = torch.empty(layout.n_layers, n_positions, layout.n_heads, layout.d_head)
-    waiting = dict(enumerate(means))
-    # Each mean is let go once its block has had it, so that means and outputs never coexist whole.
-    means.clear()
+    shape = (layout.n_layers, any_ids.shape[1], layout.n_heads, layout.d_head)
+    # A layer's outputs take the place of its mean, which is not needed any more by then.
+    fits = means.numel() == math.prod(shape)
+    outputs = means.view(shape) if fits else torch.empty(shape, device=means.device)
 
     def replace(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         current = _block_input(layout.modules[layer], args, kwargs)
-        mean = waiting.pop(layer).to(device=current.device, dtype=current.dtype)[None]
+        mean = means[layer].to(device=current.device, dtype=current.dtype, copy=True)[None]
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": mean}
         return (mean, *args[1:]), kwargs
@@ -187,7 +191,7 @@ def _replay(
 
     with _input_hooks(layout, replace), edited_attention(model, _per_layer(layout, record)):
         model.base_model(input_ids=any_ids.to(model.device), use_cache=False)
-    return outputs
+    return outputs.cpu()
 
 
 def _per_layer(layout: AttentionLayout, function: Any) -> dict[int, list[Any]]:

@@ -79,6 +79,7 @@ def build_book(
     wanted = _stage(staged, found)
     _sphinx(staged, target)
     _point_at_sources(target / "html")
+    _name_controls(target / "html")
     check_leaks(target / "html")
     # Links in a notebook's outputs stay as they are: what they lead to has to lie there.
     for tables in staged.glob("run/*/tables"):
@@ -235,6 +236,24 @@ def _point_at_sources(html: Path) -> None:
             re.sub(r"(/(?:blob|edit|tree)/[^\"]*?)/book/run/[a-z0-9-]+/", r"\1/notebooks/", text),
             encoding="utf-8",
         )
+
+
+# The theme's controls whose names lack words that they show. Those get their names from what they
+# show; the icon of the colour mode, which says nothing of its own, keeps the button's name.
+_MISNAMED = (
+    (r'(<summary) aria-label="Toggle hidden content"', r"\1"),
+    (r'(<button class="[^"]*search-button-field[^"]*"[^>]*?) aria-label="[^"]*"', r"\1"),
+    (r'(<i class="theme-switch [^>]*?) +title="[^"]*"', r"\1"),
+)
+
+
+def _name_controls(html: Path) -> None:
+    """Let the theme's controls be called by what they show, as voice control needs."""
+    for page in html.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        for pattern, replacement in _MISNAMED:
+            text = re.sub(pattern, replacement, text)
+        page.write_text(text, encoding="utf-8")
 
 
 def _sphinx(staged: Path, target: Path) -> None:

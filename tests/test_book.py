@@ -279,6 +279,26 @@ def test_buttons_of_a_run_lead_to_the_notebooks_in_the_repository(tmp_path):
     ]
 
 
+def test_controls_are_named_by_what_they_show_and_icons_keep_their_names(tmp_path):
+    (tmp_path / "run").mkdir()
+    page = tmp_path / "run" / "a.html"
+    page.write_text(
+        '<summary aria-label="Toggle hidden content"><p>Show code</p></summary>'
+        '<button class="btn search-button-field" title="Search" aria-label="Search">Search</button>'
+        '<button class="btn search-button" title="Search" aria-label="Search"><i></i></button>'
+        '<button class="theme-switch-button" aria-label="Color mode">'
+        '<i class="theme-switch fa-moon" data-mode="dark"  title="Dark"></i></button>'
+    )
+    book._name_controls(tmp_path)
+    assert page.read_text() == (
+        "<summary><p>Show code</p></summary>"
+        '<button class="btn search-button-field" title="Search">Search</button>'
+        '<button class="btn search-button" title="Search" aria-label="Search"><i></i></button>'
+        '<button class="theme-switch-button" aria-label="Color mode">'
+        '<i class="theme-switch fa-moon" data-mode="dark"></i></button>'
+    )
+
+
 @pytest.mark.parametrize(
     ("difference", "shown"), [(-24.6, "-25"), (3.2, "+3"), (-0.2, "0"), (0.0, "0")]
 )

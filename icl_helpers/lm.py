@@ -99,7 +99,7 @@ class InterventionLM(HFLM):
         """
         self.forget()
         first = {min(head.layer for head in c.heads) for c in conditions if c.heads}
-        self._reuse.wanted = tuple(sorted(first)) if len(conditions) > 1 else ()
+        self._reuse.want(first if len(conditions) > 1 else ())
 
     def forget(self) -> None:
         """Drop what is kept for prompts seen so far."""

@@ -62,7 +62,8 @@ class SharedStart:
 class LayerReuse:
     """Hidden states of batches, kept below the layers at which conditions begin to differ.
 
-    ``wanted`` are the layers whose inputs are worth keeping; 0 has nothing below it.
+    ``wanted`` are the layers whose inputs are worth keeping, none of them 0, which has nothing
+    below it. The model was found to give the same logits from them.
     """
 
     def __init__(self, model: PreTrainedModel, *, max_bytes: int | None = None) -> None:
@@ -71,6 +72,11 @@ class LayerReuse:
         self._budget = self._left
         self._kept: dict[tuple[bytes, int], torch.Tensor] = {}
         self.wanted: tuple[int, ...] = ()
+
+    def want(self, layers: Collection[int]) -> None:
+        """Set ``wanted``; to be called outside :func:`icl_helpers.intervene`."""
+        useful = sorted(layer for layer in layers if layer > 0)
+        self.wanted = tuple(useful) if useful and shares_layers(self._model) else ()
 
     def forget(self) -> None:
         """Drop what is kept."""
@@ -84,8 +90,8 @@ class LayerReuse:
         Layers below the deepest kept state that holds for this pass are not run; states that are
         wanted and not kept yet are kept.
         """
-        usable = [layer for layer in self.wanted if 0 < layer <= first_layer]
-        if not usable or not shares_layers(self._model):
+        usable = [layer for layer in self.wanted if layer <= first_layer]
+        if not usable:
             yield
             return
         blocks = _blocks(self._model)

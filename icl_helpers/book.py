@@ -20,19 +20,27 @@ import nbformat
 import yaml
 
 from icl_helpers import book_pages as pages
-from icl_helpers._paths import book_dir, project_root
+from icl_helpers._paths import book_dir, notebooks_dir, project_root
 from icl_helpers.benchmark_page import write_benchmark_page
 from icl_helpers.book_front import front_page
 from icl_helpers.book_pages import run_info, run_slug
-from icl_helpers.costs import recipe_table
+from icl_helpers.costs import estimate_cost, recipe_table, stage_table
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.leaks import check_leaks
-from icl_helpers.pipeline import StageError, execute_notebook, stage_notebooks
+from icl_helpers.parameters import stage_parameters
+from icl_helpers.pipeline import (
+    StageError,
+    execute_notebook,
+    read_parameters,
+    stage_notebooks,
+)
 from icl_helpers.reporting import DESCRIPTION
 from icl_helpers.store import check_run_dir
 
 __all__ = ["BookError", "build_book", "find_runs"]
 
+# The recipe that the page on running one's own model goes through.
+_EXAMPLE = "llama-3-8b.yaml"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -109,13 +117,23 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
     reference += [{"file": page} for page in ("runs", "notebooks", "cite")]
     config["parse"]["myst_substitutions"] = {
         **front_page(staged, runs[0]),
-        "recipes": recipe_table(),
+        **_costs(),
     }
     _repository_buttons(config)
     (staged / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
     (staged / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
     chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
     return ["index", *(chapter["file"] for chapter in chapters)]
+
+
+def _costs() -> dict[str, str]:
+    """What the page on running one's own model says about costs: estimates, inserted."""
+    example = stage_parameters(**read_parameters(notebooks_dir() / "parameters" / _EXAMPLE))
+    return {
+        "recipes": recipe_table(),
+        "example_cost": f"```text\n{estimate_cost(example)}\n```",
+        "example_stages": stage_table(example),
+    }
 
 
 def _generated(staged: Path, runs: list[Path]) -> None:

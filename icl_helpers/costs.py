@@ -40,6 +40,8 @@ __all__ = [
     "estimate_cost",
     "parameter_counts",
     "recipe_table",
+    "stage_table",
+    "stage_tokens",
     "weights_bytes",
 ]
 
@@ -66,6 +68,8 @@ _BITS = {"4bit": 4.13, "8bit": 8.02}
 # Tokens of one forward pass on a GPU under batch_size="auto".
 _BATCH_TOKENS = 65_536
 _SAMPLE = 40
+# Five sequences of 50 tokens four times, with BOS (paper, section 2).
+_SCORE_TOKENS = 5 * 201
 
 
 @dataclass(frozen=True)
@@ -279,5 +283,45 @@ def recipe_table(folder: Path | None = None) -> str:
             f"{'all' if p.limit is None else f'{p.limit} a task'} | "
             f"{cost.weights_bytes / 1e9:.0f} GB | {cost.working_bytes / 1e9:.0f} GB | "
             f"{cost.tokens / 1e6:.0f} million | {cost.hours:.1f} at {cost.rate:,.0f} tokens/s |"
+        )
+    return "\n".join(lines)
+
+
+def stage_tokens(p: StageParameters, *, positions: int = PAPER_POSITIONS) -> dict[int, int]:
+    """Tokens that each of the first five stages is the first to run; ``positions`` of the means.
+
+    Text tasks, stage 6, are left out. Stages 7 and 8 take a few prompts and none.
+    """
+    each = sum(
+        tokens
+        for task in p.tasks or task_names()
+        for tokens, _ in _task_tokens(p, task, _embedded_tokenizer())
+    )
+    fractions = len(p.fractions or model_fractions(p.model))
+    removed = fractions * 2 * (1 + len(p.ablation_seeds))
+    conditions = {3: 1, 4: removed, 5: fractions}
+    tokens = {stage: round(each * number) for stage, number in conditions.items()}
+    return {1: _SCORE_TOKENS, 2: PAPER_SAMPLES * positions, **tokens}
+
+
+_OUTCOMES = {
+    1: ("prefix-matching scores", "the heat map of Figure 2, every head's score, the head sets"),
+    2: ("mean activations", "what each head gives on average text"),
+    3: ("full model", "accuracy with and without examples"),
+    4: ("heads removed", "Tables 1 and 4, all but the knockout"),
+    5: ("pattern blocked", "the knockout's part of Table 1"),
+}
+
+
+def stage_table(p: StageParameters) -> str:
+    """What each stage of a run costs and leaves, as a Markdown table for the book."""
+    cost = estimate_cost(p)
+    lines = ["| stage | tokens | GPU time | what comes out |", "| --- | --- | --- | --- |"]
+    for stage, tokens in stage_tokens(p).items():
+        name, outcome = _OUTCOMES[stage]
+        minutes = tokens / cost.rate / 60
+        lines.append(
+            f"| {stage}, {name} | {tokens / 1e6:.3f} million | "
+            f"{'under a minute' if minutes < 1 else f'{minutes:.0f} minutes'} | {outcome} |"
         )
     return "\n".join(lines)

@@ -111,6 +111,19 @@ def test_table_of_the_book_has_a_row_for_every_recipe_of_the_papers_models():
     assert all(row.count("|") == 9 for row in rows)
 
 
+def test_stages_together_take_the_tokens_of_the_whole_run_without_text_tasks():
+    parameters = icl.stage_parameters(model="meta-llama/Meta-Llama-3-8B", nlp_tasks=[])
+    stages = costs.stage_tokens(parameters)
+    assert stages[1] == 1005
+    whole = costs.estimate_cost(parameters).tokens + stages[1]
+    assert sum(stages.values()) == pytest.approx(whole, abs=5)
+    # Two shares of heads: induction heads and three random sets, by mean and by zero.
+    assert stages[4] == pytest.approx(16 * stages[3], abs=20)
+    assert stages[5] == pytest.approx(2 * stages[3], abs=20)
+    rows = costs.stage_table(parameters).splitlines()
+    assert [row.split(",")[0].strip("| ") for row in rows[2:]] == ["1", "2", "3", "4", "5"]
+
+
 def test_internlm2_directory_is_estimated_as_the_llama_it_becomes(tmp_path):
     from tests.test_internlm2 import write_checkpoint
 

@@ -7,6 +7,7 @@ on PATH, or its path in ICL_CHROMIUM), node, and the npm packages puppeteer-core
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ import pytest
 
 SCRIPT = Path(__file__).parent / "browser" / "check.cjs"
 MAIN_PAGES = (
-    "index", "method", "nlp-tasks", "your-model", "deviations", "training_dynamics", "comparison",
-    "runs", "notebooks", "cite", "api", "glossary", "search", "genindex",
+    "index", "method", "nlp-tasks", "your-model", "scale-out", "performance", "deviations",
+    "training_dynamics", "comparison", "runs", "notebooks", "cite", "api", "glossary",
+    "bibliography", "search", "genindex",
 )  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -54,7 +56,10 @@ def report(tmp_path_factory):
     if reason is not None:
         pytest.skip(reason)
     (run,) = sorted(path.name for path in (book() / "run").iterdir())[:1]
-    pages = [f"{name}.html" for name in MAIN_PAGES if (book() / f"{name}.html").is_file()]
+    # Runs are compared where there are several; every other page has to be there.
+    pages = [f"{name}.html" for name in MAIN_PAGES]
+    if not (book() / "comparison.html").is_file():
+        pages.remove("comparison.html")
     pages += [f"run/{run}/{path.name}" for path in sorted((book() / "run" / run).glob("*.html"))]
     settings = {
         "chromium": chromium(),
@@ -136,6 +141,12 @@ def test_keyboard_reaches_tokens_and_moves_among_them(report):
     assert found == {
         "ArrowLeft": last - 1, "ArrowLeftAgain": last - 2, "Home": 0, "ArrowRight": 1, "End": last
     }  # fmt: skip
+    for step in found:
+        assert viewer[step]["current"] == found[step]
+        assert viewer[step]["numbers"] == expected(viewer, step, prompt=1)
+    # Where it looks is not the same from everywhere, so moving changes what is shown.
+    shown = [viewer[step]["numbers"] for step in ("tabbed", "ArrowLeft", "Home", "ArrowRight")]
+    assert all(before != after for before, after in itertools.pairwise(shown))
     above = viewer["ArrowUp"]
     assert above["focused"] < last - 2
     assert above["numbers"] == expected(viewer, "ArrowUp", prompt=1)
@@ -147,3 +158,8 @@ def test_keyboard_works_the_switch_and_does_not_turn_the_page(report):
     assert viewer["switchedByKey"]["tagged"] == "INPUTswitch"
     assert not viewer["switchedByKey"]["blocked"]
     assert viewer["stillThere"]
+
+
+def test_without_scripts_and_in_print_a_figure_stands_for_the_viewer(report):
+    assert report["fallback"]["withoutScripts"] == {"viewer": False, "figure": True}
+    assert report["fallback"]["printed"] == {"viewer": False, "figure": True}

@@ -101,6 +101,27 @@ async function operated(browser, report) {
   return steps;
 }
 
+// Whether a reader without scripts, and one on paper, sees the viewer's tokens and a figure.
+async function fallenBack(browser) {
+  const seen = async (scripts, medium) => {
+    const tab = await browser.newPage();
+    await tab.setJavaScriptEnabled(scripts);
+    await tab.emulateMediaType(medium);
+    await tab.goto(address(settings.viewer), { waitUntil: "load" });
+    const shown = async (selector) => {
+      for (const element of await tab.$$(selector)) {
+        const box = await element.boundingBox();
+        if (box && box.width > 100 && box.height > 100) return true;
+      }
+      return false;
+    };
+    const found = { viewer: await shown(".icl-viewer-tokens"), figure: await shown("figure img") };
+    await tab.close();
+    return found;
+  };
+  return { withoutScripts: await seen(false, "screen"), printed: await seen(true, "print") };
+}
+
 (async () => {
   const report = { console: [], foreign: [], wide: [], violations: [], viewer: null };
   const browser = await puppeteer.launch({
@@ -111,10 +132,12 @@ async function operated(browser, report) {
   });
   try {
     for (const page of settings.pages) {
-      for (const width of settings.widths) await checked(browser, page, width, "light", report);
-      await checked(browser, page, settings.widths[0], "dark", report);
+      for (const width of settings.widths) {
+        for (const theme of ["light", "dark"]) await checked(browser, page, width, theme, report);
+      }
     }
     report.viewer = await operated(browser, report);
+    report.fallback = await fallenBack(browser);
   } finally {
     await browser.close();
   }

@@ -134,11 +134,21 @@ def load_model(
         device_map = {"": target} if device_map is None else device_map
     try:
         tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=torch_dtype, device_map=device_map, **options
-        )
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=torch_dtype, device_map=device_map,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    except (MemoryError, torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:
+        # A damaged file fails in whatever way its reader does.
         raise _explain(name, error) from error
+    if report["missing_keys"]:
+        # transformers would go on with random weights in their place.
+        raise InputError(
+            f"model {name!r} lacks the weights {', '.join(sorted(report['missing_keys'])[:5])}; "
+            f"its files are incomplete, fetch them again"
+        )
     if device_map is None:
         model.to(target)
     if quantization is not None:
@@ -157,7 +167,8 @@ def load_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # A damaged file fails in whatever way its reader does.
         raise _explain(name, error) from error
     return tokenizer
 
@@ -204,7 +215,8 @@ def load_config(
 def _load_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
+        # A malformed file fails in whatever way its reader does.
         raise _explain(name, error) from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedArchitectureError(

@@ -88,10 +88,10 @@ def build_book(
     _sphinx(staged, target)
     _point_at_sources(target / "html")
     _name_controls(target / "html")
-    check_leaks(target / "html")
     # Links in a notebook's outputs stay as they are: what they lead to has to lie there.
     for tables in staged.glob("run/*/tables"):
         shutil.copytree(tables, target / "html" / tables.relative_to(staged))
+    check_leaks(target / "html")
     missing = [page for page in wanted if not (target / "html" / f"{page}.html").is_file()]
     if missing:
         raise BookError(f"the built book lacks {', '.join(missing)}")

@@ -256,12 +256,15 @@ def _point_at_sources(html: Path) -> None:
         )
 
 
-# The theme's controls whose names lack words that they show. Those get their names from what they
-# show; the icon of the colour mode, which says nothing of its own, keeps the button's name.
+# The theme's controls whose names lack words that they show, and a role that does not fit. The
+# controls get their names from what they show; the icon of the colour mode, which says nothing of
+# its own, keeps the button's name.
 _MISNAMED = (
     (r'(<summary) aria-label="Toggle hidden content"', r"\1"),
     (r'(<button class="[^"]*search-button-field[^"]*"[^>]*?) aria-label="[^"]*"', r"\1"),
     (r'(<i class="theme-switch [^>]*?) +title="[^"]*"', r"\1"),
+    # A list in name only: its entries have the role of a bibliography's, which no list takes.
+    (r'(<div) role="list"( class="citation-list">)', r"\1\2"),
 )
 
 

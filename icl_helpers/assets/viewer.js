@@ -84,12 +84,15 @@
         const share = key <= query ? shares[key] : 0;
         const number = share >= SHOWN_FROM ? String(Math.round(share * 100)) : "";
         token.style.setProperty("--icl-share", share.toFixed(3));
-        token.lastChild.textContent = number;
+        // The space keeps word and number apart where the token is read as one text.
+        token.lastChild.textContent = number && " " + number;
         token.toggleAttribute("data-blocked", forbidden.has(key));
         token.setAttribute("aria-selected", String(key === query));
         token.tabIndex = key === query ? 0 : -1;
-        token.setAttribute("aria-label", "Token " + (key + 1) + ", " + spoken(prompt().tokens[key]) +
-          (number ? ", " + number + " %" : "") + (forbidden.has(key) ? ", in the pattern" : ""));
+        // The name begins with what is seen, so that it can be asked for by that.
+        token.setAttribute("aria-label", spoken(prompt().tokens[key]) +
+          (number ? " " + number + " %" : "") + ", token " + (key + 1) +
+          (forbidden.has(key) ? ", in the pattern" : ""));
       });
       report.textContent = sentence(query);
       if (announce) announced.textContent = report.textContent;

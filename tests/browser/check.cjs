@@ -51,7 +51,7 @@ function state() {
   const tokens = [...root.querySelectorAll('[role="option"]')];
   return {
     current: tokens.findIndex((token) => token.getAttribute("aria-selected") === "true"),
-    numbers: tokens.map((token) => token.querySelector(".icl-viewer-number").textContent),
+    numbers: tokens.map((token) => token.querySelector(".icl-viewer-number").textContent.trim()),
     labels: tokens.map((token) => token.getAttribute("aria-label")),
     focused: tokens.indexOf(document.activeElement),
     report: root.querySelector(".icl-viewer-report").textContent,

@@ -27,6 +27,7 @@ from transformers import (
 
 from icl_helpers._paths import embedded_dir
 from icl_helpers.errors import InputError, MissingArtefactError, UnsupportedArchitectureError
+from icl_helpers.hub import use_cache_where_hub_is_silent
 from icl_helpers.internlm2 import (
     fetch_internlm2,
     is_internlm2,
@@ -78,6 +79,14 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def _reachable(name: str) -> str:
+    """What :func:`resolve_model` gives; for a hub id after a look whether the hub answers."""
+    source = resolve_model(name)
+    if not Path(source).is_dir():
+        use_cache_where_hub_is_silent()
+    return source
+
+
 def load_model(
     name: str = "icl-tiny",
     *,
@@ -112,7 +121,7 @@ def load_model(
     MissingArtefactError
         The model is neither here nor in the cache and the hub cannot be reached.
     """
-    source = resolve_model(name)
+    source = _reachable(name)
     torch_dtype = _check_dtype(dtype)
     target = _check_device(device, device_map)
     check_quantization(quantization)
@@ -160,7 +169,7 @@ def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer alone. Raises as :func:`load_model` does."""
-    source = resolve_model(name)
+    source = _reachable(name)
     if is_internlm2(source, revision=revision):
         return load_internlm2_tokenizer(fetch_internlm2(source, revision=revision))
     try:
@@ -204,7 +213,7 @@ def load_config(
 
     Raises as :func:`load_model` does.
     """
-    source = resolve_model(name)
+    source = _reachable(name)
     settings = internlm2_settings(source, revision=revision)
     if settings is not None:
         return internlm2_config(settings)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icl_helpers._paths import embedded_dir
 from icl_helpers.condition import FULL, Condition, conditions
 from icl_helpers.errors import InputError, MissingArtefactError
+from icl_helpers.hub import use_cache_where_hub_is_silent
 from icl_helpers.means import mean_head_outputs, reference_ids
 from icl_helpers.models import context_length, embedded_models
 from icl_helpers.prefix_matching import prefix_matching_scores, random_sequences
@@ -44,9 +45,11 @@ def reference_texts(model_name: str, *, reference: str | None = None) -> Iterabl
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     import datasets
 
+    use_cache_where_hub_is_silent()
     try:
         return datasets.load_dataset(MNLI, split="train")["premise"]
-    except (OSError, ValueError) as error:
+    # The hub's client raises errors of several libraries; each means the same to the user.
+    except Exception as error:
         raise MissingArtefactError(
             f"the reference text {MNLI} (premises of MNLI's training split) is not in the cache "
             f"and cannot be fetched; connect to the hub once, or give a text file with one text a "

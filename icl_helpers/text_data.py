@@ -17,6 +17,7 @@ from typing import Any
 
 from icl_helpers._paths import synthetic_dir
 from icl_helpers.errors import InputError, MissingArtefactError
+from icl_helpers.hub import use_cache_where_hub_is_silent
 from icl_helpers.nlp_tasks import NLP_TASKS, HubSource, TextTaskSpec
 
 __all__ = ["HOLD_OUT_SEED", "TextSplits", "check_local", "hold_out", "load_splits"]
@@ -138,6 +139,7 @@ def _json_lines(path: Path) -> list[Any]:
 def _from_hub(spec: TextTaskSpec, hub: HubSource) -> TextSplits:
     from datasets import load_dataset
 
+    use_cache_where_hub_is_silent()
     where = f"{hub.path}{f' ({hub.config})' if hub.config else ''}"
     splits = []
     for split in filter(None, (hub.train, hub.validation)):

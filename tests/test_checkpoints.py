@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -193,20 +194,66 @@ def test_missing_model_is_named_at_once_offline_and_where_nothing_answers(tmp_pa
     assert seconds < 60
 
 
-def test_interrupted_download_is_named(checkpoint, tmp_path, monkeypatch):
-    """A cache as the hub's client leaves it when it is stopped before the weights are there."""
-    cache = tmp_path / "hub" / "models--some--model"
+def cached_model(home: Path, checkpoint: Path, *, weights: bool) -> dict[str, str]:
+    """``some/model`` as the hub's client keeps it, or leaves it when stopped before its weights."""
+    cache = home / "hub" / "models--some--model"
     snapshot = cache / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (snapshot / name).write_bytes((checkpoint / name).read_bytes())
+    (cache / "blobs").mkdir()
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0" * 40)
-    (cache / "blobs").mkdir()
-    half = (checkpoint / "model.safetensors").read_bytes()[:1000]
-    (cache / "blobs" / ("1" * 64 + ".incomplete")).write_bytes(half)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (snapshot / name).write_bytes((checkpoint / name).read_bytes())
+    content = (checkpoint / "model.safetensors").read_bytes()
+    if weights:
+        (snapshot / "model.safetensors").write_bytes(content)
+    else:
+        (cache / "blobs" / ("1" * 64 + ".incomplete")).write_bytes(content[:1000])
+    return {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
+
+
+def test_interrupted_download_is_named(checkpoint, tmp_path):
+    cache = cached_model(tmp_path, checkpoint, weights=False)
+    run_dir = str(tmp_path / "run")
     done, _ = command(
-        "scores", "--model", "some/model", "--run-dir", str(tmp_path / "run"),
-        HF_HOME=str(tmp_path), HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1",
-    )  # fmt: skip
+        "scores", "--model", "some/model", "--run-dir", run_dir, **cache, HF_HUB_OFFLINE="1"
+    )
     assert_missing(done, "some/model")
+
+
+@pytest.fixture
+def silent_hub():
+    """A hub that takes connections, and requests, and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as server:
+        yield {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
+
+
+@pytest.mark.slow
+def test_hub_that_never_answers_holds_nobody(checkpoint, silent_hub, tmp_path):
+    run_dir = str(tmp_path / "run")
+    done, seconds = command(
+        "scores", "--model", "nobody/nothing", "--run-dir", run_dir, **silent_hub,
+        HF_HOME=str(tmp_path / "empty"),
+    )  # fmt: skip
+    assert_missing(done, "nobody/nothing")
+    assert silent_hub["HF_ENDPOINT"] in done.stderr
+    assert seconds < 60
+    cache = cached_model(tmp_path, checkpoint, weights=True)
+    done, seconds = command(
+        "scores", "--model", "some/model", "--run-dir", run_dir, **cache, **silent_hub
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert silent_hub["HF_ENDPOINT"] in done.stderr
+    assert seconds < 90
+
+
+@pytest.mark.slow
+def test_text_of_a_hub_that_never_answers_is_named(silent_hub, tmp_path):
+    done, seconds = command(
+        "evaluate", "--tasks", "sst2", "--limit", "2", "--run-dir", str(tmp_path / "run"),
+        **silent_hub, HF_HOME=str(tmp_path / "empty"),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "sst2/train.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert seconds < 60

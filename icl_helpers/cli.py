@@ -6,10 +6,12 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from icl_helpers.errors import ICLError, InputError
+from icl_helpers.leaks import redact
 
 __all__ = ["main"]
 
@@ -259,11 +261,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         function: Callable[[argparse.Namespace], int] = args.function
         return function(args)
     except ICLError as error:
-        print(f"icl: {error}", file=sys.stderr)
+        print(f"icl: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("icl: stopped; finished results are kept", file=sys.stderr)
         return 130
+    except Exception:
+        # As Python would, but logs are published: without tokens that a request or path may hold.
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        return 1
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ a stage is complete. A notebook's file appears only when it has run to its end.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from icl_helpers._paths import notebooks_dir
 from icl_helpers.errors import ICLError, InputError
+from icl_helpers.leaks import redact
 from icl_helpers.parameters import StageParameters, stage_parameters
 from icl_helpers.store import atomic_path
 from icl_helpers.task_registry import text_spec
@@ -110,19 +110,23 @@ def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Pa
             )  # fmt: skip
         except PapermillExecutionError as error:
             failed = target.with_suffix(".failed.ipynb")
-            with atomic_path(failed) as temporary:
-                shutil.copyfile(output, temporary)
+            _keep(output, failed)
             raise StageError(
-                f"notebook {notebook.stem} failed: {error.ename}: {error.evalue}. The notebook up "
-                f"to the error is {failed}; finished results are kept, and running again goes on "
-                f"from them"
+                f"notebook {notebook.stem} failed: {error.ename}: {redact(error.evalue)}. The "
+                f"notebook up to the error is {failed}; finished results are kept, and running "
+                f"again goes on from them"
             ) from None
         except DeadKernelError:
             raise StageError(
                 f"notebook {notebook.stem} failed: its kernel died (killed, out of memory, or "
                 f"crashed); finished results are kept, and running again goes on from them"
             ) from None
-        with atomic_path(target) as temporary:
-            shutil.copyfile(output, temporary)
+        _keep(output, target)
         target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
     return target
+
+
+def _keep(output: Path, target: Path) -> None:
+    """Move an executed notebook to its place, without tokens that its cells or errors printed."""
+    with atomic_path(target) as temporary:
+        temporary.write_text(redact(output.read_text(encoding="utf-8")), encoding="utf-8")

@@ -33,6 +33,7 @@ from typing import Any
 
 from icl_helpers.cells import Cell
 from icl_helpers.errors import ICLError, InputError, MissingArtefactError
+from icl_helpers.leaks import redact
 from icl_helpers.worker import Job, run_job, start_worker
 
 __all__ = [
@@ -227,7 +228,8 @@ def run_jobs(
             elif isinstance(error, BrokenExecutor):
                 dead.append(entry)
             else:
-                _again(queue, queue.waiting, entry, f"{type(error).__name__}: {error}", workers)
+                reason = redact(f"{type(error).__name__}: {error}")
+                _again(queue, queue.waiting, entry, reason, workers)
         if dead:
             _recover(queue, dead, workers)
     return queue.failures

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 import icl_helpers as icl
-from icl_helpers.cli import _slug
+from icl_helpers.cli import _slug, main
 from icl_helpers.leaks import LeakError, check_leaks
 from icl_helpers.pipeline import StageError, execute_notebook
 from icl_helpers.store import CellStore, StorageError, write_json
@@ -109,6 +109,57 @@ def test_token_as_a_parameter_is_refused_without_repeating_it(name, value):
     with pytest.raises(icl.InputError, match="access token") as error:
         icl.stage_parameters(**{name: value})
     assert TOKEN not in str(error.value)
+
+
+SECRET_VALUE = "correct-horse-battery-staple"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", [True, False])
+def test_executed_notebook_holds_no_token_that_its_cells_print(tmp_path, monkeypatch, fails):
+    monkeypatch.setenv("HF_TOKEN", SECRET_VALUE)
+    code = f"""import os, sys
+print(os.environ["HF_TOKEN"], file=sys.stderr)
+message = "line one\\n{TOKEN}\\nhttps://user:" + os.environ["HF_TOKEN"] + "@example"
+print(message, repr(message))
+{"raise OSError(message)" if fails else "message"}"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbformat.write(notebook, tmp_path / "stage.ipynb")
+    target = tmp_path / "out" / "stage.ipynb"
+    message = ""
+    try:
+        execute_notebook(tmp_path / "stage.ipynb", target, {})
+    except StageError as error:
+        message = str(error)
+    assert fails == bool(message)
+    (written,) = (tmp_path / "out").iterdir()
+    nbformat.validate(nbformat.read(written, as_version=4))
+    for text in (message, written.read_text()):
+        assert TOKEN not in text
+        assert SECRET_VALUE not in text
+    assert "[removed: access token]" in written.read_text()
+
+
+@pytest.mark.parametrize("kind", [OSError, icl.InputError])
+def test_command_prints_no_token(monkeypatch, capsys, kind):
+    monkeypatch.setenv("HF_TOKEN", SECRET_VALUE)
+
+    def fail(*_, **__):
+        raise kind(f"https://{SECRET_VALUE}@hub says no to {TOKEN}")
+
+    monkeypatch.setattr("icl_helpers.original_data.fetch_original", fail)
+    assert main(["data", "original"]) == (2 if kind is icl.InputError else 1)
+    printed = "".join(capsys.readouterr())
+    assert "says no to" in printed
+    assert TOKEN not in printed
+    assert SECRET_VALUE not in printed
+
+
+@pytest.mark.parametrize("before", ["\\n", "\x1b[33m", '"', " ", "="])
+def test_scan_sees_a_token_after_colours_and_line_breaks(tmp_path, before):
+    (tmp_path / "a.ipynb").write_text(f'"text{before}{TOKEN}"')
+    with pytest.raises(LeakError, match="an access token"):
+        check_leaks(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["token", "environment", "home", "user"])

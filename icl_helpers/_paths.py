@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from icl_helpers.errors import MissingArtefactError
+from icl_helpers.errors import InputError, MissingArtefactError
 
 __all__ = [
     "book_dir",
@@ -13,9 +14,28 @@ __all__ = [
     "project_root",
     "synthetic_dir",
     "tasks_dir",
+    "user_path",
 ]
 
 _PACKAGE = Path(__file__).resolve().parent
+_LONGEST_NAME = 255
+
+
+def user_path(given: str | os.PathLike[str]) -> Path:
+    """A path that a user gave, with ``~`` for the home directory.
+
+    Raises :class:`InputError` for what no file system takes, before one is asked.
+    """
+    text = os.fspath(given)
+    too_long = any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts)
+    if too_long or not text.strip() or "\0" in text:
+        shown = text if len(text) <= 60 else text[:60] + "..."
+        raise InputError(
+            f"{shown!r} can be no path: it is empty, or holds a NUL or a name of more than "
+            f"{_LONGEST_NAME} bytes"
+        )
+    # Unlike pathlib's, this one leaves the name of an unknown user as it is.
+    return Path(os.path.expanduser(text))
 
 
 def project_root() -> Path:

@@ -87,7 +87,7 @@ def _parameters(args: argparse.Namespace) -> Any:
         given["batch_size"] = int(given["batch_size"])
     values |= given
     if "run_dir" not in values:
-        values["run_dir"] = f"runs/{_slug(values.get('model', 'icl-tiny'))}"
+        values["run_dir"] = f"runs/{_slug(str(values.get('model', 'icl-tiny')))}"
     return stage_parameters(**values)
 
 

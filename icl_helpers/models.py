@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from icl_helpers._paths import embedded_dir
+from icl_helpers._paths import embedded_dir, user_path
 from icl_helpers.errors import InputError, MissingArtefactError, UnsupportedArchitectureError
 from icl_helpers.hub import use_cache_where_hub_is_silent
 from icl_helpers.internlm2 import (
@@ -71,8 +71,9 @@ def resolve_model(name: str) -> str:
         )
     if name in embedded_models():
         return str(embedded_dir() / name)
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser())
+    path = user_path(name)
+    if path.is_dir():
+        return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
     if looks_local:
         raise MissingArtefactError(f"model directory {name} does not exist")
@@ -242,7 +243,7 @@ def _explain(name: str, error: Exception) -> Exception:
             f"model {name!r} needs code from its repository; if you trust it, pass "
             f"trust_remote_code=True"
         )
-    if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
+    if isinstance(error, OSError) and not user_path(name).is_dir():
         return MissingArtefactError(
             f"model {name!r} is not embedded ({', '.join(embedded_models())}), not a directory, "
             f"not in the Hugging Face cache, and could not be fetched from the hub. Check the "

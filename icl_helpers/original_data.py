@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from icl_helpers._paths import user_path
 from icl_helpers.errors import MissingArtefactError
 from icl_helpers.store import atomic_path
 
@@ -63,7 +64,7 @@ def fetch_original(
     naming the file and where to put it by hand, when one cannot be had or does not match; a file is
     written only when it is whole.
     """
-    target = original_data_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    target = original_data_dir() if cache_dir is None else user_path(cache_dir)
     if source is not None:
         # A wrong source is an error even if nothing is missing any more.
         found = {name: _find(Path(source), name) for name in HASHES}
@@ -105,7 +106,7 @@ def _download(name: str, target: Path) -> bytes:
 
 
 def _find(source: Path, name: str) -> Path:
-    for folder in (source.expanduser(), source.expanduser() / _FOLDER):
+    for folder in (user_path(source), user_path(source) / _FOLDER):
         if (folder / name).is_file():
             return folder / name
     raise MissingArtefactError(f"{name} is neither in {source} nor in {source / _FOLDER}")

@@ -150,7 +150,11 @@ def _check_type(name: str, value: Any) -> None:
     allowed = _TYPES[name]
     wrong = not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
     items = value if isinstance(value, (list, tuple)) else []
-    bad = [item for item in items if not isinstance(item, _ITEMS[name]) or isinstance(item, bool)]
+    bad = [
+        item
+        for item in items
+        if not isinstance(item, _ITEMS.get(name, ())) or isinstance(item, bool)
+    ]
     if wrong or bad:
         words = " or ".join("None" if t is _NONE else t.__name__ for t in allowed)
         inside = f" of {_ITEMS[name][0].__name__}" if name in _ITEMS else ""

@@ -19,12 +19,15 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from icl_helpers._paths import notebooks_dir
+from icl_helpers._paths import notebooks_dir, user_path
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.leaks import redact
+from icl_helpers.nlp_tasks import TextTaskSpec
 from icl_helpers.parameters import StageParameters, stage_parameters
+from icl_helpers.prompts import load_rows
+from icl_helpers.reference import reference_texts
 from icl_helpers.store import atomic_path
-from icl_helpers.task_registry import text_spec
+from icl_helpers.task_registry import get_task_spec
 from icl_helpers.text_data import load_splits
 
 __all__ = [
@@ -63,7 +66,7 @@ def execute_stages(
 
     ``only`` gives the numbers of the stages to run. Raises :class:`StageError` with the failing
     cell's error when a notebook fails, and before the first one :class:`MissingArtefactError` when
-    the rows of a text task cannot be had.
+    the rows of a task, or the reference text, cannot be had.
     """
     stage_parameters(**parameters.as_dict())
     chosen = stage_notebooks()
@@ -73,27 +76,34 @@ def execute_stages(
         if unknown:
             raise InputError(f"there is no stage {unknown[0]}; the stages are {sorted(known)}")
         chosen = [path for path in chosen if int(path.name.split("_")[0]) in only]
-    if any(path.stem.endswith("nlp_tasks") for path in chosen):
-        _fetch_text_data(parameters)
-    run_dir = Path(parameters.run_dir).expanduser().resolve()
+    _read_data(parameters, [path.stem[3:] for path in chosen])
+    run_dir = user_path(parameters.run_dir).resolve()
     values = {**parameters.as_dict(), "run_dir": str(run_dir)}
     # Notebooks run in their own folder: what is a path from here must stay one from there.
     for name in ("reference", "data_dir", "data"):
         if values[name] not in (None, "synthetic", "original"):
-            values[name] = str(Path(values[name]).expanduser().resolve())
+            values[name] = str(user_path(values[name]).resolve())
     executed = []
     for notebook in tqdm(chosen, desc="stages", unit="notebook", disable=not progress):
         executed.append(execute_notebook(notebook, run_dir / "notebooks" / notebook.name, values))
     return executed
 
 
-def _fetch_text_data(parameters: StageParameters) -> None:
-    """Read the rows of the text tasks, so that what is missing is known before the first stage."""
+def _read_data(parameters: StageParameters, stages: Sequence[str]) -> None:
+    """Read what the stages will need, so that what is missing is known before the first one."""
     from icl_helpers.run import Run
 
     run = Run(parameters)
-    for task in run.nlp_tasks:
-        load_splits(text_spec(task), data=run.task_data(task))
+    evaluated = {"full_model", "head_ablation", "attention_knockout"} & set(stages)
+    tasks = run.tasks if evaluated else []
+    for task in [*tasks, *(run.nlp_tasks if "nlp_tasks" in stages else [])]:
+        spec, data = get_task_spec(task), run.task_data(task)
+        if isinstance(spec, TextTaskSpec):
+            load_splits(spec, data=data)
+        else:
+            load_rows(task, data=data)
+    if parameters.reference is not None:
+        reference_texts(parameters.model, reference=parameters.reference)
 
 
 def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:

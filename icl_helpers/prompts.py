@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icl_helpers._paths import synthetic_dir
+from icl_helpers._paths import synthetic_dir, user_path
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.nlp_tasks import TextTaskSpec
 from icl_helpers.sampling import Pool, draw_demonstrations
@@ -111,7 +111,7 @@ def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:
         from icl_helpers.original_data import original_data_dir
 
         return original_data_dir() / spec.original_file
-    directory = Path(data).expanduser()
+    directory = user_path(data)
     if not directory.is_dir():
         raise InputError(
             f"data must be 'synthetic', 'original' or a directory that holds the published JSON "

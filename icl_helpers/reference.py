@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icl_helpers._paths import embedded_dir
+from icl_helpers._paths import embedded_dir, user_path
 from icl_helpers.condition import FULL, Condition, conditions
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.hub import use_cache_where_hub_is_silent
@@ -39,7 +38,7 @@ def reference_texts(model_name: str, *, reference: str | None = None) -> Iterabl
     if reference is None and model_name in embedded_models():
         reference = str(embedded_dir() / model_name / "reference.txt")
     if reference is not None:
-        path = Path(reference).expanduser()
+        path = user_path(reference)
         if not path.is_file():
             raise MissingArtefactError(f"reference text {path} does not exist; give a text file")
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from icl_helpers._paths import user_path
 from icl_helpers.errors import ICLError, InputError
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 _FORMAT = 1
+# Less than file systems allow: archives and copies add to a directory's name.
+_LONGEST_PART = 200
 
 
 class StorageError(ICLError, OSError):
@@ -50,9 +53,11 @@ def check_run_dir(run_dir: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"run_dir must be a directory path such as 'runs/icl-tiny', got {run_dir!r}"
         )
-    path = Path(text).expanduser()
-    if any(len(part) > 200 for part in path.parts):
-        raise InputError("run_dir has a part longer than 200 characters; choose a shorter name")
+    if any(len(os.fsencode(part)) > _LONGEST_PART for part in Path(text).parts):
+        raise InputError(
+            f"run_dir has a part longer than {_LONGEST_PART} bytes; choose a shorter name"
+        )
+    path = user_path(text)
     if path.exists() and not path.is_dir():
         raise InputError(f"run_dir {path} is a file; give a directory")
     return path

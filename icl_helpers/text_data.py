@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icl_helpers._paths import synthetic_dir
+from icl_helpers._paths import synthetic_dir, user_path
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.hub import use_cache_where_hub_is_silent
 from icl_helpers.nlp_tasks import NLP_TASKS, HubSource, TextTaskSpec
@@ -77,7 +77,7 @@ def check_local(data_dir: str | os.PathLike[str], tasks: Iterable[str]) -> None:
 
     Raises as :func:`load_splits` does.
     """
-    if not Path(data_dir).expanduser().is_dir():
+    if not user_path(data_dir).is_dir():
         raise InputError(
             f"data_dir must be a directory that holds TASK/train.jsonl and TASK/validation.jsonl "
             f"for each NLP task, got {os.fspath(data_dir)!r}"
@@ -88,7 +88,7 @@ def check_local(data_dir: str | os.PathLike[str], tasks: Iterable[str]) -> None:
 
 
 def _directory(data: str | os.PathLike[str], task: str) -> Path:
-    directory = Path(data).expanduser()
+    directory = user_path(data)
     if not directory.is_dir():
         raise InputError(
             f"data must be 'synthetic', 'original' or a directory that holds {task}/train.jsonl "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -17,7 +18,7 @@ import pytest
 import icl_helpers as icl
 from icl_helpers.cli import _slug, main
 from icl_helpers.leaks import LeakError, check_leaks
-from icl_helpers.pipeline import StageError, execute_notebook
+from icl_helpers.pipeline import StageError, execute_notebook, execute_stages
 from icl_helpers.store import CellStore, StorageError, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +95,60 @@ def test_default_run_directory_stays_inside_the_run_root(model, tmp_path):
     assert "/" not in slug
     assert len(slug) <= 80
     assert (tmp_path / slug).resolve().parent == tmp_path.resolve()
+
+
+HOSTILE = ["..", "../..", "../../escape", "/", "/etc", "/nowhere/at/all", "~", "~nobody-of-this-name", ".", "a\0b", "\0", " ",
+           "", "a" * 300, "x/" + "y" * 300, "z" * 5000, "a b\tc", "-rf", "name\nname"]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["scores", "evaluate"])
+@pytest.mark.parametrize("model", HOSTILE)
+def test_command_given_a_hostile_model_name_refuses_and_writes_nothing_outside(
+    model, command, tmp_path, monkeypatch, capsys
+):
+    work = tmp_path / "outer" / "work"
+    work.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (work / "parameters.yaml").write_text(json.dumps({"model": model}))
+    assert main([command, "-f", "parameters.yaml"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("icl: ")
+    assert len(printed) < 6000
+    written = {path.relative_to(tmp_path).parts for path in tmp_path.rglob("*")}
+    inside = ("outer", "work", "runs")
+    assert {parts for parts in written if parts[:3] != inside} == {
+        ("outer",), ("outer", "work"), ("outer", "work", "parameters.yaml"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("run_dir", ["", " ", "a\0b", "r" * 300, "runs/" + "r" * 300, "a-file"])
+def test_command_given_a_hostile_run_directory_refuses(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").write_text("mine")
+    (tmp_path / "parameters.yaml").write_text(json.dumps({"run_dir": run_dir}))
+    assert main(["scores", "-f", "parameters.yaml"]) == 2
+    assert "run_dir" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["a-file", "parameters.yaml"]
+    assert (tmp_path / "a-file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["model: 5", "model: [a]", "- model", "model: null", "{"])
+def test_parameter_file_of_another_form_is_refused(content, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parameters.yaml").write_text(content)
+    assert main(["scores", "-f", "parameters.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("icl: ")
+    assert os.listdir(tmp_path) == ["parameters.yaml"]
+
+
+@pytest.mark.parametrize("name", ["reference", "data", "data_dir"])
+@pytest.mark.parametrize("value", ["", "a\0b", "n" * 300, "~nobody-of-this-name", "/nowhere"])
+def test_path_that_cannot_be_is_refused_before_the_first_stage(name, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((icl.InputError, icl.MissingArtefactError)):
+        execute_stages(icl.stage_parameters(**{name: value}), progress=False)
+    assert not os.listdir(tmp_path)
 
 
 def test_case_twins_do_not_share_a_run_directory(tmp_path):

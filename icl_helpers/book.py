@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -50,14 +51,22 @@ class BookError(ICLError, RuntimeError):
 
 def find_runs(runs: str | os.PathLike[str]) -> list[Path]:
     """Run directories with a full set of executed notebooks, the embedded model's first."""
-    root = check_run_dir(runs)
-    names = {path.name for path in stage_notebooks()}
-    complete = [
-        path.parent
-        for path in sorted(root.glob("*/run.json"))
-        if names <= {notebook.name for notebook in (path.parent / "notebooks").glob("*.ipynb")}
-    ]
+    found = [path.parent for path in check_run_dir(runs).glob("*/run.json")]
+    complete = [run for run in found if not _missing_stages(run)]
     return sorted(complete, key=lambda path: (path.name != "icl-tiny", path.name))
+
+
+def _missing_stages(run: Path) -> list[str]:
+    """Stages that have not been run to their end, or failed when they were last run."""
+    stages = stage_notebooks()
+    return [path.stem for path in stages if not (run / "notebooks" / path.name).is_file()]
+
+
+def _incomplete(runs: str | os.PathLike[str]) -> str:
+    """The runs that lack stages, in words; empty when there is none."""
+    found = sorted(path.parent for path in check_run_dir(runs).glob("*/run.json"))
+    gaps = {run: _missing_stages(run) for run in found}
+    return "; ".join(f"{run} lacks {', '.join(names)}" for run, names in gaps.items() if names)
 
 
 def build_book(
@@ -74,12 +83,14 @@ def build_book(
             f"jupyter-book {version('jupyter-book')} is installed, but this book needs version 1: "
             f"pip install 'jupyter-book<2'"
         )
-    found = find_runs(runs)
+    found, incomplete = find_runs(runs), _incomplete(runs)
     if not found:
         raise InputError(
-            f"no complete run below {runs}: run the stages first (icl run), which leaves the "
-            f"executed notebooks in RUN/notebooks"
+            f"no complete run below {runs}{f' ({incomplete})' if incomplete else ''}: run the "
+            f"stages first (icl run), which leaves the executed notebooks in RUN/notebooks"
         )
+    if incomplete:
+        warnings.warn(f"left out of the book: {incomplete}; run those stages", stacklevel=2)
     target = Path(out).resolve()
     staged = target / "source"
     for stale in (staged, target / "html", target / "doctrees"):

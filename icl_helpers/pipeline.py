@@ -2,7 +2,8 @@
 
 Every notebook is executed on each call: finished scores, means and cells are reused from the run
 directory, so a repeated stage costs seconds, and an executed notebook is never taken as proof that
-a stage is complete. A notebook's file appears only when it has run to its end.
+a stage is complete. A notebook's file appears only when it has run to its end, and goes when it is
+run again: what is there is what the last execution left.
 """
 
 from __future__ import annotations
@@ -109,8 +110,10 @@ def _read_data(parameters: StageParameters, stages: Sequence[str]) -> None:
 def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:
     """Execute one notebook with these parameters; return ``target``, which appears only then.
 
-    Raises :class:`StageError` with the failing cell's error.
+    What an earlier execution left there is removed first: a book of it would hide that this one
+    failed. Raises :class:`StageError` with the failing cell's error.
     """
+    target.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / notebook.name
         try:

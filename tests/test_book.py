@@ -16,8 +16,15 @@ import pytest
 import icl_helpers as icl
 from icl_helpers import book, book_front
 from icl_helpers._paths import book_dir, notebooks_dir
+from icl_helpers.cli import main
 from icl_helpers.parameters import StageParameters
-from icl_helpers.pipeline import StageError, execute_stages, read_parameters, stage_notebooks
+from icl_helpers.pipeline import (
+    StageError,
+    execute_notebook,
+    execute_stages,
+    read_parameters,
+    stage_notebooks,
+)
 from icl_helpers.summary import summarise
 from icl_helpers.tables import compare_published, layout, write_table
 
@@ -257,6 +264,34 @@ def test_notebook_with_an_error_fails_the_build(run_dir, tmp_path):
     nbformat.write(notebook, path)
     with pytest.raises(book.BookError, match="holds an error"):
         book.build_book(runs, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_stage_that_fails_after_it_had_succeeded_fails_the_build(
+    run_dir, tmp_path, capsys, monkeypatch
+):
+    """The notebook of the time before does not stand in for it, nor do the pages."""
+    run = tmp_path / "runs" / "icl-tiny"
+    shutil.copytree(run_dir, run)
+    (tmp_path / "out" / "html").mkdir(parents=True)
+    (tmp_path / "out" / "html" / "index.html").write_text("a book of the time before")
+    broken = tmp_path / NOTEBOOKS[4].name
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    nbformat.write(notebook, broken)
+    with pytest.raises(StageError, match="ZeroDivisionError"):
+        execute_notebook(broken, run / "notebooks" / broken.name, {})
+    assert main(["book", "--runs", str(run.parent), "--out", str(tmp_path / "out")]) == 2
+    assert f"lacks {broken.stem}" in capsys.readouterr().err
+    # Beside a whole run, the other is left out and named.
+    shutil.copytree(run_dir, tmp_path / "runs" / "whole")
+    laid_out = []
+    monkeypatch.setattr(book, "_stage", lambda _, runs: laid_out.extend(runs) or 1 / 0)
+    with (
+        pytest.warns(UserWarning, match=f"icl-tiny lacks {broken.stem}"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        book.build_book(run.parent, tmp_path / "out")
+    assert [path.name for path in laid_out] == ["whole"]
 
 
 def test_api_page_documents_every_public_name():

@@ -83,8 +83,9 @@ def _draw_growth(points: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     axes_names = list(dict.fromkeys(point["axis"] for point in points))
-    figure, axes = plt.subplots(1, len(axes_names), figsize=(3 * len(axes_names), 3))
-    for axis, name in zip(axes, axes_names, strict=True):
+    rows = -(-len(axes_names) // 2)
+    figure, grid = plt.subplots(rows, 2, figsize=(8, 3 * rows), layout="constrained")
+    for axis, name in zip(grid.flat, axes_names, strict=False):
         mine = [point for point in points if point["axis"] == name]
         for kind in dict.fromkeys(point["kind"] for point in mine):
             line = [(point["at"], point["cost"]) for point in mine if point["kind"] == kind]
@@ -94,9 +95,9 @@ def _draw_growth(points: list[dict[str, Any]], path: Path) -> None:
             axis.plot([1, most], [1, most], linestyle=":", color="gray", label="separate runs")
         else:
             axis.axhline(1, linestyle=":", color="gray", label="plain forward")
-        axis.set(xlabel=name, ylabel="cost ratio", ylim=(0, None))
+        highest = 1.1 * max(point["cost"] for point in mine)
+        axis.set(xlabel=name, ylabel="cost ratio", ylim=(0, highest))
         axis.legend(fontsize="x-small")
-    figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
 

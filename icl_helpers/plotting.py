@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -59,9 +60,10 @@ def ranked_heads(scores: Float[torch.Tensor, "layers heads"], *, counts: Sequenc
     ordered = scores.flatten().sort(descending=True).values.numpy()
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     axes.plot(np.arange(1, len(ordered) + 1), ordered, marker="o", markersize=3, color="#444444")
-    for count in counts:
-        axes.axvline(count + 0.5, color=_COLOURS["induction_heads"], linestyle="--", linewidth=1)
-        axes.annotate(f"top {count}", (count + 0.7, 0.92), color=_COLOURS["induction_heads"])
+    for count, style in zip(sorted(counts), itertools.cycle(("--", "-.", ":")), strict=False):
+        colour = _COLOURS["induction_heads"]
+        axes.axvline(count + 0.5, color=colour, linestyle=style, linewidth=1, label=f"top {count}")
+    axes.legend(loc="upper right", frameon=False)
     axes.axhline(0.3, color="#999999", linewidth=0.8)
     axes.set(xlabel="rank of the head", ylabel="prefix-matching score", ylim=(0, 1))
     return _finished(figure)

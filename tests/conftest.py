@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import icl_helpers as icl
+from icl_helpers.book import build_book
+from icl_helpers.pipeline import execute_stages
+
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -54,6 +57,27 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ICL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages on a few documents, by papermill."""
+    directory = tmp_path_factory.mktemp("runs") / "icl-tiny"
+    parameters = icl.stage_parameters(
+        run_dir=str(directory), limit=4, tasks=["repetition", "wordseq1_binary"], shots=[0, 5],
+        seeds=[42], ablation_seeds=[42],
+    )  # fmt: skip
+    execute_stages(parameters, progress=False)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def built(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The book of that run and of a second one."""
+    runs = tmp_path_factory.mktemp("two-runs")
+    for name in ("icl-tiny", "second-model"):
+        shutil.copytree(run_dir, runs / name)
+    return build_book(runs, tmp_path_factory.mktemp("book")).parent
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import html.parser
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -144,18 +143,6 @@ def test_tables_are_written_as_csv_and_latex(tmp_path):
     assert r"6.0\%" in tex.read_text()
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory) -> Path:
-    """All stages on a few documents, by papermill."""
-    directory = tmp_path_factory.mktemp("runs") / "icl-tiny"
-    parameters = icl.stage_parameters(
-        run_dir=str(directory), limit=4, tasks=["repetition", "wordseq1_binary"], shots=[0, 5],
-        seeds=[42], ablation_seeds=[42],
-    )  # fmt: skip
-    execute_stages(parameters, progress=False)
-    return directory
-
-
 @pytest.mark.slow
 def test_stages_leave_every_artifact(run_dir):
     wanted = [
@@ -201,13 +188,6 @@ class Links(html.parser.HTMLParser):
             self.sources.append(found["href"])
         if tag == "img" and not found.get("alt"):
             self.without_alt.append(found.get("src", ""))
-
-
-@pytest.fixture(scope="module")
-def built(run_dir, tmp_path_factory) -> Path:
-    second = run_dir.parent / "second-model"
-    shutil.copytree(run_dir, second)
-    return book.build_book(run_dir.parent, tmp_path_factory.mktemp("book")).parent
 
 
 @pytest.mark.slow

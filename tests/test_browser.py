@@ -1,8 +1,8 @@
 """The built book in a browser: accessibility, width, console, and the viewer in use.
 
 Needs tools that are no Python packages, and is skipped where they are missing: Chromium (``chromium``
-on PATH, or its path in ICL_CHROMIUM), node, and the npm packages puppeteer-core and axe-core in a
-``node_modules`` folder named by NODE_PATH. The book is the one in ICL_BOOK, or ``_build/html``.
+on PATH, or its path in ICL_CHROMIUM), node, and two npm packages (``npm install --prefix
+tests/browser``). The book is the one in ICL_BOOK, or one that the tests build.
 """
 
 from __future__ import annotations
@@ -32,12 +32,8 @@ def missing_tool() -> str | None:
         return "Chromium is not on PATH and ICL_CHROMIUM is not set"
     if shutil.which("node") is None:
         return "node is not on PATH"
-    folders = os.environ.get("NODE_PATH", "").split(os.pathsep)
-    for package in ("puppeteer-core", "axe-core"):
-        if not any(Path(folder, package).is_dir() for folder in folders if folder):
-            return f"the npm package {package} is in no folder of NODE_PATH"
-    if not (book() / "index.html").is_file():
-        return f"{book()} holds no book: build it first (make book), or set ICL_BOOK"
+    if not (SCRIPT.parent / "node_modules").is_dir():
+        return "the npm packages are missing: npm install --prefix tests/browser"
     return None
 
 
@@ -45,26 +41,23 @@ def chromium() -> str | None:
     return os.environ.get("ICL_CHROMIUM") or shutil.which("chromium") or shutil.which("chrome")
 
 
-def book() -> Path:
-    default = Path(__file__).resolve().parents[1] / "_build" / "html"
-    return Path(os.environ.get("ICL_BOOK", default)).resolve()
-
-
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(request, tmp_path_factory):
     reason = missing_tool()
     if reason is not None:
         pytest.skip(reason)
-    (run,) = sorted(path.name for path in (book() / "run").iterdir())[:1]
+    given = os.environ.get("ICL_BOOK")
+    book = Path(given).resolve() if given else request.getfixturevalue("built")
+    (run,) = sorted(path.name for path in (book / "run").iterdir())[:1]
     # Runs are compared where there are several; every other page has to be there.
     pages = [f"{name}.html" for name in MAIN_PAGES]
-    if not (book() / "comparison.html").is_file():
+    if not (book / "comparison.html").is_file():
         pages.remove("comparison.html")
-    pages += [f"run/{run}/{path.name}" for path in sorted((book() / "run" / run).glob("*.html"))]
+    pages += [f"run/{run}/{path.name}" for path in sorted((book / "run" / run).glob("*.html"))]
     settings = {
         "chromium": chromium(),
         "profile": str(tmp_path_factory.mktemp("profile")),
-        "root": str(book()),
+        "root": str(book),
         "pages": pages,
         "widths": [1300, 390],
         "viewer": f"run/{run}/07_attention_patterns.html",

@@ -1,7 +1,7 @@
 // Opens pages of the built book in Chromium and prints, as JSON, what went wrong and what the
 // attention viewer showed. Usage: node check.cjs '{"chromium": ..., "profile": ..., "root": ...,
-// "pages": [...], "widths": [...], "viewer": ...}'; puppeteer-core and axe-core are found through
-// NODE_PATH.
+// "pages": [...], "widths": [...], "viewer": ...}'; puppeteer-core and axe-core are those of
+// package.json beside it.
 "use strict";
 const path = require("path");
 const { pathToFileURL } = require("url");

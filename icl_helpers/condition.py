@@ -137,8 +137,8 @@ def conditions(
             "reference_ids(...)), or leave 'mean' out of ablations"
         )
     found = [FULL] if full else []
-    for ablation in ablations:
-        for fraction in fractions:
+    for ablation in dict.fromkeys(ablations):
+        for fraction in dict.fromkeys(fractions):
             induction = tuple(top_heads(scores, fraction))
             if ablation == "knockout":
                 found.append(
@@ -151,7 +151,7 @@ def conditions(
             means = head_outputs if ablation == "mean" else None
             kind: Any = ablation
             found.append(Condition("induction_heads", kind, fraction, None, induction, means))
-            for seed in ablation_seeds:
+            for seed in dict.fromkeys(ablation_seeds):
                 drawn, borrowed = _control(induction, scores, seed, control)
                 found.append(
                     Condition(

@@ -12,6 +12,7 @@ Example
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -141,7 +142,7 @@ def plan_request(
     run_dir: str | os.PathLike[str] | None,
 ) -> Request:
     """Check the arguments of :func:`evaluate` that need no model, and divide them into groups."""
-    chosen = tuple(_as_condition(condition) for condition in conditions)
+    chosen = _as_conditions(conditions)
     plan = _plan(tasks, shots, seeds, labels)
     directory = None if run_dir is None else check_run_dir(run_dir)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
@@ -219,13 +220,27 @@ def _plan(
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"seeds must be whole numbers, got {seed!r}")
-    plan = []
+    plan, drawn = [], list(dict.fromkeys(seeds))
     for task in dict.fromkeys(tasks):
         spec = get_task_spec(task)
         for n_shots in dict.fromkeys(resolve_shots(task, shots)):
-            groups = [list(seeds)] if n_shots == 0 else [[seed] for seed in seeds]
+            groups = [drawn] if n_shots == 0 else [[seed] for seed in drawn]
             plan += [(task, labels or spec.default_labels, n_shots, group) for group in groups]
     return plan
+
+
+def _as_conditions(given: Sequence[Condition | str]) -> tuple[Condition, ...]:
+    """Conditions, each of them told apart by what the results say of it."""
+    chosen = tuple(_as_condition(condition) for condition in given)
+    names = [(c.name, c.ablation, c.fraction, c.ablation_seed) for c in chosen]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"two conditions have the name, ablation, fraction and ablation_seed {twice}, by which "
+            f"results are told apart; give one of them another ablation_seed, or evaluate them in "
+            f"two calls"
+        )
+    return chosen
 
 
 def _as_condition(condition: Condition | str) -> Condition:

@@ -194,3 +194,33 @@ def test_exception_inside_the_evaluated_model_leaves_it_as_it_was(tokenizer, abl
     assert hooks == {
         name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()
     }
+
+
+def test_conditions_that_results_cannot_tell_apart_are_refused(llama, tokenizer):
+    first, second = (
+        icl.Condition("random_heads", "zero", 0.1, 42, heads=(icl.Head(0, head),))
+        for head in (0, 1)
+    )
+    with pytest.raises(icl.InputError, match=r"'random_heads', 'zero', 0\.1, 42.*ablation_seed"):
+        icl.evaluate(llama, tokenizer, tasks=["repetition"], conditions=[first, second])
+    other = replace(second, ablation_seed=43)
+    request = {"tasks": ["repetition"], "shots": 2, "seeds": [42], "limit": 12}
+    both = icl.evaluate(llama, tokenizer, conditions=[first, other], **request)
+    for condition in (first, other):
+        alone = icl.evaluate(llama, tokenizer, conditions=[condition], **request)
+        of_both = both.documents[both.documents["ablation_seed"] == condition.ablation_seed]
+        assert of_both["margin"].tolist() == alone.documents["margin"].tolist()
+
+
+def test_what_is_asked_for_twice_counts_once(llama, tokenizer):
+    scores = torch.rand(3, 4)
+    once = icl.conditions(scores, fractions=[0.1, 0.3], ablations=["zero"], ablation_seeds=[1, 2])
+    twice = icl.conditions(
+        scores, fractions=[0.1, 0.3, 0.1], ablations=["zero"] * 2, ablation_seeds=[1, 2, 1]
+    )
+    assert [condition.identity() for condition in twice] == [c.identity() for c in once]
+    request = {"tasks": ["repetition"], "conditions": once, "limit": 3}
+    found = icl.evaluate(llama, tokenizer, shots=[0, 2], seeds=[42, 43], **request)
+    repeated = icl.evaluate(llama, tokenizer, shots=[0, 2, 0], seeds=[42, 43, 42], **request)
+    pd.testing.assert_frame_equal(pd.DataFrame(found), pd.DataFrame(repeated), check_exact=True)
+    assert set(found["n"]) == {3}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from icl_helpers.errors import InputError
-from icl_helpers.store import atomic_path, check_run_dir, set_aside
+from icl_helpers.store import atomic_path, check_run_dir, content_key, set_aside
 
 __all__ = [
     "KEYS",
@@ -84,23 +85,57 @@ def finish(documents: pd.DataFrame, directory: Path | None) -> EvaluationResults
 
 
 def collect_results(run_dir: str | os.PathLike[str], documents: pd.DataFrame) -> pd.DataFrame:
-    """Merge ``documents`` into a run's files and return the accuracies of the whole run.
+    """Add ``documents`` to a run's tables and return the accuracies of the whole run.
 
-    Rows with the same key are replaced, so that a frame never holds two generations of a cell.
+    Rows with the same key are replaced, so that a frame never holds two generations of a cell. Each
+    writer leaves its rows in a file of its own below ``parts``, of which the tables are assembled,
+    so that several at once lose nothing and need no locks.
     """
     directory = check_run_dir(run_dir)
-    path = directory / "documents.parquet"
-    if path.is_file():
-        kept = _read_parquet(path)
-        if kept is not None:
-            new = pd.MultiIndex.from_frame(documents[KEYS].drop_duplicates())
-            kept = kept[~pd.MultiIndex.from_frame(kept[KEYS]).isin(new)]
-            documents = pd.concat([kept, documents], ignore_index=True)
-    results = accuracies(documents)
-    for frame, name in ((documents, "documents"), (results, "results")):
-        with atomic_path(directory / f"{name}.parquet") as temporary:
-            frame.to_parquet(temporary, index=False)
-    return results
+    _write_part(directory / "parts", documents)
+    while True:
+        parts = _parts(directory)
+        whole = _assembled(parts)
+        results = accuracies(whole)
+        for frame, name in ((whole, "documents"), (results, "results")):
+            _write_parquet(directory / f"{name}.parquet", frame)
+        # Whoever adds a part later sees this one; what was added meanwhile is not in these tables.
+        if _parts(directory) == parts:
+            return results
+
+
+def _write_part(folder: Path, documents: pd.DataFrame) -> None:
+    """Rows under their keys' name and the time; earlier parts with the same keys go."""
+    keys = documents[KEYS].drop_duplicates().astype(object)
+    name = content_key(sorted(map(str, keys.itertuples(index=False, name=None))))
+    earlier = list(folder.glob(f"*-{name}.parquet"))
+    _write_parquet(folder / f"{time.time_ns():020}-{name}.parquet", documents)
+    for path in earlier:
+        path.unlink(missing_ok=True)
+
+
+def _parts(directory: Path) -> list[Path]:
+    """Files of the parts, oldest first."""
+    return sorted((directory / "parts").glob("*.parquet"))
+
+
+def _assembled(parts: list[Path]) -> pd.DataFrame:
+    """Rows of all parts, in their order; of those with the same key the newest part's."""
+    frames: list[pd.DataFrame] = []
+    for path in reversed(parts):
+        frame = _read_parquet(path)
+        if frame is not None:
+            frames.append(frame[~_keys(frame).isin(_keys(pd.concat(frames)))] if frames else frame)
+    return pd.concat(frames[::-1], ignore_index=True)
+
+
+def _keys(frame: pd.DataFrame) -> pd.MultiIndex:
+    return pd.MultiIndex.from_frame(frame[KEYS])
+
+
+def _write_parquet(path: Path, frame: pd.DataFrame) -> None:
+    with atomic_path(path) as temporary:
+        frame.to_parquet(temporary, index=False)
 
 
 def document_results(run_dir: str | os.PathLike[str]) -> pd.DataFrame:

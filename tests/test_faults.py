@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -17,6 +18,7 @@ import pytest
 
 import icl_helpers as icl
 from icl_helpers.cli import _slug, main
+from icl_helpers.documents import collect_results
 from icl_helpers.leaks import LeakError, check_leaks
 from icl_helpers.pipeline import StageError, execute_notebook, execute_stages
 from icl_helpers.store import CellStore, StorageError, write_json
@@ -73,6 +75,55 @@ def test_two_processes_filling_one_directory_leave_one_valid_file_per_cell(tmp_p
     assert len(cells) == len(keys) == 2 * (1 + 2 * 4)
     assert len(list((tmp_path / "cells").iterdir())) == len(cells)
     assert len(pd.read_parquet(tmp_path / "results.parquet")) == len(cells)
+
+
+def rows(task: str, *, seed: int = 42, correct: bool = True) -> pd.DataFrame:
+    """Two documents of one cell, as an evaluation gives them."""
+    values = {
+        "task": task, "labels": "unrelated", "shots": 5, "condition": "full", "ablation": "none",
+        "fraction": 0.0, "ablation_seed": None, "demonstration_seed": seed,
+    }  # fmt: skip
+    frame = pd.DataFrame([values] * 2).assign(
+        doc_id=[0, 1], correct=correct, margin=0.5, valid=True
+    )
+    return frame.astype({"ablation_seed": "Int64", "demonstration_seed": "Int64"})
+
+
+def test_writers_of_different_tasks_at_once_lose_no_row(tmp_path):
+    names = [f"task{number}" for number in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: collect_results(tmp_path, rows(name)), names))
+    found = pd.read_parquet(tmp_path / "documents.parquet")
+    assert sorted(found["task"]) == sorted(names * 2)
+    assert sorted(pd.read_parquet(tmp_path / "results.parquet")["task"]) == sorted(names)
+
+
+def test_newest_of_two_results_with_one_key_is_in_the_tables_in_copies_too(tmp_path):
+    both = pd.concat([rows("a", correct=False), rows("b", correct=False)])
+    collect_results(tmp_path / "run", both)
+    collect_results(tmp_path / "run", rows("a"))
+    collect_results(tmp_path / "run", rows("a", seed=43))
+    # A copy need not keep the times of the files.
+    copy = tmp_path / "copy"
+    for path in sorted((tmp_path / "run").rglob("*.parquet"), reverse=True):
+        (copy / path.relative_to(tmp_path / "run")).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path.relative_to(tmp_path / "run")).write_bytes(path.read_bytes())
+    for directory in (tmp_path / "run", copy):
+        results = collect_results(directory, rows("c"))
+        found = {(row.task, row.demonstration_seed): row.accuracy for row in results.itertuples()}
+        assert found == {("a", 42): 1.0, ("b", 42): 0.0, ("a", 43): 1.0, ("c", 42): 1.0}
+    collect_results(copy, rows("c"))
+    assert len(list((copy / "parts").iterdir())) == 4
+
+
+def test_damaged_part_is_set_aside_and_the_rest_assembled(tmp_path):
+    collect_results(tmp_path, rows("a"))
+    (part,) = (tmp_path / "parts").iterdir()
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=f"{part.name} is damaged.*set aside"):
+        results = collect_results(tmp_path, rows("b"))
+    assert results["task"].tolist() == ["b"]
+    assert sorted(collect_results(tmp_path, rows("a"))["task"]) == ["a", "b"]
 
 
 @pytest.mark.slow

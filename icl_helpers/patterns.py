@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -184,43 +183,55 @@ def elements_pattern(
     *,
     categories: Collection[str] = CATEGORIES,
 ) -> Bool[torch.Tensor, "tokens tokens"]:
-    """The pairs that :func:`induction_pattern` blocks, for elements in the order of the text.
+    """The pairs that :func:`induction_pattern` blocks, for these elements.
 
     ``offsets`` are the characters [start, end) of every token.
     """
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     starts, ends = np.ascontiguousarray(spans[:, 0]), np.ascontiguousarray(spans[:, 1])
     blocked = np.zeros((len(spans), len(spans)), dtype=bool)
-    by_kind: defaultdict[str, list[Element]] = defaultdict(list)
-    for element in elements:
-        switch = element.kind if element.kind in CATEGORIES else "words"
-        if switch in categories:
-            by_kind[element.kind].append(element)
-    for kind, elements in by_kind.items():
-        own = _tokens(starts, ends, [(e.start, e.end) for e in elements])
-        following = [e.follower for e in elements if e.follower is not None]
-        followers = _tokens(starts, ends, following)
-        if kind == "blank_lines":
-            followers = [(first, min(first + 1, last)) for first, last in followers]
-        # Elements stand in the order of the text, so the followers seen so far only grow.
-        allowed = np.zeros(len(spans), dtype=bool)
-        pending = 0
-        for first, last in own:
-            while pending < len(followers) and followers[pending][0] < first:
-                allowed[slice(*followers[pending])] = True
-                pending += 1
-            blocked[first:last] |= allowed
+    chosen = [e for e in elements if (e.kind if e.kind in CATEGORIES else "words") in categories]
+    numbers = {kind: number for number, kind in enumerate({e.kind: None for e in chosen})}
+    followed = [e for e in chosen if e.follower is not None]
+    if not followed:
+        return torch.from_numpy(blocked)
+    # Of every kind and token: where the last element begins that the token is part of, or -1; and
+    # where the first follower begins that it is part of, or beyond the last token.
+    shape = (len(numbers), len(spans))
+    element, follower = np.full(shape, -1), np.full(shape, len(spans))
+    kinds = np.array([numbers[e.kind] for e in chosen])
+    first, last = _tokens(starts, ends, [(e.start, e.end) for e in chosen])
+    owners, tokens = _spread(first, last)
+    np.maximum.at(element, (kinds[owners], tokens), first[owners])
+    kinds = np.array([numbers[e.kind] for e in followed])
+    first, last = _tokens(starts, ends, [e.follower for e in followed])
+    last = np.where(kinds == numbers.get("blank_lines"), np.minimum(first + 1, last), last)
+    owners, tokens = _spread(first, last)
+    np.minimum.at(follower, (kinds[owners], tokens), first[owners])
+    inside = element >= 0
+    of_kind, query = np.nonzero(inside)
+    forbidden = follower[of_kind] < element[of_kind, query, None]
+    # Few tokens are in elements of several kinds; each of their kinds has its turn.
+    turn = (np.cumsum(inside, axis=0) - 1)[inside]
+    for number in range(turn.max(initial=-1) + 1):
+        now = turn == number
+        blocked[query[now]] |= forbidden[now]
     # A token that is part of an element and of what follows an earlier one still sees itself.
     return torch.from_numpy(np.tril(blocked, k=-1))
 
 
 def _tokens(
-    starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """Token range [first, last) that overlaps each character span."""
-    if not spans:
-        return []
+    starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int] | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each character span the first token that it overlaps, and the one after the last."""
     edges = np.asarray(spans)
     first = np.searchsorted(ends, edges[:, 0], side="right")
-    last = np.searchsorted(starts, edges[:, 1], side="left")
-    return [(int(a), int(b)) for a, b in zip(first, last, strict=True)]
+    return first, np.searchsorted(starts, edges[:, 1], side="left")
+
+
+def _spread(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every token of the ranges [first, last), and before it the number of its range."""
+    lengths = np.maximum(last - first, 0)
+    owners = np.repeat(np.arange(len(first)), lengths)
+    places = np.arange(len(owners)) - (np.cumsum(lengths) - lengths)[owners]
+    return owners, first[owners] + places

@@ -19,7 +19,7 @@ from typing import Any
 from icl_helpers._paths import synthetic_dir, user_path
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.nlp_tasks import TextTaskSpec
-from icl_helpers.sampling import Pool, draw_demonstrations
+from icl_helpers.sampling import Pool, Sampler, draw_demonstrations
 from icl_helpers.task_registry import TaskSpec, get_task_spec, pattern_spec
 from icl_helpers.text_prompts import text_contexts
 
@@ -85,8 +85,7 @@ def build_prompts(
 
 def _pattern_prompts(spec: TaskSpec, *, shots: int, seed: int, data: str) -> list[Prompt]:
     rows = load_rows(spec.name, data=data)
-    texts, row_labels = [row[0] for row in rows], [row[1] for row in rows]
-    pool: Pool[str] = Pool(texts, row_labels, sampler=spec.sampler)
+    pool = _pool(tuple(rows), spec.sampler)
     drawn = draw_demonstrations(pool, rows, shots=shots, seed=seed)
     blocks = [f"{text}:{label}\n\n" for text, label in rows]
     target = {label: index for index, label in enumerate(spec.choices)}
@@ -100,6 +99,12 @@ def _pattern_prompts(spec: TaskSpec, *, shots: int, seed: int, data: str) -> lis
         )
         for doc_id, ((text, label), demonstrations) in enumerate(zip(rows, drawn, strict=True))
     ]
+
+
+@functools.lru_cache(maxsize=8)
+def _pool(rows: tuple[tuple[str, str], ...], sampler: Sampler) -> Pool[str]:
+    """The demonstrations' pool, kept for the other seeds: it remembers what it has looked up."""
+    return Pool([text for text, _ in rows], [label for _, label in rows], sampler=sampler)
 
 
 def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:

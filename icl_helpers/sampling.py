@@ -7,14 +7,18 @@ of them before anything is split or cut short: a prompt does not depend on a lim
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Hashable, Sequence
 from typing import Generic, Literal, TypeVar
 
+import numpy as np
+
 from icl_helpers.errors import InputError
 
-__all__ = ["Pool", "draw_demonstrations"]
+__all__ = ["Pool", "Sampler", "draw_demonstrations"]
 
+Sampler = Literal["balanced", "disjoint_words"]
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -30,7 +34,7 @@ class Pool(Generic[Key]):
         texts: Sequence[str],
         labels: Sequence[str],
         *,
-        sampler: Literal["balanced", "disjoint_words"],
+        sampler: Sampler,
     ) -> None:
         self.texts, self.labels = list(texts), list(labels)
         self.sampler = sampler
@@ -39,8 +43,9 @@ class Pool(Generic[Key]):
             label: [i for i, found in enumerate(self.labels) if found == label]
             for label in self.classes
         }
-        words = sampler == "disjoint_words"
-        self._words = [tuple(text.split()) for text in self.texts] if words else []
+        if sampler == "disjoint_words":
+            words = np.array([text.split()[:2] for text in self.texts])
+            self._words = {label: words[rows] for label, rows in self._rows.items()}
         self._disjoint = functools.cache(self._disjoint_rows)
 
     def candidates(self, label: str, query: str) -> list[int]:
@@ -51,8 +56,9 @@ class Pool(Generic[Key]):
         return self._disjoint(label, words[0], words[1])
 
     def _disjoint_rows(self, label: str, first: str, second: str) -> list[int]:
-        words = self._words
-        return [i for i in self._rows[label] if words[i][0] != first and words[i][1] != second]
+        words = self._words[label]
+        kept = (words[:, 0] != first) & (words[:, 1] != second)
+        return list(itertools.compress(self._rows[label], kept.tolist()))
 
 
 def draw_demonstrations(

@@ -7,10 +7,10 @@ Adding an abstract task is one entry here and one YAML file in ``tasks/``; text 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from icl_helpers.errors import InputError
 from icl_helpers.nlp_tasks import NLP_TASKS, STAND_IN_TASKS, TextTaskSpec
+from icl_helpers.sampling import Sampler
 
 __all__ = [
     "DEMONSTRATION_SEEDS",
@@ -41,7 +41,7 @@ class TaskSpec:
     name: str
     field: str
     choices: tuple[str, ...]
-    sampler: Literal["balanced", "disjoint_words"]
+    sampler: Sampler
     default_shots: tuple[int, ...]
     original_file: str
     original_name: str

@@ -41,6 +41,7 @@ from icl_helpers.benchmark_tools import (
     seconds,
     spread_heads,
 )
+from icl_helpers.errors import InputError
 from icl_helpers.interventions import AttentionKnockout, MeanAblation, ZeroAblation, intervene
 from icl_helpers.means import mean_head_outputs
 from icl_helpers.models import load_model
@@ -57,8 +58,11 @@ def run_benchmark(*, shapes: Sequence[str] = tuple(SHAPES), rounds: int = 5) -> 
     """Measure everything; takes ten to twenty minutes on two cores. JSON values only.
 
     Each row has ``what``, ``model``, ``unit``, ``bar``, ``at`` (most or least), ``median``,
-    ``low``, ``high`` and ``met``. ``gpu`` is None where no GPU is at hand.
+    ``low``, ``high`` and ``met``. ``gpu`` is None where no GPU is at hand. Raises
+    :class:`InputError` for less than one round.
     """
+    if rounds < 1:
+        raise InputError(f"rounds must be at least 1, got {rounds}")
     _, tokenizer = load_model("icl-tiny")
     rows = [*_commands(rounds), *prompt_rows(tokenizer, rounds)]
     floors = []

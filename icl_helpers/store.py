@@ -14,7 +14,7 @@ import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
             f"directory, then run again; finished results are kept"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # What cannot be removed was never there: its own error would hide the first one.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

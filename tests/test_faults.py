@@ -202,6 +202,26 @@ def test_path_that_cannot_be_is_refused_before_the_first_stage(name, value, tmp_
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "a-file"], "cannot write a-file/"),
+        (["measure", "a-file"], "a-file"),
+        (["bench", "--rounds", "0"], "rounds must be at least 1"),
+        (["book", "--runs", "a-file"], "a-file is a file"),
+        (["data", "original", "--from", "a-file"], "a-file"),
+    ],
+)
+def test_file_or_number_that_cannot_serve_is_named(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").write_text("mine")
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+    assert os.listdir(tmp_path) == ["a-file"]
+
+
 def test_case_twins_do_not_share_a_run_directory(tmp_path):
     assert _slug("Org/Model") == _slug("org/model")
     write_json(tmp_path / "run.json", {"model": "Org/Model"})

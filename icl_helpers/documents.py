@@ -95,7 +95,7 @@ def collect_results(run_dir: str | os.PathLike[str], documents: pd.DataFrame) ->
     _write_part(directory / "parts", documents)
     while True:
         parts = _parts(directory)
-        whole = _assembled(parts)
+        whole = _assembled(parts, documents)
         results = accuracies(whole)
         for frame, name in ((whole, "documents"), (results, "results")):
             _write_parquet(directory / f"{name}.parquet", frame)
@@ -119,14 +119,16 @@ def _parts(directory: Path) -> list[Path]:
     return sorted((directory / "parts").glob("*.parquet"))
 
 
-def _assembled(parts: list[Path]) -> pd.DataFrame:
-    """Rows of all parts, in their order; of those with the same key the newest part's."""
+def _assembled(parts: list[Path], own: pd.DataFrame) -> pd.DataFrame:
+    """Rows of all parts, in their order; of those with the same key the newest part's.
+
+    ``own`` rows count as the oldest: another writer may replace their part while parts are read.
+    """
     frames: list[pd.DataFrame] = []
-    for path in reversed(parts):
-        frame = _read_parquet(path)
+    for frame in [*map(_read_parquet, reversed(parts)), own]:
         if frame is not None:
             frames.append(frame[~_keys(frame).isin(_keys(pd.concat(frames)))] if frames else frame)
-    return pd.concat(frames[::-1], ignore_index=True)
+    return pd.concat([frame for frame in reversed(frames) if len(frame)], ignore_index=True)
 
 
 def _keys(frame: pd.DataFrame) -> pd.MultiIndex:

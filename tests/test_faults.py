@@ -98,6 +98,13 @@ def test_writers_of_different_tasks_at_once_lose_no_row(tmp_path):
     assert sorted(pd.read_parquet(tmp_path / "results.parquet")["task"]) == sorted(names)
 
 
+def test_writers_of_one_task_at_once_leave_its_rows_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: collect_results(tmp_path, rows("a")), range(40)))
+    assert pd.read_parquet(tmp_path / "documents.parquet")["task"].tolist() == ["a", "a"]
+    assert collect_results(tmp_path, rows("b"))["task"].tolist() == ["a", "b"]
+
+
 def test_newest_of_two_results_with_one_key_is_in_the_tables_in_copies_too(tmp_path):
     both = pd.concat([rows("a", correct=False), rows("b", correct=False)])
     collect_results(tmp_path / "run", both)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from icl_helpers.errors import ICLError, InputError
-from icl_helpers.leaks import redact
+from icl_helpers.redaction import redact
 
-__all__ = ["main"]
+__all__ = ["guarded", "main"]
 
 
 def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -79,7 +80,7 @@ def _use_workers(args: argparse.Namespace) -> None:
 
 def _parameters(args: argparse.Namespace) -> Any:
     from icl_helpers.parameters import stage_parameters
-    from icl_helpers.pipeline import read_parameters
+    from icl_helpers.run.stages import read_parameters
 
     values = read_parameters(args.parameters) if args.parameters else {}
     given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
@@ -98,7 +99,7 @@ def _slug(model: str) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from icl_helpers.pipeline import execute_stages
+    from icl_helpers.run.stages import execute_stages
 
     _use_workers(args)
     for path in execute_stages(_parameters(args), only=args.stages):
@@ -107,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _scores(args: argparse.Namespace) -> int:
-    from icl_helpers.run import Run
+    from icl_helpers.run.run import Run
 
     run = Run(_parameters(args))
     mean = run.prefix_scores().mean(0)
@@ -117,14 +118,14 @@ def _scores(args: argparse.Namespace) -> int:
 
 
 def _cost(args: argparse.Namespace) -> int:
-    from icl_helpers.costs import estimate_cost
+    from icl_helpers.run.costs import estimate_cost
 
     print(estimate_cost(_parameters(args), tokens_per_second=args.tokens_per_second))
     return 0
 
 
 def _means(args: argparse.Namespace) -> int:
-    from icl_helpers.run import Run
+    from icl_helpers.run.run import Run
 
     run = Run(_parameters(args))
     print(
@@ -134,7 +135,7 @@ def _means(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from icl_helpers.run import Run
+    from icl_helpers.run.run import Run
 
     _use_workers(args)
     results = Run(_parameters(args)).evaluate(*args.conditions)
@@ -143,45 +144,33 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _book(args: argparse.Namespace) -> int:
-    from icl_helpers.book import build_book
+    from icl_helpers.book.build import build_book
 
     print(build_book(args.runs, args.out))
     return 0
 
 
 def _data(args: argparse.Namespace) -> int:
-    from icl_helpers.original_data import fetch_original
+    from icl_helpers.tasks.data import fetch_original
 
     print(fetch_original(source=args.source))
     return 0
 
 
-def _train(args: argparse.Namespace) -> int:
-    from icl_helpers.train import Recipe, train
-
-    print(train(args.output_dir, recipe=Recipe(seed=args.seed), device=args.device))
-    return 0
-
-
-def _measure(args: argparse.Namespace) -> int:
-    from icl_helpers.effect import measure_trainings
-
-    for path in measure_trainings(args.output_dirs, args.out, limit=args.limit):
-        print(path)
-    return 0
-
-
 def _bench(args: argparse.Namespace) -> int:
-    from icl_helpers.benchmark import write_benchmark
+    """The performance tests of a checkout, which an installed package does not hold."""
+    from icl_helpers.files import project_root
 
-    print(write_benchmark(rounds=args.rounds))
-    return 0
+    if not (project_root() / "tests" / "benchmark").is_dir():
+        raise InputError("icl bench runs the performance tests of a checkout; run it from one")
+    command = [sys.executable, "-m", "tests.benchmark", "--rounds", str(args.rounds)]
+    return subprocess.run(command, cwd=project_root(), check=False).returncode
 
 
 def _lm_eval(arguments: Sequence[str]) -> int:
     """lm-eval's own command line, with ``hf-icl`` registered and our tasks included."""
-    import icl_helpers.lm  # noqa: F401 - registers hf-icl
-    from icl_helpers._paths import tasks_dir
+    import icl_helpers.evaluation.scorer  # noqa: F401 - registers hf-icl
+    from icl_helpers.files import tasks_dir
 
     found = list(arguments)
     if found[:1] != ["ls"] and found[:1] != ["validate"] and found[:1] != ["run"]:
@@ -229,14 +218,6 @@ def _parser() -> argparse.ArgumentParser:
     data = add("data", _data, "fetch the published repository's data files")
     data.add_argument("what", choices=["original"])
     data.add_argument("--from", dest="source", metavar="DIR", help="copy from a local clone")
-    train = add("train", _train, "train the embedded model from a seed")
-    train.add_argument("output_dir")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device")
-    measure = add("measure", _measure, "measure finished trainings: effect and dynamics")
-    measure.add_argument("output_dirs", nargs="+", help="output directories of icl train")
-    measure.add_argument("--out", default=".", help="directory of the measurements (default .)")
-    measure.add_argument("--limit", type=int, help="only the first documents of each task")
     bench = add("bench", _bench, "measure what interventions and evaluation cost")
     bench.add_argument("--rounds", type=int, default=5, help="alternating runs (default 5)")
     commands.add_parser(
@@ -250,16 +231,11 @@ def _stop(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the ``icl`` command; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command; return its exit code, or that of the error or signal that ended it."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        if given[:1] == ["lm-eval"]:
-            return _lm_eval(given[1:])
-        args = _parser().parse_args(given)
-        function: Callable[[argparse.Namespace], int] = args.function
-        return function(args)
+        return command()
     except ICLError as error:
         print(f"icl: {redact(str(error))}", file=sys.stderr)
         return 2
@@ -270,6 +246,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # As Python would, but logs are published: without tokens that a request or path may hold.
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
         return 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the ``icl`` command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+
+    def command() -> int:
+        if given[:1] == ["lm-eval"]:
+            return _lm_eval(given[1:])
+        args = _parser().parse_args(given)
+        function: Callable[[argparse.Namespace], int] = args.function
+        return function(args)
+
+    return guarded(command)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from icl_helpers.errors import InputError
-from icl_helpers.leaks import SECRET
+from icl_helpers.redaction import SECRET
 
 __all__ = ["StageParameters", "stage_parameters"]
+
 
 _NONE = type(None)
 _CHECKED = "_icl_parameters_checked"
@@ -163,13 +164,12 @@ def _check_type(name: str, value: Any) -> None:
 
 
 def _check_values(parameters: StageParameters) -> None:
-    from icl_helpers.condition import CONTROLS
-    from icl_helpers.heads import check_fraction
-    from icl_helpers.models import resolve_model
-    from icl_helpers.patterns import check_categories
-    from icl_helpers.store import check_run_dir
-    from icl_helpers.task_registry import get_task_spec, text_spec
-    from icl_helpers.text_data import check_local
+    from icl_helpers.attention.heads import CONTROLS, check_fraction
+    from icl_helpers.attention.induction_pattern import check_categories
+    from icl_helpers.files import check_run_dir
+    from icl_helpers.models.loading import resolve_model
+    from icl_helpers.tasks.data import check_local
+    from icl_helpers.tasks.specs import get_task_spec, text_spec
 
     resolve_model(parameters.model)
     check_run_dir(parameters.run_dir)

@@ -19,7 +19,7 @@ import random
 import string
 from pathlib import Path
 
-from icl_helpers.text_corpus import TEXT_TASKS, evaluation_rows
+from synthetic.training.corpus import TEXT_TASKS, evaluation_rows
 
 HERE = Path(__file__).resolve().parent
 ROWS_PER_LABEL = 250

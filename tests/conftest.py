@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import icl_helpers as icl
-from icl_helpers.book import build_book
-from icl_helpers.pipeline import execute_stages
+from icl_helpers.book.build import build_book
+from icl_helpers.run.stages import execute_stages
 
 torch.set_num_threads(1)
 

@@ -39,7 +39,7 @@ def test_import_and_help_load_nothing_heavy():
         "evaluate",
         "book",
         "data",
-        "train",
+        "bench",
         "lm-eval",
     ):
         assert command in done.stdout

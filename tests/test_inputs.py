@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import icl_helpers as icl
-from icl_helpers import task_registry
 from icl_helpers.cli import main
+from icl_helpers.tasks import specs as task_registry
 from tests.conftest import make_llama, make_tokenizer
 
 FILE = "repetition_dataset_500.json"

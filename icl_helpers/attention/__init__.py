@@ -1,0 +1,1 @@
+"""The attention hook, the heads it reaches, and what can be measured or changed there."""

@@ -1,0 +1,238 @@
+"""The induction pattern of a prompt: which attention a knockout forbids (paper, section 5).
+
+An element of a prompt (a word of a category, a label, a colon, a blank line) may not attend to what
+directly followed an earlier element of its kind. Elements are found by character offsets in the
+text, so any fast tokenizer works: a token belongs to every element whose characters it overlaps.
+
+Example
+-------
+>>> blocked = icl.induction_pattern(prompt.context, tokenizer)
+>>> with icl.intervene(model, icl.AttentionKnockout(heads, blocked)):
+...     model(**tokenizer(prompt.context, add_special_tokens=False, return_tensors="pt"))
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from transformers import PreTrainedTokenizerBase
+
+from icl_helpers.errors import InputError
+from icl_helpers.files import synthetic_dir
+
+__all__ = [
+    "CATEGORIES",
+    "CATEGORY_NAMES",
+    "Element",
+    "check_categories",
+    "elements_pattern",
+    "induction_pattern",
+    "induction_patterns",
+    "prompt_elements",
+    "word_categories",
+]
+
+
+CATEGORIES = ("words", "labels", "colons", "blank_lines")
+# The blank line that ends the description is no element of the list unless it is asked for.
+CATEGORY_NAMES = (*CATEGORIES, "opening_blank_line")
+_BLANK_LINE = "\n\n"
+
+
+class Element(NamedTuple):
+    """One element of a prompt, in characters.
+
+    ``kind`` is labels, colons, blank_lines, or a word category; ``follower`` is the span of what
+    directly follows it, None for the prompt's last colon. A blank line is followed by the first
+    token of the next sequence, so its follower is that sequence's first character.
+    """
+
+    kind: str
+    start: int
+    end: int
+    follower: tuple[int, int] | None
+
+
+@functools.cache
+def word_categories() -> dict[str, str]:
+    """The category of every word of the word sequences."""
+    words = json.loads((synthetic_dir() / "words.json").read_text())
+    return {word: category for category, members in words.items() for word in members}
+
+
+def prompt_elements(prompt: str, *, opening: bool = False) -> list[Element]:
+    """Elements of a prompt after its description, in the order of the text.
+
+    The description ends with the first blank line, itself an element with ``opening``. Every block
+    after it is ``sequence:label``, the last one ``sequence:``; raises :class:`InputError` for a
+    block without a colon.
+    """
+    description, separator, body = prompt.partition(_BLANK_LINE)
+    if not separator:
+        return []
+    start = len(description) + len(separator)
+    first = Element("blank_lines", len(description), start, (start, start + 1))
+    elements: list[Element] = [first] if opening else []
+    blocks = body.split(_BLANK_LINE)
+    for number, block in enumerate(blocks):
+        colon = start + block.rfind(":")
+        end = start + len(block)
+        if colon < start:
+            raise InputError(
+                f"the prompt's block {block!r} holds no colon; expected 'sequence:label' blocks "
+                f"separated by blank lines"
+            )
+        elements += _words(block[: colon - start], start, colon)
+        has_label = end > colon + 1
+        elements.append(
+            Element("colons", colon, colon + 1, (colon + 1, end) if has_label else None)
+        )
+        if number < len(blocks) - 1:
+            following = end + len(_BLANK_LINE)
+            if has_label:
+                elements.append(Element("labels", colon + 1, end, (end, following)))
+            elements.append(Element("blank_lines", end, following, (following, following + 1)))
+            start = following
+    return elements
+
+
+def _words(sequence: str, start: int, colon: int) -> list[Element]:
+    """The two words of a word sequence; a letter sequence has none."""
+    parts = sequence.split(" ")
+    if len(parts) != 2 or any(part not in word_categories() for part in parts):
+        return []
+    # The space between the words belongs to the second one.
+    middle = start + len(parts[0])
+    first = Element(word_categories()[parts[0]], start, middle, (middle, colon))
+    return [first, Element(word_categories()[parts[1]], middle, colon, (colon, colon + 1))]
+
+
+def check_categories(categories: Sequence[str]) -> None:
+    """Raise :class:`InputError` for a category that a knockout does not know."""
+    for category in categories:
+        if category not in CATEGORY_NAMES:
+            raise InputError(
+                f"categories must be among {', '.join(CATEGORY_NAMES)}, got {category!r}"
+            )
+    if "opening_blank_line" in categories and "blank_lines" not in categories:
+        raise InputError(
+            f"categories names opening_blank_line without blank_lines, got {list(categories)}; "
+            f"add blank_lines"
+        )
+
+
+def induction_pattern(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, *, categories: Sequence[str] = CATEGORIES
+) -> Bool[torch.Tensor, "tokens tokens"]:
+    """True where a knockout forbids a query (row) to attend to a key (column).
+
+    Parameters
+    ----------
+    prompt
+        Description, labelled sequences and a query ending in a colon, as
+        :func:`icl_helpers.build_prompts` makes them. Tokens are those of
+        ``tokenizer(prompt, add_special_tokens=False)``.
+    categories
+        Which elements are blocked: any of words, labels, colons, blank_lines. The paper's text
+        blocks all; the published runs on Llama 3 left out the blank lines. With
+        ``opening_blank_line`` the blank line that ends the description is one of the blank lines.
+
+    An element's tokens are kept from the tokens that follow an earlier element of its kind when the
+    first of those lies before the element's first token.
+    """
+    return induction_patterns([prompt], tokenizer, categories=categories)[0]
+
+
+def induction_patterns(
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    categories: Sequence[str] = CATEGORIES,
+) -> list[Bool[torch.Tensor, "tokens tokens"]]:
+    """:func:`induction_pattern` for many prompts, tokenised in one call."""
+    check_categories(categories)
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{type(tokenizer).__name__} gives no character offsets; load the fast version of the "
+            f"tokenizer"
+        )
+    if not prompts:
+        return []
+    encoded = tokenizer(
+        list(prompts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    offsets = encoded["offset_mapping"]
+    return [_pattern(p, o, set(categories)) for p, o in zip(prompts, offsets, strict=True)]
+
+
+def _pattern(
+    prompt: str, offsets: Sequence[tuple[int, int]], categories: set[str]
+) -> Bool[torch.Tensor, "tokens tokens"]:
+    elements = prompt_elements(prompt, opening="opening_blank_line" in categories)
+    return elements_pattern(elements, offsets, categories=categories)
+
+
+def elements_pattern(
+    elements: Iterable[Element],
+    offsets: Sequence[tuple[int, int]],
+    *,
+    categories: Collection[str] = CATEGORIES,
+) -> Bool[torch.Tensor, "tokens tokens"]:
+    """The pairs that :func:`induction_pattern` blocks, for these elements.
+
+    ``offsets`` are the characters [start, end) of every token.
+    """
+    spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    starts, ends = np.ascontiguousarray(spans[:, 0]), np.ascontiguousarray(spans[:, 1])
+    blocked = np.zeros((len(spans), len(spans)), dtype=bool)
+    chosen = [e for e in elements if (e.kind if e.kind in CATEGORIES else "words") in categories]
+    numbers = {kind: number for number, kind in enumerate({e.kind: None for e in chosen})}
+    followed = [e for e in chosen if e.follower is not None]
+    if not followed:
+        return torch.from_numpy(blocked)
+    # Of every kind and token: where the last element begins that the token is part of, or -1; and
+    # where the first follower begins that it is part of, or beyond the last token.
+    shape = (len(numbers), len(spans))
+    element, follower = np.full(shape, -1), np.full(shape, len(spans))
+    kinds = np.array([numbers[e.kind] for e in chosen])
+    first, last = _tokens(starts, ends, [(e.start, e.end) for e in chosen])
+    owners, tokens = _spread(first, last)
+    np.maximum.at(element, (kinds[owners], tokens), first[owners])
+    kinds = np.array([numbers[e.kind] for e in followed])
+    first, last = _tokens(starts, ends, [e.follower for e in followed])
+    last = np.where(kinds == numbers.get("blank_lines"), np.minimum(first + 1, last), last)
+    owners, tokens = _spread(first, last)
+    np.minimum.at(follower, (kinds[owners], tokens), first[owners])
+    inside = element >= 0
+    of_kind, query = np.nonzero(inside)
+    forbidden = follower[of_kind] < element[of_kind, query, None]
+    # Few tokens are in elements of several kinds; each of their kinds has its turn.
+    turn = (np.cumsum(inside, axis=0) - 1)[inside]
+    for number in range(turn.max(initial=-1) + 1):
+        now = turn == number
+        blocked[query[now]] |= forbidden[now]
+    # A token that is part of an element and of what follows an earlier one still sees itself.
+    return torch.from_numpy(np.tril(blocked, k=-1))
+
+
+def _tokens(
+    starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int] | None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each character span the first token that it overlaps, and the one after the last."""
+    edges = np.asarray(spans)
+    first = np.searchsorted(ends, edges[:, 0], side="right")
+    return first, np.searchsorted(starts, edges[:, 1], side="left")
+
+
+def _spread(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every token of the ranges [first, last), and before it the number of its range."""
+    lengths = np.maximum(last - first, 0)
+    owners = np.repeat(np.arange(len(first)), lengths)
+    places = np.arange(len(owners)) - (np.cumsum(lengths) - lengths)[owners]
+    return owners, first[owners] + places

@@ -1,0 +1,189 @@
+"""Mean head outputs: what a head gives when it sees the average input (paper, section 4).
+
+Two readings of "mean ablation" are offered. ``attention_input`` averages the input of each
+attention block over reference samples, per position, and computes every head's output from that
+average: the published code's reading. ``head_output`` averages the heads' outputs themselves.
+
+Example
+-------
+>>> means = icl.mean_head_outputs(model, icl.reference_ids(tokenizer, texts))
+>>> means.shape   # [layers, positions, heads, d_head]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from icl_helpers.attention.hook import (
+    AttentionCall,
+    AttentionLayout,
+    attention_layout,
+    edited_attention,
+)
+from icl_helpers.errors import InputError, UnsupportedArchitectureError
+
+__all__ = ["mean_head_outputs"]
+
+
+@torch.no_grad()
+def mean_head_outputs(
+    model: PreTrainedModel,
+    input_ids: Int[torch.Tensor, "samples positions"],
+    *,
+    average: Literal["attention_input", "head_output"] = "attention_input",
+    batch_size: int = 1,
+) -> Float[torch.Tensor, "layers positions heads d_head"]:
+    """Output of every head at every position under the average over the samples.
+
+    Samples stream through the model: the only memory beyond it is one accumulator, [layers,
+    positions, hidden] in float32 (or [layers, positions, heads, d_head]), kept on the model's
+    device; nothing is written to disk. The result is float32, on the CPU.
+
+    Raises :class:`InputError` for an unknown ``average``, an empty or misshapen ``input_ids``.
+    """
+    if average not in ("attention_input", "head_output"):
+        raise InputError(
+            f"average must be 'attention_input' (the published code's reading) or 'head_output', "
+            f"got {average!r}"
+        )
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise InputError(
+            f"input_ids must have shape [samples, positions] and not be empty, got "
+            f"{list(input_ids.shape)}"
+        )
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    layout = attention_layout(model)
+    if average == "head_output":
+        return _mean_outputs(model, layout, input_ids, batch_size)
+    means = _mean_inputs(model, layout, input_ids, batch_size)
+    return _replay(model, layout, input_ids[:1], means)
+
+
+class _RunningMeans:
+    """Mean over samples for every layer: one float32 tensor, updated in place batch by batch."""
+
+    def __init__(self, n_layers: int) -> None:
+        self._counts = [0] * n_layers
+        self._means: torch.Tensor | None = None
+
+    def update(self, layer: int, values: Float[torch.Tensor, "batch ..."]) -> None:
+        if self._means is None:
+            shape = (len(self._counts), *values.shape[1:])
+            self._means = torch.zeros(shape, device=values.device)
+        difference = values.float().mean(dim=0).to(self._means.device) - self._means[layer]
+        self._counts[layer] += len(values)
+        self._means[layer] += difference.mul_(len(values) / self._counts[layer])
+
+    def all(self) -> Float[torch.Tensor, "layers ..."]:
+        assert self._means is not None
+        return self._means
+
+
+def _batches(
+    input_ids: torch.Tensor, batch_size: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    batches = input_ids.split(batch_size)
+    for batch in tqdm(batches, desc="mean activations", unit="batch", disable=len(batches) < 8):
+        yield batch.to(device)
+
+
+def _mean_outputs(
+    model: PreTrainedModel, layout: AttentionLayout, input_ids: torch.Tensor, batch_size: int
+) -> torch.Tensor:
+    running = _RunningMeans(layout.n_layers)
+
+    def record(layer: int, call: AttentionCall) -> torch.Tensor:
+        running.update(layer, call.output)
+        return call.output
+
+    with edited_attention(model, _per_layer(layout, record)):
+        for batch in _batches(input_ids, batch_size, model.device):
+            model.base_model(input_ids=batch, use_cache=False)
+    return running.all().cpu()
+
+
+def _mean_inputs(
+    model: PreTrainedModel, layout: AttentionLayout, input_ids: torch.Tensor, batch_size: int
+) -> Float[torch.Tensor, "layers positions hidden"]:
+    running = _RunningMeans(layout.n_layers)
+
+    def record(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running.update(layer, _block_input(layout.modules[layer], args, kwargs))
+
+    with _input_hooks(layout, record):
+        for batch in _batches(input_ids, batch_size, model.device):
+            model.base_model(input_ids=batch, use_cache=False)
+    return running.all()
+
+
+def _replay(
+    model: PreTrainedModel,
+    layout: AttentionLayout,
+    any_ids: torch.Tensor,
+    means: Float[torch.Tensor, "layers positions hidden"],
+) -> Float[torch.Tensor, "layers positions heads d_head"]:
+    """One forward pass in which every attention block is fed its mean input.
+
+    The tokens do not matter: whatever the residual stream holds, each block sees its own mean, with
+    the positions, masks and cache handling that the model itself sets up.
+    """
+    shape = (layout.n_layers, any_ids.shape[1], layout.n_heads, layout.d_head)
+    # A layer's outputs take the place of its mean, which is not needed any more by then.
+    fits = means.numel() == math.prod(shape)
+    outputs = means.view(shape) if fits else torch.empty(shape, device=means.device)
+
+    def replace(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        current = _block_input(layout.modules[layer], args, kwargs)
+        mean = means[layer].to(device=current.device, dtype=current.dtype, copy=True)[None]
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": mean}
+        return (mean, *args[1:]), kwargs
+
+    def record(layer: int, call: AttentionCall) -> torch.Tensor:
+        outputs[layer] = call.output[0]
+        return call.output
+
+    with _input_hooks(layout, replace), edited_attention(model, _per_layer(layout, record)):
+        model.base_model(input_ids=any_ids.to(model.device), use_cache=False)
+    return outputs.cpu()
+
+
+def _per_layer(layout: AttentionLayout, function: Any) -> dict[int, list[Any]]:
+    return {
+        layer: [lambda call, layer=layer: function(layer, call)] for layer in range(layout.n_layers)
+    }
+
+
+def _block_input(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    found = kwargs.get("hidden_states", args[0] if args else None)
+    if not isinstance(found, torch.Tensor) or found.ndim != 3:
+        raise UnsupportedArchitectureError(
+            f"{type(module).__name__} does not take its input as hidden states [batch, position, "
+            f"hidden]; use average='head_output' for this architecture"
+        )
+    return found
+
+
+@contextmanager
+def _input_hooks(layout: AttentionLayout, function: Any) -> Iterator[None]:
+    """Call ``function(layer, args, kwargs)`` before each attention block; always unhook."""
+    handles = []
+    try:
+        for layer, module in enumerate(layout.modules):
+            hook = lambda _, args, kwargs, layer=layer: function(layer, args, kwargs)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

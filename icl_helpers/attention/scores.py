@@ -1,0 +1,214 @@
+"""Prefix-matching scores: which heads look at what followed an earlier copy (paper, section 2).
+
+Example
+-------
+>>> sequences = icl.random_sequences(tokenizer, seed=0)
+>>> scores = icl.prefix_matching_scores(model, sequences)   # [5, layers, heads]
+>>> scores.mean(0)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from icl_helpers.attention.heads import Head
+from icl_helpers.attention.hook import (
+    AttentionCall,
+    attention_layout,
+    attention_probabilities,
+    check_heads,
+    edited_attention,
+)
+from icl_helpers.errors import InputError
+
+__all__ = ["attention_patterns", "prefix_matching_scores", "random_sequences", "token_pool"]
+
+
+def token_pool(
+    tokenizer: PreTrainedTokenizerBase, *, exclude_ratio: float = 0.04
+) -> tuple[list[int], str]:
+    """Token ids that random sequences are drawn from, and how they were ranked.
+
+    Tokens made by BPE merges in merge order, without the earliest and the latest ``exclude_ratio``
+    of them (paper, section 2). A tokenizer without merges is ranked by token id among its ordinary
+    tokens. Returns ``(ids, "merges" or "token ids")``.
+    """
+    if not 0 <= exclude_ratio < 0.5:
+        raise InputError(f"exclude_ratio must lie in [0, 0.5), got {exclude_ratio}")
+    special = set(tokenizer.all_special_ids)
+    vocabulary = tokenizer.get_vocab()
+    ranked = [vocabulary[token] for token in _merged_tokens(tokenizer) if token in vocabulary]
+    ranking = "merges"
+    if not ranked:
+        ranked, ranking = sorted(vocabulary.values()), "token ids"
+    ranked = [token for token in dict.fromkeys(ranked) if token not in special]
+    cut = int(len(ranked) * exclude_ratio)
+    return ranked[cut : len(ranked) - cut], ranking
+
+
+def _merged_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens in merge order; older files write a merge as "a b", newer ones as a pair."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return []
+    merges = json.loads(backend.to_str())["model"].get("merges") or []
+    return ["".join(m.split(" ", 1)) if isinstance(m, str) else "".join(m) for m in merges]
+
+
+def random_sequences(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n_sequences: int = 5,
+    length: int = 50,
+    exclude_ratio: float = 0.04,
+    seed: int = 0,
+) -> Int[torch.Tensor, "n_sequences length"]:
+    """Sequences of distinct random tokens, without BOS (paper, section 2).
+
+    Sequence ``i`` is drawn by its own generator, seeded with ``seed + i``, so that more sequences
+    never change the first ones. Raises :class:`InputError` when the tokenizer has too few tokens.
+    """
+    if n_sequences < 1 or length < 2:
+        raise InputError(
+            f"n_sequences must be at least 1 and length at least 2, got {n_sequences} and {length}"
+        )
+    pool = torch.tensor(token_pool(tokenizer, exclude_ratio=exclude_ratio)[0])
+    if len(pool) < length:
+        raise InputError(
+            f"length is {length}, but the tokenizer has only {len(pool)} tokens to draw from; use "
+            f"a shorter length or a smaller exclude_ratio"
+        )
+    rows = []
+    for index in range(n_sequences):
+        generator = torch.Generator().manual_seed(seed + index)
+        rows.append(pool[torch.randperm(len(pool), generator=generator)[:length]])
+    return torch.stack(rows)
+
+
+def _followers(
+    length: int, repeats: int, *, with_bos: bool, published: bool
+) -> Bool[torch.Tensor, "query key"]:
+    """True where a query's key directly follows an earlier copy of the query's token."""
+    start = int(with_bos)
+    total = start + length * repeats
+    query = torch.arange(total)[:, None] - start
+    # Index of the token before the key: the earlier copy itself.
+    key = torch.arange(total)[None, :] - start - 1
+    same = (query % length == key % length) & (key >= 0) & (key < query) & (query >= length)
+    if published and with_bos:
+        # The published sum runs from r = 0 with targets 50 r + (i mod 50) + 1, so for the last
+        # token of each later copy it also counts the position that follows BOS.
+        last = (query >= 2 * length - 1) & ((query + 1) % length == 0)
+        same |= last & (key == -1)
+    return same
+
+
+@torch.no_grad()
+def prefix_matching_scores(
+    model: PreTrainedModel,
+    sequences: Int[torch.Tensor, "n_sequences length"],
+    *,
+    repeats: int = 4,
+    bos_token_id: int | None = None,
+    batch_size: int | None = None,
+    published_formula: bool = True,
+) -> Float[torch.Tensor, "n_sequences layers heads"]:
+    """Prefix-matching score of every head on every sequence, in [0, 1] (paper, section 2).
+
+    Each sequence is repeated ``repeats`` times with BOS in front. The score of a head is the
+    attention it pays, averaged over all positions from the second copy on, to the tokens that
+    directly followed the earlier occurrences of the position's own token. Attention is reduced
+    layer by layer inside the hook, so no more than one layer's attentions exist at a time.
+
+    Parameters
+    ----------
+    bos_token_id
+        Default: the model's own. A model without one gets no BOS.
+    batch_size
+        Sequences per forward pass; default all.
+    published_formula
+        True also counts attention to the position after BOS from the last token of each later copy
+        (3 of 150 positions), as the published code does; False leaves that term out.
+    """
+    if sequences.ndim != 2 or repeats < 2:
+        raise InputError(
+            f"sequences must have shape [n_sequences, length] and repeats be at least 2, got "
+            f"{list(sequences.shape)} and {repeats}"
+        )
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    bos = model.config.get_text_config().bos_token_id if bos_token_id is None else bos_token_id
+    if isinstance(bos, (list, tuple)):
+        bos = bos[0]
+    ids = sequences.repeat(1, repeats)
+    if bos is not None:
+        ids = torch.cat([torch.full((len(ids), 1), bos, dtype=ids.dtype), ids], dim=1)
+    length = sequences.shape[1]
+    followers = _followers(length, repeats, with_bos=bos is not None, published=published_formula)
+    n_positions = length * (repeats - 1)
+    layout = attention_layout(model)
+    parts = []
+    for batch in ids.split(batch_size or len(ids)):
+        scores = torch.zeros(len(batch), layout.n_layers, layout.n_heads)
+        edits = {
+            layer: [_ScoreEdit(followers, n_positions, scores[:, layer])]
+            for layer in range(layout.n_layers)
+        }
+        with edited_attention(model, edits):
+            # The decoder alone: the output projection's logits are not needed.
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+        parts.append(scores)
+    return torch.cat(parts)
+
+
+class _ScoreEdit:
+    """Reduce one layer's attention to a score per head; leave the output as it is."""
+
+    def __init__(self, followers: torch.Tensor, n_positions: int, scores: torch.Tensor) -> None:
+        self.query, self.key = followers.nonzero(as_tuple=True)
+        self.n_positions = n_positions
+        self.scores = scores
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        probabilities = attention_probabilities(call)
+        total = probabilities[:, :, self.query, self.key].sum(dim=-1) / self.n_positions
+        self.scores.copy_(total)
+        return call.output
+
+
+@torch.no_grad()
+def attention_patterns(
+    model: PreTrainedModel,
+    input_ids: Int[torch.Tensor, "batch tokens"],
+    heads: Iterable[Head | tuple[int, int]],
+    *,
+    blocked: Bool[torch.Tensor, "... tokens tokens"] | None = None,
+) -> dict[Head, Float[torch.Tensor, "batch tokens tokens"]]:
+    """Attention of a few heads over a prompt, [batch, query, key] each (paper, Figures 6 and 7).
+
+    ``blocked`` shows the pattern that a head is left with when these pairs are forbidden to it.
+    Inside :func:`icl_helpers.intervene` the attentions are those on the altered residual stream.
+    """
+    chosen = list(dict.fromkeys(Head(*head) for head in heads))
+    check_heads(chosen, attention_layout(model))
+    patterns: dict[Head, torch.Tensor] = {}
+
+    def record(layer: int, call: AttentionCall) -> torch.Tensor:
+        mine = [head for head in chosen if head.layer == layer]
+        probabilities = attention_probabilities(
+            call, heads=[head.head for head in mine], blocked=blocked
+        )
+        for index, head in enumerate(mine):
+            patterns[head] = probabilities[:, index].cpu()
+        return call.output
+
+    layers = {head.layer for head in chosen}
+    edits = {layer: [lambda call, layer=layer: record(layer, call)] for layer in layers}
+    with edited_attention(model, edits):
+        model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+    return {head: patterns[head] for head in chosen}

@@ -1,0 +1,1 @@
+"""Building the HTML book from pages and executed notebooks."""

@@ -1,0 +1,306 @@
+"""Building the HTML book from the hand-written pages and the executed notebooks of every run.
+
+The pages, the settings and each run's notebooks are staged into one fresh folder, so that nothing
+of an earlier build is reused, and Sphinx's warnings are errors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from icl_helpers.book import pages
+from icl_helpers.book.pages import front_page, recipe_table, run_info, run_slug, stage_table
+from icl_helpers.book.performance import write_benchmark_page
+from icl_helpers.errors import ICLError, InputError
+from icl_helpers.files import book_dir, check_run_dir, notebooks_dir, project_root
+from icl_helpers.parameters import stage_parameters
+from icl_helpers.redaction import check_leaks
+from icl_helpers.results.notebook import DESCRIPTION
+from icl_helpers.run.costs import estimate_cost
+from icl_helpers.run.stages import StageError, execute_notebook, read_parameters, stage_notebooks
+
+__all__ = ["BookError", "build_book", "find_runs"]
+
+
+# The recipe that the page on running one's own model goes through.
+_EXAMPLE = "llama-3-8b.yaml"
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+class BookError(ICLError, RuntimeError):
+    """The book could not be built, or what was built is not whole."""
+
+
+def find_runs(runs: str | os.PathLike[str]) -> list[Path]:
+    """Run directories with a full set of executed notebooks, the embedded model's first."""
+    found = [path.parent for path in check_run_dir(runs).glob("*/run.json")]
+    complete = [run for run in found if not _missing_stages(run)]
+    return sorted(complete, key=lambda path: (path.name != "icl-tiny", path.name))
+
+
+def _missing_stages(run: Path) -> list[str]:
+    """Stages that have not been run to their end, or failed when they were last run."""
+    stages = stage_notebooks()
+    return [path.stem for path in stages if not (run / "notebooks" / path.name).is_file()]
+
+
+def _incomplete(runs: str | os.PathLike[str]) -> str:
+    """The runs that lack stages, in words; empty when there is none."""
+    found = sorted(path.parent for path in check_run_dir(runs).glob("*/run.json"))
+    gaps = {run: _missing_stages(run) for run in found}
+    return "; ".join(f"{run} lacks {', '.join(names)}" for run, names in gaps.items() if names)
+
+
+def build_book(
+    runs: str | os.PathLike[str] = "runs", out: str | os.PathLike[str] = "_build"
+) -> Path:
+    """Build the book and return its front page, ``out/html/index.html``.
+
+    Raises :class:`InputError` when there is no complete run, and :class:`BookError` when
+    jupyter-book is of the wrong generation, a notebook holds an error, Sphinx warns, or an expected
+    page is missing.
+    """
+    if int(version("jupyter-book").split(".")[0]) != 1:
+        raise BookError(
+            f"jupyter-book {version('jupyter-book')} is installed, but this book needs version 1: "
+            f"pip install 'jupyter-book<2'"
+        )
+    found, incomplete = find_runs(runs), _incomplete(runs)
+    if not found:
+        raise InputError(
+            f"no complete run below {runs}{f' ({incomplete})' if incomplete else ''}: run the "
+            f"stages first (icl run), which leaves the executed notebooks in RUN/notebooks"
+        )
+    if incomplete:
+        warnings.warn(f"left out of the book: {incomplete}; run those stages", stacklevel=2)
+    target = Path(out).resolve()
+    staged = target / "source"
+    for stale in (staged, target / "html", target / "doctrees"):
+        shutil.rmtree(stale, ignore_errors=True)
+    wanted = _stage(staged, found)
+    _sphinx(staged, target)
+    _point_at_sources(target / "html")
+    _name_controls(target / "html")
+    # Links in a notebook's outputs stay as they are: what they lead to has to lie there.
+    for tables in staged.glob("run/*/tables"):
+        shutil.copytree(tables, target / "html" / tables.relative_to(staged))
+    check_leaks(target / "html")
+    missing = [page for page in wanted if not (target / "html" / f"{page}.html").is_file()]
+    if missing:
+        raise BookError(f"the built book lacks {', '.join(missing)}")
+    return target / "html" / "index.html"
+
+
+def _stage(staged: Path, runs: list[Path]) -> list[str]:
+    """Lay out the book's source; return the pages that must come out of it."""
+    shutil.copytree(book_dir(), staged)
+    root = project_root()
+    toc = yaml.safe_load((root / "_toc.yml").read_text())
+    config = yaml.safe_load((root / "_config.yml").read_text())
+    study, reference = (part["chapters"] for part in toc["parts"][:2])
+    written = {page["file"] for page in study}
+    study += [{"file": page} for page in _stage_chapters(staged) if page not in written]
+    if len(runs) > 1:
+        (staged / "comparison.md").write_text(pages.comparison_page(runs, staged))
+        study.append({"file": "comparison"})
+    for run in runs:
+        chapters = [{"file": page} for page in _stage_run(staged, run)]
+        toc["parts"].append({"caption": f"Run: {run_info(run)['model']}", "chapters": chapters})
+    _generated(staged, runs)
+    reference += [{"file": page} for page in ("runs", "notebooks", "cite")]
+    config["parse"]["myst_substitutions"] = {
+        **front_page(staged, runs[0]),
+        **_costs(),
+    }
+    _repository_buttons(config)
+    (staged / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
+    (staged / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
+    return ["index", *(chapter["file"] for chapter in chapters)]
+
+
+def _costs() -> dict[str, str]:
+    """What the page on running one's own model says about costs: estimates, inserted."""
+    example = stage_parameters(**read_parameters(notebooks_dir() / "parameters" / _EXAMPLE))
+    return {
+        "recipes": recipe_table(),
+        "example_cost": f"```text\n{estimate_cost(example)}\n```",
+        "example_stages": stage_table(example),
+    }
+
+
+def _generated(staged: Path, runs: list[Path]) -> None:
+    """Write the pages about all runs, and put the clean notebooks where they are linked from."""
+    clean = staged / "notebooks"
+    clean.mkdir()
+    for path in [*stage_notebooks(), *pages.chapter_notebooks()]:
+        shutil.copyfile(path, clean / path.name)
+    write_benchmark_page(staged)
+    (staged / "runs.md").write_text(pages.runs_page(runs))
+    (staged / "notebooks.md").write_text(pages.notebooks_page(staged, runs))
+    (staged / "cite.md").write_text(pages.citation_page())
+
+
+def _stage_chapters(staged: Path) -> Iterator[str]:
+    """Execute the notebooks that are chapters, afresh; yield their page names.
+
+    One that has the name of a written page takes its place.
+    """
+    for path in pages.chapter_notebooks():
+        target = staged / path.name
+        try:
+            execute_notebook(path, target, {})
+        except StageError as error:
+            raise BookError(str(error)) from None
+        notebook = nbformat.read(target, as_version=4)
+        _check_outputs(notebook, path)
+        _make_static(notebook, "", {})
+        nbformat.write(notebook, target)
+        target.with_suffix(".md").unlink(missing_ok=True)
+        yield path.stem
+
+
+def _stage_run(staged: Path, run: Path) -> Iterator[str]:
+    """Copy a run's notebooks, made fit for a static page, and its tables; yield page names."""
+    slug = run_slug(run)
+    folder = staged / "run" / slug
+    folder.mkdir(parents=True)
+    if (run / "tables").is_dir():
+        # Pages link to them, relative to themselves.
+        shutil.copytree(run / "tables", folder / "tables", ignore=shutil.ignore_patterns(".*"))
+    # Where the run lay on the machine that made it is nobody's business.
+    places = {str(run.resolve()), run_info(run)["parameters"]["run_dir"]}
+    for stage in stage_notebooks():
+        notebook = nbformat.read(run / "notebooks" / stage.name, as_version=4)
+        _check_outputs(notebook, run / "notebooks" / stage.name)
+        _make_static(notebook, f"-{slug}", dict.fromkeys(places, f"runs/{run.name}"))
+        nbformat.write(notebook, folder / stage.name)
+        yield f"run/{slug}/{stage.stem}"
+    published = pages.overlay_page(run, folder)
+    if published is not None:
+        (folder / "overlay.md").write_text(published)
+        yield f"run/{slug}/overlay"
+
+
+def _check_outputs(notebook: Any, path: Path) -> None:
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if any(output.output_type == "error" for cell in code for output in cell.outputs):
+        raise BookError(f"{path} holds an error; run its stage again before building the book")
+    if not any(cell.outputs for cell in code):
+        raise BookError(f"{path} has no outputs: it was not executed")
+
+
+def _make_static(notebook: Any, suffix: str, places: Mapping[str, str]) -> None:
+    """Make an executed notebook fit for a static page, with figure names unique in the book.
+
+    ``places`` are paths in the sources and what stands for them.
+    """
+    # papermill notes where the notebook lay.
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        for place, shown in places.items():
+            cell.source = cell.source.replace(place, shown)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata["tags"] += ["hide-cell"]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if _is_static(output)]
+            _describe_figure(cell, suffix)
+
+
+def _is_static(output: Any) -> bool:
+    """Whether an output belongs on a page: no widget, and no log of the machine that made it."""
+    return _WIDGET not in output.get("data", {}) and output.get("name") != "stderr"
+
+
+def _describe_figure(cell: Any, suffix: str) -> None:
+    """Name a cell's figure, and put the computed caption and alternative text in place."""
+    figure = cell.metadata.get("mystnb", {}).get("figure")
+    if not figure:
+        return
+    figure["name"] += suffix
+    for output in cell.outputs:
+        described = output.get("metadata", {}).get(DESCRIPTION)
+        if described:
+            figure["caption"] = described["caption"]
+            cell.metadata["mystnb"]["image"]["alt"] = described["alt"]
+
+
+def _repository_buttons(config: dict[str, Any]) -> None:
+    """Show what needs the repository's address only where it is set."""
+    url = config["repository"]["url"]
+    if not url:
+        del config["repository"]
+        return
+    config["repository"]["path_to_book"] = "book"
+    config["html"] |= {"use_repository_button": True, "use_edit_page_button": True}
+    config["launch_buttons"]["colab_url"] = "https://colab.research.google.com"
+
+
+def _point_at_sources(html: Path) -> None:
+    """Lead the buttons of a run's pages to the notebooks as the repository keeps them.
+
+    The theme takes a page's place in the book for its place in the repository, where runs are not.
+    """
+    for page in html.glob("run/*/*.html"):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(
+            re.sub(r"(/(?:blob|edit|tree)/[^\"]*?)/book/run/[a-z0-9-]+/", r"\1/notebooks/", text),
+            encoding="utf-8",
+        )
+
+
+# The theme's controls whose names lack words that they show, and a role that does not fit. The
+# controls get their names from what they show; the icon of the colour mode, which says nothing of
+# its own, keeps the button's name.
+_MISNAMED = (
+    (r'(<summary) aria-label="Toggle hidden content"', r"\1"),
+    (r'(<button class="[^"]*search-button-field[^"]*"[^>]*?) aria-label="[^"]*"', r"\1"),
+    (r'(<i class="theme-switch [^>]*?) +title="[^"]*"', r"\1"),
+    # A list in name only: its entries have the role of a bibliography's, which no list takes.
+    (r'(<div) role="list"( class="citation-list">)', r"\1\2"),
+)
+
+
+def _name_controls(html: Path) -> None:
+    """Let the theme's controls be called by what they show, as voice control needs."""
+    for page in html.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        for pattern, replacement in _MISNAMED:
+            text = re.sub(pattern, replacement, text)
+        page.write_text(text, encoding="utf-8")
+
+
+def _sphinx(staged: Path, target: Path) -> None:
+    """Turn the settings into Sphinx's, then build into a fresh folder with warnings as errors."""
+    entry = "from jupyter_book.cli.main import main; main()"
+    _call([sys.executable, "-c", entry, "config", "sphinx", str(staged)])
+    with open(staged / "conf.py", "a") as file:
+        # Thebe runs code on a server elsewhere: it is not used, and its script is not local.
+        file.write('\nextensions = [name for name in extensions if name != "sphinx_thebe"]\n')
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-E", "-a", "-W", "-n"]
+    command += ["--keep-going", "-d", str(target / "doctrees"), str(staged), str(target / "html")]
+    log = _call(command)
+    if "WARNING" in log:
+        raise BookError(f"Sphinx warned:\n{log[-3000:]}")
+
+
+def _call(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = done.stdout + done.stderr
+    if done.returncode:
+        warnings = [line for line in log.splitlines() if re.search(r"WARNING|ERROR", line)]
+        shown = "\n".join(warnings[:20]) or log[-3000:]
+        raise BookError(f"{' '.join(command[1:4])} failed (exit code {done.returncode}):\n{shown}")
+    return log

@@ -1,0 +1,510 @@
+"""Measuring what the differences between the paper's text, its code and this package change.
+
+Every difference has a switch; these functions put both sides of one next to each other on a model,
+and count what the published data and the published search for words do to prompts. Letter files as
+published are drawn here again by their rule, for counting without the files.
+
+Example
+-------
+>>> prompts = {"repetition": icl.build_prompts("repetition", shots=10, seed=42)[:100]}
+>>> ask = functools.partial(answers, model, tokenizer)
+>>> compare(prompts, {"no BOS": ask, "BOS": functools.partial(ask, bos=True)})
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import json
+import random
+import string
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from icl_helpers.attention.heads import Head, top_heads
+from icl_helpers.attention.induction_pattern import (
+    Element,
+    elements_pattern,
+    induction_patterns,
+    prompt_elements,
+    word_categories,
+)
+from icl_helpers.attention.interventions import intervene
+from icl_helpers.attention.scores import prefix_matching_scores
+from icl_helpers.errors import InputError
+from icl_helpers.evaluation.conditions import FULL, Condition
+from icl_helpers.tasks.data import load_rows, original_data_dir
+from icl_helpers.tasks.prompts import Prompt, build_prompts
+from icl_helpers.tasks.specs import pattern_spec
+
+__all__ = [
+    "Answers",
+    "WordMatch",
+    "answers",
+    "compare",
+    "control_overlap",
+    "in_words",
+    "lost_demonstrations",
+    "published_letters",
+    "published_rule_rows",
+    "resampled_accuracy",
+    "row_audit",
+    "score_term",
+    "search_audit",
+    "small_tokenizer",
+    "string_matched_pattern",
+    "string_matches",
+    "task_audit",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """A model's answers to prompts: the label it prefers, whether that is right, by how much.
+
+    ``margin`` is the log-probability of the right label minus that of the best wrong one, in nats.
+    """
+
+    chosen: Int[torch.Tensor, " prompts"]
+    correct: Bool[torch.Tensor, " prompts"]
+    margin: Float[torch.Tensor, " prompts"]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float(self.correct.double().mean())
+
+
+Asked = Callable[[Sequence[Prompt]], Answers]
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    condition: Condition = FULL,
+    patterns: Sequence[Bool[torch.Tensor, "tokens tokens"]] | None = None,
+    bos: bool = False,
+    batch_size: int = 25,
+) -> Answers:
+    """Answers to prompts under one condition, by the first token of each label.
+
+    Parameters
+    ----------
+    condition
+        The full model, or heads removed or blocked.
+    patterns
+        What a knockout blocks, one [tokens, tokens] per prompt; None: the condition's categories.
+    bos
+        Put the model's beginning-of-sequence token in front, which the published runs did not.
+
+    Raises
+    ------
+    InputError
+        No prompts, labels that begin with the same token, or a model without such a token.
+    """
+    if not prompts:
+        raise InputError("prompts must hold at least one prompt")
+    first = _bos(model) if bos else []
+    contexts = [prompt.context for prompt in prompts]
+    ids = [first + found for found in tokenizer(contexts, add_special_tokens=False).input_ids]
+    if condition.ablation == "knockout" and patterns is None:
+        patterns = induction_patterns(contexts, tokenizer, categories=condition.categories)
+    # Prompts of about the same length meet in a batch: less padding to compute.
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    scores: dict[int, torch.Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        blocked = None if patterns is None else [patterns[index] for index in batch]
+        last = _last_logits(model, [ids[index] for index in batch], condition, blocked, len(first))
+        for index, logits in zip(batch, last, strict=True):
+            labels = _label_tokens(tokenizer, prompts[index], len(ids[index]) - len(first))
+            scores[index] = logits.log_softmax(-1)[labels]
+    return _judge(prompts, [scores[index] for index in range(len(prompts))])
+
+
+def _judge(prompts: Sequence[Prompt], scores: Sequence[torch.Tensor]) -> Answers:
+    chosen = torch.stack([found.argmax() for found in scores])
+    targets = torch.tensor([prompt.target for prompt in prompts])
+    margins = []
+    for found, target in zip(scores, targets.tolist(), strict=True):
+        wrong = torch.cat([found[:target], found[target + 1 :]])
+        margins.append(found[target] - wrong.max())
+    return Answers(chosen, chosen == targets, torch.stack(margins))
+
+
+def _bos(model: PreTrainedModel) -> list[int]:
+    token = model.config.get_text_config().bos_token_id
+    if token is None:
+        raise InputError("bos=True needs a model whose configuration names a BOS token")
+    return [token[0] if isinstance(token, (list, tuple)) else token]
+
+
+def _label_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, n_context: int) -> list[int]:
+    whole = tokenizer(
+        [prompt.context + choice for choice in prompt.choices], add_special_tokens=False
+    ).input_ids
+    found = [ids[n_context] for ids in whole]
+    if len(set(found)) < len(found):
+        raise InputError(
+            f"the labels {', '.join(prompt.choices)} begin with the same token in this tokenizer; "
+            f"use evaluate(), which scores whole labels"
+        )
+    return found
+
+
+def _last_logits(
+    model: PreTrainedModel,
+    ids: Sequence[list[int]],
+    condition: Condition,
+    patterns: Sequence[torch.Tensor] | None,
+    shift: int,
+) -> Float[torch.Tensor, "batch vocabulary"]:
+    """Logits after the last token of each sequence; padding lies to the right, unseen."""
+    width = max(map(len, ids))
+    batch = torch.zeros(len(ids), width, dtype=torch.long)
+    blocked = torch.zeros(len(ids), width, width, dtype=torch.bool)
+    for row, found in enumerate(ids):
+        batch[row, : len(found)] = torch.tensor(found)
+        if patterns is not None:
+            blocked[row, shift : len(found), shift : len(found)] = patterns[row]
+    ends = [len(found) - 1 for found in ids]
+    kept = sorted(set(ends))
+    with ExitStack() as stack:
+        chosen = condition.interventions(blocked.to(model.device))
+        if chosen:
+            stack.enter_context(intervene(model, *chosen))
+        logits = model(
+            input_ids=batch.to(model.device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(kept, device=model.device),
+        ).logits
+    places = [kept.index(end) for end in ends]
+    return logits[range(len(ids)), places].float().cpu()
+
+
+def compare(
+    prompts: Mapping[str, Sequence[Prompt]], sides: Mapping[str, Asked | Sequence[Asked]]
+) -> pd.DataFrame:
+    """Put two or more sides next to each other on the prompts of every task.
+
+    Parameters
+    ----------
+    sides
+        What asks the model under each side, for example ``functools.partial(answers, model,
+        tokenizer, condition=...)``. Several of them, one per seed, are averaged.
+
+    Returns
+    -------
+    DataFrame
+        Columns task, side, accuracy (percent), changed (percent of the answers that are not those
+        of the first side) and margin (mean absolute change of the margin against the first side, in
+        nats). Against a side with another number of seeds every pair of seeds counts.
+    """
+    rows = []
+    for task, asked in prompts.items():
+        first: list[Answers] = []
+        for side, functions in sides.items():
+            several = functions if isinstance(functions, Sequence) else [functions]
+            found = [function(asked) for function in several]
+            first = first or found
+            pairs = (
+                list(zip(first, found, strict=True))
+                if len(first) == len(found)
+                else list(itertools.product(first, found))
+            )
+            changed = [float((a.chosen != b.chosen).double().mean()) for a, b in pairs]
+            margin = [float((a.margin - b.margin).abs().mean()) for a, b in pairs]
+            accuracy = [answer.accuracy for answer in found]
+            rows.append((task, side, 100 * fmean(accuracy), 100 * fmean(changed), fmean(margin)))
+    return pd.DataFrame(rows, columns=["task", "side", "accuracy", "changed", "margin"])
+
+
+def in_words(frame: pd.DataFrame) -> str:
+    """One line for what :func:`compare` found, averaged over tasks."""
+    sides = frame.groupby("side", sort=False)[["accuracy", "changed"]].mean()
+    accuracies = ", ".join(f"{row.accuracy:.1f} % {side}" for side, row in sides.iterrows())
+    changed = " and ".join(f"{share:.1f} %" for share in sides["changed"].iloc[1:])
+    return f"accuracy {accuracies}; {changed} of the answers changed"
+
+
+def score_term(
+    model: PreTrainedModel, sequences: Int[torch.Tensor, "n_sequences length"]
+) -> pd.DataFrame:
+    """Every head's prefix-matching score with and without the published code's extra term.
+
+    Columns: layer, head, published, corrected, difference, rank and corrected_rank (1 is highest).
+    """
+    both = {
+        name: prefix_matching_scores(model, sequences, published_formula=formula).mean(0)
+        for name, formula in (("published", True), ("corrected", False))
+    }
+    n_layers, n_heads = both["published"].shape
+    frame = pd.DataFrame(
+        [(layer, head) for layer in range(n_layers) for head in range(n_heads)],
+        columns=["layer", "head"],
+    )
+    for name, scores in both.items():
+        frame[name] = scores.flatten().double().numpy()
+    frame["difference"] = frame["published"] - frame["corrected"]
+    for name, column in (("rank", "published"), ("corrected_rank", "corrected")):
+        ranked = top_heads(both[column], 1.0)
+        places = {head: place for place, head in enumerate(ranked, start=1)}
+        frame[name] = [places[Head(layer, head)] for layer, head in _pairs(frame)]
+    return frame.sort_values("rank", ignore_index=True)
+
+
+def _pairs(frame: pd.DataFrame) -> list[tuple[int, int]]:
+    return list(zip(frame["layer"].tolist(), frame["head"].tolist(), strict=True))
+
+
+def control_overlap(
+    induction: Sequence[Head], drawn: Sequence[Sequence[Head]], n_heads: int
+) -> dict[str, Any]:
+    """How many induction heads the published random control draws again.
+
+    ``expected``: by calculation; in a layer of ``n_heads`` heads with k induction heads, k drawn at
+    random hold k * k / n_heads of them. ``drawn``: in each control given. ``any``: share of
+    controls with at least one.
+    """
+    per_layer = pd.Series([head.layer for head in induction]).value_counts()
+    found = [len(set(control) & set(induction)) for control in drawn]
+    return {
+        "heads": len(induction),
+        "expected": float((per_layer**2).sum() / n_heads),
+        "drawn": found,
+        "any": sum(count > 0 for count in found) / len(found),
+    }
+
+
+_PATTERNS = {"repetition": "0101", "recursion": "0111", "centre_embedding": "01210"}
+_FIRST_WORDS = ("fruits", "furniture", "vegetables", "body_parts")
+
+
+def published_rule_rows(task: str, *, seed: int = 0) -> list[tuple[str, str]]:
+    """Rows of (text, label) drawn by the rule behind the published files (paper, section 6).
+
+    Letter tasks: 250 patterned rows whose letters are independent, so that some are equal, and 250
+    of distinct letters. Four-way tasks: 250 rows of each label, drawn with repetition.
+    """
+    rng = random.Random(f"{task}-{seed}")
+    if task in _PATTERNS:
+        shape = _PATTERNS[task]
+        rows = []
+        for _ in range(250):
+            letters = rng.choices(string.ascii_uppercase, k=len(set(shape)))
+            rows.append((" ".join(letters[int(place)] for place in shape), "Foo"))
+            rows.append((" ".join(rng.sample(string.ascii_uppercase, len(shape))), "Bar"))
+    elif task.endswith("_4way"):
+        every = load_rows(task)
+        labels = dict.fromkeys(label for _, label in every)
+        rows = [
+            row
+            for label in labels
+            for row in rng.choices([row for row in every if row[1] == label], k=250)
+        ]
+    else:
+        raise InputError(
+            f"the published file of {task} holds every pair once; tasks drawn at random: "
+            f"{', '.join(_PATTERNS)}, wordseq1_4way, wordseq2_4way"
+        )
+    rng.shuffle(rows)
+    return rows
+
+
+def row_audit(rows: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """Number of rows (``documents``), of duplicates, and of degenerate rows.
+
+    A patterned letter row is degenerate when letters that its pattern keeps apart are equal.
+    """
+    patterned = [text.split() for text, label in rows if label == "Foo"]
+    sizes = [len(set(parts)) for parts in patterned if all(len(part) == 1 for part in parts)]
+    return {
+        "documents": len(rows),
+        "duplicates": len(rows) - len(set(rows)),
+        "degenerate": sum(size < max(sizes) for size in sizes),
+    }
+
+
+def lost_demonstrations(prompts: Iterable[Prompt], shots: int) -> int:
+    """Number of prompts with fewer demonstrations than asked for.
+
+    Copies of the query are dropped after the draw, so that a repeated row may cost one.
+    """
+    return sum(prompt.context.count("\n\n") - 1 < shots for prompt in prompts)
+
+
+def task_audit(
+    task: str, *, data: str, seeds: Sequence[int], shots: Sequence[int] = (5, 10)
+) -> dict[str, int]:
+    """:func:`row_audit` of a task's rows and :func:`lost_demonstrations` of its prompts."""
+    audit = {**row_audit(load_rows(task, data=data)), "prompts": 0}
+    short = 0
+    for number in shots:
+        for seed in seeds:
+            prompts = build_prompts(task, shots=number, seed=seed, data=data)
+            audit["prompts"] += len(prompts)
+            short += lost_demonstrations(prompts, number)
+    return {**audit, "prompts short of a demonstration": short}
+
+
+class WordMatch(NamedTuple):
+    """A word found by comparing token strings: its category, characters, and whether it is one."""
+
+    word: str
+    category: str
+    start: int
+    end: int
+    right: bool
+
+
+def string_matches(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[WordMatch]:
+    """Words of the categories as a comparison of token strings finds them, in order of the text.
+
+    A word is found wherever its tokens stand in a row, written with or without a space before it,
+    also inside a longer word: the published code's search (paper, section 5).
+    """
+    encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    tokens, offsets = encoded.tokens(), encoded["offset_mapping"]
+    right = {
+        (prompt[e.start : e.end].strip(), e.end) for e in prompt_elements(prompt) if _is_word(e)
+    }
+    body = prompt.index("\n\n")
+    found: dict[tuple[str, int], WordMatch] = {}
+    for word, category in word_categories().items():
+        for text in (word, f" {word}"):
+            wanted = tokenizer(text, add_special_tokens=False).tokens()
+            for first in range(len(tokens) - len(wanted) + 1):
+                if tokens[first : first + len(wanted)] == wanted and offsets[first][0] > body:
+                    start, end = offsets[first][0], offsets[first + len(wanted) - 1][1]
+                    match = WordMatch(word, category, start, end, (word, end) in right)
+                    # With the space before it and without, it is the same word.
+                    found[word, end] = match
+    return sorted(found.values(), key=lambda match: (match.start, match.end))
+
+
+def _is_word(element: Element) -> bool:
+    return element.kind not in ("labels", "colons", "blank_lines")
+
+
+def string_matched_pattern(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    search: PreTrainedTokenizerBase | None = None,
+) -> Bool[torch.Tensor, "tokens tokens"]:
+    """The pairs a knockout blocks when words are found by :func:`string_matches`.
+
+    Give it to :class:`icl_helpers.AttentionKnockout` to have the published search. ``search`` finds
+    the words with another tokenizer than the model's, whose tokens are then blocked.
+    """
+    encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    elements = [element for element in prompt_elements(prompt) if not _is_word(element)]
+    for match in string_matches(prompt, search or tokenizer):
+        colon = prompt.index(":", match.end - 1)
+        first = match.category in _FIRST_WORDS
+        follower = (match.end, colon) if first else (colon, colon + 1)
+        elements.append(Element(match.category, match.start, match.end, follower))
+    elements.sort(key=lambda element: element.start)
+    return elements_pattern(elements, encoded["offset_mapping"])
+
+
+def small_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, split_words: bool = True
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of few tokens, trained on texts: it splits words into pieces.
+
+    ``split_words`` keeps words, spaces and punctuation apart before merging; without it a token may
+    reach across them, such as ``:Foo``.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=split_words
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def search_audit(
+    contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, int | float]:
+    """What the published search finds in prompts, counted against the words that are there.
+
+    Also the share of labels that share a token with their colon, which that search misses, and
+    the tokens of a blank line, of which it expects one.
+    """
+    words = wrong = found = labels = joined = 0
+    for context in contexts:
+        matches = string_matches(context, tokenizer)
+        elements = prompt_elements(context)
+        words += sum(_is_word(element) for element in elements)
+        found += sum(match.right for match in matches)
+        wrong += sum(not match.right for match in matches)
+        offsets = tokenizer(context, return_offsets_mapping=True, add_special_tokens=False)
+        starts = {start for start, _ in offsets["offset_mapping"]}
+        for element in elements:
+            if element.kind == "labels":
+                labels += 1
+                joined += element.start not in starts
+    blank = len(tokenizer("A\n\nA", add_special_tokens=False).input_ids) - 2
+    return {
+        "tokens": len(tokenizer),
+        "words": words,
+        "found": found,
+        "found wrongly": wrong,
+        "labels joined to their colon": joined / labels,
+        "tokens of a blank line": blank,
+    }
+
+
+def published_letters(data: str = "synthetic") -> tuple[dict[str, str], str]:
+    """Where each letter task's published rows lie, and what they are.
+
+    A folder given as ``data``; or the published files where ``icl data original`` has put them;
+    else rows drawn by their rule, in a temporary folder that lasts as long as the process.
+    """
+    cached = [original_data_dir() / pattern_spec(task).original_file for task in _PATTERNS]
+    if data not in ("synthetic", "original"):
+        return dict.fromkeys(_PATTERNS, data), "the files given"
+    if data == "original" or all(path.is_file() for path in cached):
+        return dict.fromkeys(_PATTERNS, "original"), "the published files"
+    for task in _PATTERNS:
+        spec = pattern_spec(task)
+        rows = [{spec.field: text, "label": label} for text, label in published_rule_rows(task)]
+        (_scratch() / spec.original_file).write_text(json.dumps(rows))
+    return dict.fromkeys(_PATTERNS, str(_scratch())), "rows drawn by the published rule"
+
+
+@functools.cache
+def _scratch() -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="icl-letters-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def resampled_accuracy(
+    correct: Float[torch.Tensor, " rows"], size: int, *, draws: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """Accuracies over ``size`` rows drawn with repetition, ``draws`` times."""
+    rng = np.random.default_rng(seed)
+    return rng.choice(correct.numpy(), size=(draws, size)).mean(axis=1)

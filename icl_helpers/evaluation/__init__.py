@@ -1,0 +1,1 @@
+"""Scoring prompts under conditions: cells, workers, the store, and the results."""

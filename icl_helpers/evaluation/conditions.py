@@ -1,0 +1,191 @@
+"""What a model is evaluated under: the full model, or heads removed or blocked.
+
+Example
+-------
+>>> scores = icl.prefix_matching_scores(model, icl.random_sequences(tokenizer)).mean(0)
+>>> icl.conditions(scores, fractions=(0.01, 0.03), ablations=("zero", "knockout"))
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+
+from icl_helpers.attention.heads import (
+    CONTROLS,
+    Head,
+    any_layer_heads,
+    check_fraction,
+    layer_matched_heads,
+    random_heads,
+    top_heads,
+)
+from icl_helpers.attention.induction_pattern import CATEGORIES, check_categories
+from icl_helpers.attention.interventions import (
+    AttentionKnockout,
+    Intervention,
+    MeanAblation,
+    ZeroAblation,
+)
+from icl_helpers.errors import InputError
+
+__all__ = ["ABLATIONS", "CATEGORIES", "FULL", "PAPER_ABLATION_SEEDS", "Condition", "conditions"]
+
+
+ABLATIONS = ("mean", "zero", "knockout")
+PAPER_ABLATION_SEEDS = (42, 43, 44)
+
+ConditionName = Literal["full", "induction_heads", "random_heads", "induction_pattern"]
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """One column of the paper's tables (paper, sections 3 to 5).
+
+    ``name`` is full, induction_heads, random_heads or induction_pattern; ``ablation`` is none,
+    mean, zero or knockout. ``categories`` matter to knockout only, ``ablation_seed`` to random
+    heads only. ``borrowed`` lists random heads taken from neighbouring layers.
+    """
+
+    name: ConditionName
+    ablation: Literal["none", "mean", "zero", "knockout"] = "none"
+    fraction: float = 0.0
+    ablation_seed: int | None = None
+    heads: tuple[Head, ...] = ()
+    head_outputs: Float[torch.Tensor, "layers positions heads d_head"] | None = field(
+        default=None, repr=False
+    )
+    categories: tuple[str, ...] = CATEGORIES
+    borrowed: tuple[Head, ...] = ()
+
+    def interventions(self, blocked: torch.Tensor | None = None) -> list[Intervention]:
+        """Interventions for one batch; knockout needs ``blocked`` [batch, query, key]."""
+        if self.ablation == "none":
+            return []
+        if self.ablation == "zero":
+            return [ZeroAblation(self.heads)]
+        if self.ablation == "mean":
+            if self.head_outputs is None:
+                raise InputError("mean ablation needs head_outputs; see mean_head_outputs()")
+            return [MeanAblation(self.heads, self.head_outputs)]
+        if blocked is None:
+            raise InputError("attention knockout needs the blocked pairs of the batch")
+        return [AttentionKnockout(self.heads, blocked)]
+
+    def identity(self) -> dict[str, Any]:
+        """Everything about the condition that decides a result, as JSON values."""
+        identity: dict[str, Any] = {
+            "condition": self.name,
+            "ablation": self.ablation,
+            "fraction": self.fraction,
+            "ablation_seed": self.ablation_seed,
+            "heads": sorted([head.layer, head.head] for head in self.heads),
+        }
+        if self.ablation == "knockout":
+            identity["categories"] = sorted(self.categories)
+        if self.ablation == "mean" and self.head_outputs is not None:
+            chosen = torch.stack([self.head_outputs[h.layer, :, h.head] for h in self.heads])
+            raw = chosen.float().contiguous().cpu().numpy().tobytes()
+            identity["means"] = hashlib.sha256(raw).hexdigest()[:16]
+        return identity
+
+
+FULL = Condition("full")
+
+
+def conditions(
+    scores: Float[torch.Tensor, "layers heads"],
+    *,
+    fractions: Sequence[float] = (0.01, 0.03),
+    ablations: Sequence[str] = ("mean", "knockout"),
+    head_outputs: Float[torch.Tensor, "layers positions heads d_head"] | None = None,
+    ablation_seeds: Sequence[int] = PAPER_ABLATION_SEEDS,
+    control: Literal["published", "strict", "any_layer"] = "published",
+    categories: Sequence[str] = CATEGORIES,
+    full: bool = True,
+) -> list[Condition]:
+    """All conditions of the paper's tables for these ablations and fractions.
+
+    Parameters
+    ----------
+    scores
+        Prefix-matching scores averaged over the sequences.
+    ablations
+        Any of ``mean``, ``zero`` (induction heads and random heads) and ``knockout`` (induction
+        pattern).
+    control
+        ``published``: random heads may be induction heads again; ``strict``: they may not, and
+        where a layer has too few others they come from the nearest layers (paper, section 3).
+        ``any_layer``: heads of any layer but the last, as the paper's appendix A.5 has it for the
+        zero ablation.
+    categories
+        What a knockout blocks; see :func:`icl_helpers.induction_pattern` (paper, section 5).
+    full
+        Put the full model first.
+    """
+    _check(fractions, ablations, ablation_seeds, control, categories)
+    if "mean" in ablations and head_outputs is None:
+        raise InputError(
+            "mean ablation needs head_outputs: compute them with mean_head_outputs(model, "
+            "reference_ids(...)), or leave 'mean' out of ablations"
+        )
+    found = [FULL] if full else []
+    for ablation in dict.fromkeys(ablations):
+        for fraction in dict.fromkeys(fractions):
+            induction = tuple(top_heads(scores, fraction))
+            if ablation == "knockout":
+                found.append(
+                    Condition(
+                        "induction_pattern", "knockout", fraction, None, induction,
+                        categories=tuple(categories),
+                    )
+                )  # fmt: skip
+                continue
+            means = head_outputs if ablation == "mean" else None
+            kind: Any = ablation
+            found.append(Condition("induction_heads", kind, fraction, None, induction, means))
+            for seed in dict.fromkeys(ablation_seeds):
+                drawn, borrowed = _control(induction, scores, seed, control)
+                found.append(
+                    Condition(
+                        "random_heads", kind, fraction, seed, tuple(drawn), means,
+                        borrowed=tuple(borrowed),
+                    )
+                )  # fmt: skip
+    return found
+
+
+def _control(
+    induction: tuple[Head, ...], scores: torch.Tensor, seed: int, control: str
+) -> tuple[list[Head], list[Head]]:
+    n_layers, n_heads = scores.shape
+    if control == "any_layer":
+        return any_layer_heads(len(induction), n_layers, n_heads, seed=seed), []
+    if control == "published":
+        return random_heads(induction, n_heads, seed=seed), []
+    return layer_matched_heads(induction, n_heads, n_layers, seed=seed, exclude=induction)
+
+
+def _check(
+    fractions: Sequence[float],
+    ablations: Sequence[str],
+    ablation_seeds: Sequence[int],
+    control: str,
+    categories: Sequence[str],
+) -> None:
+    for fraction in fractions:
+        check_fraction(fraction)
+    for ablation in ablations:
+        if ablation not in ABLATIONS:
+            raise InputError(f"ablations must be among {', '.join(ABLATIONS)}, got {ablation!r}")
+    check_categories(categories)
+    for seed in ablation_seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"ablation_seeds must be whole numbers, got {seed!r}")
+    if control not in CONTROLS:
+        raise InputError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}")

@@ -1,0 +1,366 @@
+"""Few-shot accuracy of a model under every condition, through lm-eval's task objects.
+
+Prompts are built and tokenised once per task, shots and seed, and reused by every condition. With
+a run directory each finished cell is kept, a later call computes only what is missing, and cells
+that workers gave up are recorded one by one below ``run_dir/failed``.
+
+Example
+-------
+>>> results = icl.evaluate(model, tokenizer, tasks=["repetition"], shots=[5, 10],
+...                        conditions=icl.conditions(scores, ablations=("zero",)))
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from icl_helpers.attention.hook import attention_layout, check_heads
+from icl_helpers.errors import InputError
+from icl_helpers.evaluation.cells import (
+    Cell,
+    CellGroup,
+    Job,
+    ModelSource,
+    pack,
+    score_group,
+    stored_cells,
+)
+from icl_helpers.evaluation.conditions import FULL, Condition
+from icl_helpers.evaluation.scorer import InterventionLM
+from icl_helpers.evaluation.store import CellStore, EvaluationResults, document_frame, finish
+from icl_helpers.evaluation.workers import (
+    FailedCellsError,
+    Failure,
+    Workers,
+    as_workers,
+    chunk_size,
+    run_jobs,
+)
+from icl_helpers.files import check_run_dir, content_key, write_json
+from icl_helpers.models.fingerprint import model_key
+from icl_helpers.tasks.specs import get_task_spec
+
+__all__ = [
+    "Request",
+    "describe_failures",
+    "evaluate",
+    "evaluate_request",
+    "plan_request",
+    "record_failures",
+    "resolve_shots",
+]
+
+
+Shots = int | Sequence[int] | Mapping[str, Sequence[int]] | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated: groups of cells, the seeds that share each group, and where to.
+
+    ``seeds`` has a list per group: the demonstration seeds for which its rows are repeated.
+    """
+
+    groups: tuple[CellGroup, ...]
+    seeds: tuple[list[int], ...]
+    directory: Path | None
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: Sequence[str],
+    shots: Shots = None,
+    conditions: Sequence[Condition | str] = (FULL,),
+    seeds: Sequence[int] = (42, 43, 44),
+    limit: int | None = None,
+    batch_size: int | str = "auto",
+    run_dir: str | os.PathLike[str] | None = None,
+    labels: str | None = None,
+    data: str = "synthetic",
+    revision: str | None = None,
+    executor: Executor | Workers | None = None,
+    source: ModelSource | None = None,
+) -> EvaluationResults:
+    """Accuracy of every task x shots x condition x demonstration seed, as a tidy frame.
+
+    Parameters
+    ----------
+    tasks
+        Task names; see :func:`icl_helpers.task_names`.
+    shots
+        One number, several, or a mapping from task to numbers; None: each task's own.
+    conditions
+        From :func:`icl_helpers.conditions`; ``"full"`` is the untouched model.
+    seeds
+        Demonstration seeds. Zero-shot prompts have no demonstrations: they are scored once and the
+        row repeats for every seed.
+    limit
+        Only the first documents of each task; None: all.
+    run_dir
+        Keeps every finished cell below ``run_dir/cells`` and writes ``results.parquet`` and
+        ``documents.parquet``.
+    labels, data
+        See :func:`icl_helpers.build_prompts`.
+    executor, source
+        Score the cells elsewhere: any ``concurrent.futures.Executor``, or the workers of
+        :mod:`icl_helpers.evaluation.workers`, and where they load ``model`` from. The
+        results are those of this process.
+
+    Returns
+    -------
+    EvaluationResults
+        A DataFrame with columns task, labels, shots, condition, ablation, fraction, ablation_seed,
+        demonstration_seed, n, n_invalid, accuracy. ``n_invalid`` documents had logits that were not
+        finite; they are left out of ``n`` and ``accuracy``. Its attribute ``documents`` is
+        the per-document frame, as :func:`document_results` describes it.
+
+    Raises
+    ------
+    InputError
+        Anything that cannot be evaluated, before the first forward pass over a prompt.
+    FailedCellsError
+        Workers gave up cells; all others are finished, and written below ``run_dir``.
+    """
+    request = plan_request(
+        tasks=tasks, shots=shots, conditions=conditions, seeds=seeds, limit=limit, labels=labels,
+        data=data, run_dir=run_dir,
+    )  # fmt: skip
+    layout = attention_layout(model)
+    for condition in request.groups[0].conditions:
+        check_heads(condition.heads, layout)
+    lm = InterventionLM(model, tokenizer, batch_size=batch_size)
+    if source is not None:
+        source = replace(source, batch_size=batch_size)
+    key = model_key(model, tokenizer, revision)
+    return evaluate_request(request, key, load=lambda: lm, executor=executor, source=source)
+
+
+def plan_request(
+    *,
+    tasks: Sequence[str],
+    shots: Shots,
+    conditions: Sequence[Condition | str],
+    seeds: Sequence[int],
+    limit: int | None,
+    labels: str | None,
+    data: str,
+    run_dir: str | os.PathLike[str] | None,
+) -> Request:
+    """Check the arguments of :func:`evaluate` that need no model, and divide them into groups."""
+    chosen = _as_conditions(conditions)
+    plan = _plan(tasks, shots, seeds, labels)
+    directory = None if run_dir is None else check_run_dir(run_dir)
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise InputError(f"limit must be a whole number >= 1 or None, got {limit!r}")
+    groups = tuple(
+        CellGroup(task, task_labels, n_shots, task_seeds[0], limit, data, chosen)
+        for task, task_labels, n_shots, task_seeds in plan
+    )
+    return Request(groups, tuple(task_seeds for *_, task_seeds in plan), directory)
+
+
+def evaluate_request(
+    request: Request,
+    key: dict[str, Any],
+    *,
+    load: Callable[[], InterventionLM],
+    executor: Executor | Workers | None = None,
+    source: ModelSource | None = None,
+) -> EvaluationResults:
+    """Results of a request for the model of ``key``, which is loaded only if a cell is missing.
+
+    ``load`` gives the model to score with in this process; workers take it from ``source``. Raises
+    as :func:`evaluate` does.
+    """
+    directory = request.directory
+    store = None if directory is None else CellStore(directory / "cells")
+    failures: list[Failure] = []
+    if executor is None:
+        cells = _score_here(load, request.groups, key, store)
+    else:
+        if source is None:
+            raise InputError("with an executor, evaluate() needs source=ModelSource(name, ...)")
+        cells, failures = _score_elsewhere(as_workers(executor), source, request.groups, key, store)
+    if directory is not None:
+        record_failures(directory, request.groups, key, failures)
+    seeds_of = [
+        seeds
+        for group, seeds in zip(request.groups, request.seeds, strict=True)
+        for _ in group.conditions
+    ]
+    frames = [
+        document_frame(*cells[number], seed)
+        for number, task_seeds in enumerate(seeds_of)
+        for seed in task_seeds
+        if number in cells
+    ]
+    found = finish(pd.concat(frames, ignore_index=True), directory) if frames else None
+    if failures:
+        raise FailedCellsError(describe_failures(failures, directory))
+    return cast("EvaluationResults", found)
+
+
+def resolve_shots(task: str, shots: Shots) -> list[int]:
+    """Numbers of demonstrations for a task: those given, or the task's own."""
+    given = shots.get(task) if isinstance(shots, Mapping) else shots
+    if given is None:
+        return list(get_task_spec(task).default_shots)
+    values = [given] if isinstance(given, int) else list(given)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InputError(f"shots must be whole numbers >= 0, got {value!r} for {task}")
+    return values
+
+
+def _plan(
+    tasks: Sequence[str], shots: Shots, seeds: Sequence[int], labels: str | None
+) -> list[tuple[str, str, int, list[int]]]:
+    """(task, labels, shots, seeds that share these prompts), in order; checks all of them."""
+    if isinstance(tasks, str) or not tasks:
+        raise InputError(f"tasks must be a list of task names, got {tasks!r}")
+    if not seeds:
+        raise InputError(
+            "seeds must hold at least one demonstration seed, for example [42, 43, 44]"
+        )
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"seeds must be whole numbers, got {seed!r}")
+    plan, drawn = [], list(dict.fromkeys(seeds))
+    for task in dict.fromkeys(tasks):
+        spec = get_task_spec(task)
+        for n_shots in dict.fromkeys(resolve_shots(task, shots)):
+            groups = [drawn] if n_shots == 0 else [[seed] for seed in drawn]
+            plan += [(task, labels or spec.default_labels, n_shots, group) for group in groups]
+    return plan
+
+
+def _as_conditions(given: Sequence[Condition | str]) -> tuple[Condition, ...]:
+    """Conditions, each of them told apart by what the results say of it."""
+    chosen = tuple(_as_condition(condition) for condition in given)
+    names = [(c.name, c.ablation, c.fraction, c.ablation_seed) for c in chosen]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"two conditions have the name, ablation, fraction and ablation_seed {twice}, by which "
+            f"results are told apart; give one of them another ablation_seed, or evaluate them in "
+            f"two calls"
+        )
+    return chosen
+
+
+def _as_condition(condition: Condition | str) -> Condition:
+    if isinstance(condition, Condition):
+        return condition
+    if condition == "full":
+        return FULL
+    raise InputError(
+        f"conditions must be 'full' or come from icl_helpers.conditions(scores, ...), got "
+        f"{condition!r}"
+    )
+
+
+def _score_here(
+    load: Callable[[], InterventionLM],
+    groups: Sequence[CellGroup],
+    key: dict[str, Any],
+    store: CellStore | None,
+) -> dict[int, Cell]:
+    """Cells by their number, scored one after another in this process."""
+    cells: dict[int, Cell] = {}
+    with tqdm(total=_count(groups), desc="cells", unit="cell") as progress:
+        for group in groups:
+            for cell in score_group(load, group, key, store):
+                cells[len(cells)] = cell
+                progress.update()
+    return cells
+
+
+def _score_elsewhere(
+    workers: Workers,
+    source: ModelSource,
+    groups: Sequence[CellGroup],
+    key: dict[str, Any],
+    store: CellStore | None,
+) -> tuple[dict[int, Cell], list[Failure]]:
+    """The same by workers, which are given only what the store lacks."""
+    size = chunk_size(len(groups), len(groups[0].conditions), workers)
+    jobs: list[Job] = []
+    cells: dict[int, Cell] = {}
+    first = 0
+    for group in groups:
+        found = {} if store is None else stored_cells(group, key, store)
+        cells |= {first + place: cell for place, cell in found.items()}
+        missing = [place for place in range(len(group.conditions)) if place not in found]
+        if missing:
+            where = None if store is None else store.directory
+            rest = replace(group, conditions=tuple(group.conditions[place] for place in missing))
+            places = [first + place for place in missing]
+            job = pack(rest, source=source, key=key, cells_dir=where, places=places)
+            jobs += job.split(size)
+        first += len(group.conditions)
+    with tqdm(total=_count(groups), initial=len(cells), desc="cells", unit="cell") as progress:
+
+        def keep(job: Job, found: list[Cell]) -> None:
+            cells.update(zip(job.places, found, strict=True))
+            progress.update(len(found))
+            # Workers may not share the directory; where they do, the file is there already.
+            for spec, documents in found:
+                if store is not None and not store.path(spec).is_file():
+                    store.write(spec, documents)
+
+        failures = run_jobs(jobs, workers, on_cells=keep)
+    return cells, failures
+
+
+def _count(groups: Sequence[CellGroup]) -> int:
+    return sum(len(group.conditions) for group in groups)
+
+
+def record_failures(
+    directory: Path,
+    groups: Sequence[CellGroup],
+    key: dict[str, Any],
+    failures: Sequence[Failure],
+) -> None:
+    """Write what failed and why; take back the record of what has succeeded since."""
+    records = {
+        _path(directory, single, key): {**single.describe(), "reason": failure.reason}
+        for failure in failures
+        for single in failure.job.group.split(1)
+    }
+    if (directory / "failed").is_dir():
+        for group in groups:
+            for single in group.split(1):
+                if (path := _path(directory, single, key)) not in records:
+                    path.unlink(missing_ok=True)
+    for path, record in records.items():
+        write_json(path, record)
+
+
+def describe_failures(failures: Sequence[Failure], directory: Path | None) -> str:
+    """One sentence with the first failure, and where the others are."""
+    count = sum(len(failure.job.places) for failure in failures)
+    cell = failures[0].job.group.describe()
+    where = "" if directory is None else f" (all of them in {directory / 'failed'})"
+    return (
+        f"{count} cells failed, the others are finished and kept{where}. The first is "
+        f"{cell['task']}, {cell['shots']} shots, seed {cell['demonstration_seed']}, "
+        f"{cell['conditions'][0]}: {failures[0].reason}"
+    )
+
+
+def _path(directory: Path, group: CellGroup, key: dict[str, Any]) -> Path:
+    content = [group.describe(), group.limit, group.data, key]
+    return directory / "failed" / f"{group.task}_{content_key(content)}.json"

@@ -1,0 +1,243 @@
+"""Finished cells, one file each, and the tables of a run that are made from them.
+
+A cell is one task x labels x shots x demonstration seed x condition. Its file's name and content
+carry a key: a hash of everything that decides the number. The tables hold a row per document under
+its key, and the accuracies made from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from icl_helpers.errors import InputError
+from icl_helpers.files import (
+    atomic_path,
+    check_run_dir,
+    content_key,
+    set_aside,
+    write_json,
+)
+
+__all__ = [
+    "KEYS",
+    "CellStore",
+    "EvaluationResults",
+    "accuracies",
+    "collect_results",
+    "document_frame",
+    "document_results",
+    "finish",
+    "read_frame",
+]
+
+
+_FORMAT = 1
+
+
+class CellStore:
+    """Finished cells below one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, spec: dict[str, Any]) -> Path:
+        """File of the cell that ``spec`` describes."""
+        return self.directory / f"{self.stem(spec)}_{content_key(spec)}.json"
+
+    def stem(self, spec: dict[str, Any]) -> str:
+        """Start of the file's name, without the key; cells of other models share it."""
+        parts = [spec["task"], spec["labels"], f"{spec['shots']}shot", spec["condition"]]
+        parts += [spec["ablation"], f"{spec['fraction']:.4g}", f"a{spec['ablation_seed']}"]
+        return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(map(str, parts)))[:120]
+
+    def stems(self) -> set[str]:
+        """Starts of the names of all files."""
+        return {path.name.rpartition("_")[0] for path in self.directory.glob("*.json")}
+
+    def read(self, spec: dict[str, Any]) -> dict[str, Any] | None:
+        """The cell's documents, or None when it is not there or damaged (then set aside)."""
+        path = self.path(spec)
+        cell = _read_checked(path, lambda content: content["spec"] == spec)
+        return None if cell is None else cell["documents"]
+
+    def write(self, spec: dict[str, Any], documents: dict[str, Any]) -> None:
+        """Write a finished cell."""
+        body = {"format": _FORMAT, "spec": spec, "documents": documents}
+        write_json(self.path(spec), {**body, "checksum": content_key(body)})
+
+    def cells(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Every valid cell in the directory: its spec and its documents."""
+        for path in sorted(self.directory.glob("*.json")):
+            cell = _read_checked(path, lambda content: True)
+            if cell is not None:
+                yield cell["spec"], cell["documents"]
+
+
+def _read_checked(path: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+        checksum = content.pop("checksum")
+        if content["format"] != _FORMAT or checksum != content_key(content) or not fits(content):
+            raise ValueError("checksum differs")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        set_aside(path, f"is damaged ({type(error).__name__})")
+        return None
+    return content
+
+
+KEYS = [
+    "task",
+    "labels",
+    "shots",
+    "condition",
+    "ablation",
+    "fraction",
+    "ablation_seed",
+    "demonstration_seed",
+]
+
+
+class EvaluationResults(pd.DataFrame):
+    """A tidy frame of accuracies; ``documents`` is the per-document frame behind it."""
+
+    _metadata = ["documents"]  # noqa: RUF012 - the name and form that pandas looks for
+    documents: pd.DataFrame
+
+
+def document_frame(spec: dict[str, Any], documents: dict[str, Any], seed: int) -> pd.DataFrame:
+    """A cell's documents under its key, at one demonstration seed."""
+    # A cell read back from its file has its keys in another order.
+    frame = pd.DataFrame(documents)[["doc_id", "correct", "margin", "valid"]]
+    frame["margin"] = frame["margin"].astype("float64")
+    values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}
+    for position, key in enumerate(KEYS):
+        frame.insert(position, key, values[key])
+    return frame.astype({"ablation_seed": "Int64", "demonstration_seed": "Int64", "shots": "int64"})
+
+
+def accuracies(documents: pd.DataFrame) -> pd.DataFrame:
+    """One row per key: n, n_invalid and the accuracy of the valid documents."""
+    documents = documents.assign(
+        right=documents["correct"].where(documents["valid"]).astype("float64")
+    )
+    grouped = documents.groupby(KEYS, dropna=False, sort=False)
+    results = grouped.agg(
+        n=("valid", "sum"), total=("valid", "size"), accuracy=("right", "mean")
+    ).reset_index()
+    results["n_invalid"] = results.pop("total") - results["n"]
+    return results[[*KEYS, "n", "n_invalid", "accuracy"]]
+
+
+def finish(documents: pd.DataFrame, directory: Path | None) -> EvaluationResults:
+    """The results of these documents, kept below the run directory; warns of invalid ones."""
+    results = accuracies(documents)
+    invalid = int(results["n_invalid"].sum())
+    if invalid:
+        warnings.warn(
+            f"{invalid} documents had logits that were not finite; they are counted in n_invalid "
+            f"and left out of the accuracies",
+            stacklevel=3,
+        )
+    if directory is not None:
+        collect_results(directory, documents)
+    found = EvaluationResults(results)
+    found.documents = documents
+    return found
+
+
+def collect_results(run_dir: str | os.PathLike[str], documents: pd.DataFrame) -> pd.DataFrame:
+    """Add ``documents`` to a run's tables and return the accuracies of the whole run.
+
+    Rows with the same key are replaced, so that a frame never holds two generations of a cell. Each
+    writer leaves its rows in a file of its own below ``parts``, of which the tables are assembled,
+    so that several at once lose nothing and need no locks.
+    """
+    directory = check_run_dir(run_dir)
+    _write_part(directory / "parts", documents)
+    while True:
+        parts = _parts(directory)
+        whole = _assembled(parts, documents)
+        results = accuracies(whole)
+        for frame, name in ((whole, "documents"), (results, "results")):
+            _write_parquet(directory / f"{name}.parquet", frame)
+        # Whoever adds a part later sees this one; what was added meanwhile is not in these tables.
+        if _parts(directory) == parts:
+            return results
+
+
+def _write_part(folder: Path, documents: pd.DataFrame) -> None:
+    """Rows under their keys' name and the time; earlier parts with the same keys go."""
+    keys = documents[KEYS].drop_duplicates().astype(object)
+    name = content_key(sorted(map(str, keys.itertuples(index=False, name=None))))
+    earlier = list(folder.glob(f"*-{name}.parquet"))
+    _write_parquet(folder / f"{time.time_ns():020}-{name}.parquet", documents)
+    for path in earlier:
+        path.unlink(missing_ok=True)
+
+
+def _parts(directory: Path) -> list[Path]:
+    """Files of the parts, oldest first."""
+    return sorted((directory / "parts").glob("*.parquet"))
+
+
+def _assembled(parts: list[Path], own: pd.DataFrame) -> pd.DataFrame:
+    """Rows of all parts, in their order; of those with the same key the newest part's.
+
+    ``own`` rows count as the oldest: another writer may replace their part while parts are read.
+    """
+    frames: list[pd.DataFrame] = []
+    for frame in [*map(_read_parquet, reversed(parts)), own]:
+        if frame is not None:
+            frames.append(frame[~_keys(frame).isin(_keys(pd.concat(frames)))] if frames else frame)
+    return pd.concat([frame for frame in reversed(frames) if len(frame)], ignore_index=True)
+
+
+def _keys(frame: pd.DataFrame) -> pd.MultiIndex:
+    return pd.MultiIndex.from_frame(frame[KEYS])
+
+
+def _write_parquet(path: Path, frame: pd.DataFrame) -> None:
+    with atomic_path(path) as temporary:
+        frame.to_parquet(temporary, index=False)
+
+
+def document_results(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
+    """Per-document results of a run: the key columns, doc_id, correct, margin, valid.
+
+    ``margin`` is the log-probability of the right label minus that of the best wrong one, in nats.
+    """
+    return read_frame(check_run_dir(run_dir) / "documents.parquet")
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """A run's table; raises :class:`InputError` when it is not there or damaged."""
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist: run the evaluation stages first (notebooks 3 to 6)"
+        )
+    frame = _read_parquet(path)
+    if frame is None:
+        raise InputError(
+            f"{path} was damaged; run the evaluation again, which makes it anew from the finished "
+            f"cells"
+        )
+    return frame
+
+
+def _read_parquet(path: Path) -> pd.DataFrame | None:
+    try:
+        return pd.read_parquet(path)
+    except Exception as error:
+        set_aside(path, f"is damaged ({type(error).__name__})")
+        return None

@@ -1,0 +1,219 @@
+"""Files: where those that travel with the package lie, and results that are whole or absent.
+
+Results are written under a temporary name, flushed and renamed, which needs no locks and is safe
+with several writers on one directory; a tensor's file holds the key of what it was computed from
+and a checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from icl_helpers.errors import ICLError, InputError, MissingArtefactError
+
+__all__ = [
+    "StorageError",
+    "atomic_path",
+    "book_dir",
+    "check_run_dir",
+    "content_key",
+    "embedded_dir",
+    "kept_tensor",
+    "notebooks_dir",
+    "project_root",
+    "set_aside",
+    "synthetic_dir",
+    "tasks_dir",
+    "user_path",
+    "write_json",
+]
+
+
+_PACKAGE = Path(__file__).resolve().parent
+_LONGEST_NAME = 255
+
+
+def user_path(given: str | os.PathLike[str]) -> Path:
+    """A path that a user gave, with ``~`` for the home directory.
+
+    Raises :class:`InputError` for what no file system takes, before one is asked.
+    """
+    text = os.fspath(given)
+    too_long = any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts)
+    if too_long or not text.strip() or "\0" in text:
+        shown = text if len(text) <= 60 else text[:60] + "..."
+        raise InputError(
+            f"{shown!r} can be no path: it is empty, or holds a NUL or a name of more than "
+            f"{_LONGEST_NAME} bytes"
+        )
+    # Unlike pathlib's, this one leaves the name of an unknown user as it is.
+    return Path(os.path.expanduser(text))
+
+
+def project_root() -> Path:
+    """Folder that holds ``tasks/``, ``synthetic/``, ``notebooks/`` and ``book/``.
+
+    A wheel carries them under ``icl_helpers/_bundle``; in a checkout they lie beside the package.
+    """
+    bundle = _PACKAGE / "_bundle"
+    return bundle if bundle.is_dir() else _PACKAGE.parent
+
+
+def _folder(name: str) -> Path:
+    path = project_root() / name
+    if not path.is_dir():
+        raise MissingArtefactError(
+            f"{path} is missing: the installation is incomplete. Reinstall icl-helpers, or run "
+            f"from a complete checkout."
+        )
+    return path
+
+
+def tasks_dir() -> Path:
+    """Folder of the lm-eval task files (pass it to lm-eval as ``--include_path``)."""
+    return _folder("tasks")
+
+
+def synthetic_dir() -> Path:
+    """Folder of the word lists and the generated data sets."""
+    return _folder("synthetic")
+
+
+def notebooks_dir() -> Path:
+    """Folder of the stage notebooks."""
+    return _folder("notebooks")
+
+
+def book_dir() -> Path:
+    """Folder of the hand-written pages of the book."""
+    return _folder("book")
+
+
+def embedded_dir() -> Path:
+    """Folder of the embedded models, one sub-folder each."""
+    return _PACKAGE / "embedded"
+
+
+# Less than file systems allow: archives and copies add to a directory's name.
+_LONGEST_PART = 200
+
+
+class StorageError(ICLError, OSError):
+    """A result could not be written; what was there before is intact."""
+
+
+def content_key(content: Any) -> str:
+    """Hash of a JSON-serialisable value, 24 hex digits."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def check_run_dir(run_dir: str | os.PathLike[str]) -> Path:
+    """Validate a run directory; raises :class:`InputError` for one that cannot be one."""
+    text = os.fspath(run_dir) if isinstance(run_dir, (str, os.PathLike)) else run_dir
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise InputError(
+            f"run_dir must be a directory path such as 'runs/icl-tiny', got {run_dir!r}"
+        )
+    if any(len(os.fsencode(part)) > _LONGEST_PART for part in Path(text).parts):
+        raise InputError(
+            f"run_dir has a part longer than {_LONGEST_PART} bytes; choose a shorter name"
+        )
+    path = user_path(text)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"run_dir {path} is a file; give a directory")
+    return path
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it there when the block succeeds.
+
+    Raises :class:`StorageError` naming the path when the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}. Free space or choose another run "
+            f"directory, then run again; finished results are kept"
+        ) from error
+    finally:
+        # What cannot be removed was never there: its own error would hide the first one.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically; NaN and infinity are refused rather than written as invalid JSON."""
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a damaged file to ``<name>.damaged-N`` and say so; it is never deleted."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    try:
+        os.replace(path, target)
+    except FileNotFoundError:
+        return target
+    warnings.warn(f"{path} {why}; set aside as {target.name} and computed again", stacklevel=2)
+    return target
+
+
+def kept_tensor(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The tensor in ``path`` if it was written under this key, else a computed one, written there.
+
+    A damaged file is set aside by name. Raises :class:`StorageError` when it cannot be written.
+    """
+    stored = _read(path, key)
+    if stored is None:
+        stored = compute().contiguous()
+        # One entry: several would be written in any order, and equal files would differ.
+        metadata = {"key": f"{key} {_checksum(stored)}"}
+        with atomic_path(path) as temporary:
+            save_file({path.stem: stored}, temporary, metadata=metadata)
+    return stored
+
+
+def _read(path: Path, key: str) -> torch.Tensor | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            written, _, checksum = (file.metadata() or {}).get("key", "").partition(" ")
+            if written != key or not checksum:
+                return None
+            tensor: torch.Tensor = file.get_tensor(path.stem)
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, ValueError) as error:
+        set_aside(path, f"is damaged ({error})")
+        return None
+    if _checksum(tensor) != checksum:
+        set_aside(path, "is damaged (checksum differs)")
+        return None
+    return tensor
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    raw = tensor.contiguous().cpu().view(torch.uint8).numpy()
+    return hashlib.sha256(raw.data).hexdigest()

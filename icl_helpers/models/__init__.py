@@ -1,0 +1,1 @@
+"""Loading models and tokenizers, telling them apart, and the text for their means."""

@@ -1,0 +1,185 @@
+"""What a notebook shows of a run: figures with computed descriptions, tables to download.
+
+A cell's caption and alternative text are fixed when the notebook is written, but what a figure
+shows is known only after it ran. :func:`show_figure` stores both with the figure's output, under
+the key :data:`DESCRIPTION`, and the book puts them in place of the cell's own.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import HTML, Markdown, display
+from matplotlib.figure import Figure
+
+from icl_helpers.errors import InputError
+from icl_helpers.results.comparison import PAPER_MODELS, overlay, published_table
+from icl_helpers.results.figures import accuracy_bars, bars_alt, benefit_alt, benefit_bars
+from icl_helpers.results.statistics import left_out_tasks
+from icl_helpers.results.tables import annotated_table, write_table
+from icl_helpers.run.run import Run
+from icl_helpers.tasks.data import load_splits
+from icl_helpers.tasks.specs import STAND_IN_TASKS, text_spec
+
+__all__ = [
+    "DESCRIPTION",
+    "describe_text_tasks",
+    "show_bars",
+    "show_benefit",
+    "show_figure",
+    "show_paper_table",
+    "show_published",
+    "show_table",
+    "text_task_table",
+]
+
+
+DESCRIPTION = "icl_description"
+
+
+def show_figure(figure: Figure, *, alt: str, caption: str) -> None:
+    """Display a figure together with its alternative text and caption."""
+    display(figure, metadata={DESCRIPTION: {"alt": alt, "caption": caption}})  # type: ignore[no-untyped-call]
+
+
+def show_bars(
+    results: pd.DataFrame, *, ablations: Sequence[str], caption: str, shots: str = "most"
+) -> None:
+    """Display a figure of :func:`accuracy_bars` with its heights as alternative text."""
+    chosen: dict[str, Any] = {"ablations": ablations, "shots": shots}
+    seeds = ", ".join(map(str, sorted(set(results["demonstration_seed"]))))
+    most = int(results["n"].max()) if len(results) else 0
+    caption = f"{caption} At most {most} documents a task, demonstration seeds {seeds}."
+    show_figure(accuracy_bars(results, **chosen), alt=bars_alt(results, **chosen), caption=caption)
+
+
+def show_table(
+    frame: pd.DataFrame, *, label: str, directory: Path | None = None, name: str = ""
+) -> None:
+    """Display a table in a frame that scrolls sideways on a narrow screen.
+
+    With a directory the table is also written there as ``name.csv`` and ``name.tex``, and links to
+    both follow it; they lead to ``tables/`` beside the page, where the book puts the run's files.
+    """
+    # An interval stands below its value and is not broken: columns stay narrow and readable.
+    table = frame.to_html(border=0, na_rep="").replace("\n", " ").replace(" [", "<br>[")
+    height = "; max-height: 40rem" if len(frame) > 30 else ""
+    region = (
+        f'<div role="region" aria-label="{html.escape(label)}" tabindex="0" '
+        f'style="overflow-x: auto; white-space: nowrap{height}">{table}</div>'
+    )
+    display(HTML(region))  # type: ignore[no-untyped-call]
+    if directory is not None:
+        write_table(frame, directory, name)
+        display(  # type: ignore[no-untyped-call]
+            Markdown(f"Download {label}: [CSV](tables/{name}.csv), [LaTeX](tables/{name}.tex)")
+        )
+
+
+def show_paper_table(run: Run, number: int) -> None:
+    """Display a table of the paper for a run: cells with intervals and marks, and its tests.
+
+    Both are written to ``run_dir/tables`` as ``table-N`` and ``table-N-tests``. Says so where the
+    run holds no task of the table.
+    """
+    documents = run.documents() if number in (1, 4) else run.nlp_documents()
+    try:
+        found = annotated_table(documents, number)
+    except InputError as error:
+        display(Markdown(f"*Nothing to show: {error}.*"))  # type: ignore[no-untyped-call]
+        return
+    folder = run.directory / "tables"
+    cells = _narrow(found.cells)
+    show_table(cells, label=f"table {number}", directory=folder, name=f"table-{number}")
+    tests = found.tests.round(6)
+    write_table(tests, folder, f"table-{number}-tests")
+    name = f"tables/table-{number}-tests"
+    clear = int(tests["distinguishable"].sum())
+    display(  # type: ignore[no-untyped-call]
+        Markdown(
+            f"{clear} of {len(tests)} comparisons are distinguishable from noise. Differences, "
+            f"intervals, p-values before and after correction and effect sizes (Cohen's g) of "
+            f"all of them: [CSV]({name}.csv), [LaTeX]({name}.tex)"
+        )
+    )
+
+
+def show_published(run: Run, number: int) -> None:
+    """Display what is published in a table: beside a paper's model's run, else on its own.
+
+    For one of the paper's models: the published value, the run's and their difference, row by row.
+    For any other the published table of both models, under their names, since a difference would
+    compare models.
+    """
+    folder = run.directory / "tables"
+    beside = overlay(run.directory)
+    if beside is not None:
+        rows = beside[beside["table"] == number].drop(columns="table").round(1)
+        label = f"table {number}, published and recomputed"
+        show_table(rows, label=label, directory=folder, name=f"published-{number}")
+        return
+    for model in PAPER_MODELS.values():
+        label = f"table {number} as published for {model}"
+        display(Markdown(f"**Published, {model}**"))  # type: ignore[no-untyped-call]
+        name = f"published-{number}-{model.lower()}"
+        cells = _narrow(published_table(number, model))
+        show_table(cells, label=label, directory=folder, name=name)
+
+
+def _narrow(cells: pd.DataFrame) -> pd.DataFrame:
+    """A table without its level of labels, where there is one kind only."""
+    labels = cells.index.get_level_values("labels")
+    return cells.droplevel("labels") if labels.nunique() == 1 else cells
+
+
+def show_benefit(changes: pd.DataFrame, *, ablation: str) -> None:
+    """Display :func:`icl_helpers.results.figures.benefit_bars` with a computed caption."""
+    out = left_out_tasks(changes)
+    names = [f"{task} ({labels}: {why})" for task, labels, why in zip(
+        out["task"], out["labels"], out["why"], strict=True
+    )]  # fmt: skip
+    show_figure(
+        benefit_bars(changes, ablation=ablation),
+        alt=benefit_alt(changes, ablation=ablation),
+        caption=(
+            f"Relative change of the benefit of examples under {ablation} ablation; -100 % means "
+            f"that examples help no more. Lines are 95 % intervals, cut at the panel's edge. Left "
+            f"out: {', '.join(names) or 'none'}."
+        ),
+    )
+
+
+def describe_text_tasks(tasks: Sequence[str]) -> str:
+    """What the text tasks of a run are, in Markdown: the paper's, or stand-ins for them."""
+    if not tasks:
+        return "**This run has no text tasks:** `nlp_tasks` is empty."
+    own = [task for task in tasks if task in STAND_IN_TASKS]
+    if not own:
+        return "These are tasks of the paper, on the rows of their data sets."
+    names = " and ".join(f"`{task}`" for task in own)
+    return (
+        f"**Stand-ins.** {names} are not the paper's: their sentences were made from templates for "
+        f"this project, so that this stage runs offline and on a model that knows no English "
+        f"beyond them. They take the form of SST-2 and Subj, and nothing on this page says how a "
+        f"model does on the real data sets. With `nlp_tasks` naming those, the stage runs as it is."
+    )
+
+
+def text_task_table(run: Run) -> pd.DataFrame:
+    """Data, sizes and labels of a run's text tasks, indexed by task."""
+    rows = {}
+    for task in run.nlp_tasks:
+        spec = text_spec(task)
+        splits = load_splits(spec, data=run.task_data(task))
+        rows[task] = {
+            "data": spec.hub.path if spec.hub else "made from templates (stand-in)",
+            "rows to draw examples from": len(splits.train),
+            "rows to judge": len(splits.validation),
+            "semantic labels": ", ".join(spec.labels("semantic")),
+            "unrelated labels": ", ".join(spec.labels("unrelated")),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,0 +1,321 @@
+"""The paper's tables from a run's results, with how sure each number is (Tables 1, 3, 4, 5).
+
+Rows are tasks and shots; columns are the full model, induction heads, induction pattern and random
+heads at each fraction. One cell holds the accuracy in percent, in parentheses its difference to the
+full model in points, a mark where that difference is distinguishable from noise, and the 95 %
+interval of the accuracy. The last columns compare induction heads with random heads on the same
+documents.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from icl_helpers.errors import InputError, MissingArtefactError
+from icl_helpers.files import atomic_path, embedded_dir
+from icl_helpers.results.statistics import accuracy_intervals, comparisons
+from icl_helpers.tasks.specs import get_task_spec, task_names
+
+__all__ = [
+    "CONDITION_TITLES",
+    "LEGEND",
+    "MARK",
+    "ROW",
+    "AnnotatedTable",
+    "abstract_results",
+    "accuracy_means",
+    "annotated_table",
+    "effect_summary",
+    "layout",
+    "read_measurements",
+    "share_text",
+    "summarise",
+    "table_rows",
+    "write_table",
+]
+
+
+ROW = ["task", "labels", "shots"]
+# In the paper's order of columns.
+CONDITION_TITLES = {
+    "full": "full model",
+    "induction_heads": "induction heads",
+    "induction_pattern": "induction pattern",
+    "random_heads": "random heads",
+}
+_GROUP = ["task", "labels", "shots", "condition", "ablation", "fraction"]
+
+
+def accuracy_means(results: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy in percent, averaged over demonstration seeds and ablation seeds, as in the paper.
+
+    Columns task, labels, shots, condition, ablation, fraction, accuracy, sd (over the runs that
+    were averaged, in points), runs.
+    """
+    grouped = results.groupby(_GROUP, sort=False)["accuracy"]
+    means = grouped.agg(accuracy="mean", sd="std", runs="size").reset_index()
+    return means.assign(accuracy=means["accuracy"] * 100, sd=means["sd"] * 100)
+
+
+def layout(results: pd.DataFrame, *, ablation: str = "mean") -> pd.DataFrame:
+    """A run's accuracies in the layout of Table 1 (``ablation="mean"``) or 4 (``"zero"``).
+
+    Rows are indexed by task and shots (and labels, where the results hold both kinds), columns by
+    condition and share of heads. Knockout has a column in both, as in the paper. Raises
+    :class:`InputError` when the run lacks the full model.
+    """
+    index = ["task", "shots"] if results["labels"].nunique() <= 1 else ROW
+    means = accuracy_means(results)
+    return _titled(_cells(means[means["ablation"].isin(["none", "knockout", ablation])], index))
+
+
+def _titled(cells: pd.DataFrame) -> pd.DataFrame:
+    pairs: list[Any] = cells.columns.tolist()
+    titles = [(CONDITION_TITLES[name], share_text(share)) for name, share in pairs]
+    return cells.set_axis(pd.MultiIndex.from_tuples(titles), axis="columns")
+
+
+def share_text(fraction: float) -> str:
+    """A fraction of heads in percent; nothing for none."""
+    return f"{fraction:.1%}" if fraction else ""
+
+
+def _cells(wanted: pd.DataFrame, index: list[str]) -> pd.DataFrame:
+    """Text of each cell; columns (condition, fraction) in the paper's order, "" where absent."""
+    if not (wanted["condition"] == "full").any():
+        raise InputError("the results hold no full model to compare with; evaluate 'full' first")
+    full = wanted[wanted["condition"] == "full"].set_index(index)["accuracy"]
+    rows: dict[tuple[Any, ...], dict[tuple[str, float], str]] = {}
+    for entry in wanted.to_dict("records"):
+        key = tuple(entry[name] for name in index)
+        cell = f"{entry['accuracy']:.1f}"
+        if entry["condition"] != "full" and key in full.index:
+            cell += f" ({entry['accuracy'] - full[key]:+.1f})"
+        rows.setdefault(key, {})[entry["condition"], float(entry["fraction"])] = cell
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    frame.index = pd.MultiIndex.from_tuples(list(rows), names=index)
+    columns = sorted(
+        frame.columns, key=lambda column: (list(CONDITION_TITLES).index(column[0]), column[1])
+    )
+    return frame.reindex(columns=pd.MultiIndex.from_tuples(columns)).fillna("")
+
+
+def table_rows(frame: pd.DataFrame, number: int) -> pd.DataFrame:
+    """The rows of results or documents that one of the paper's tables is about.
+
+    Raises :class:`InputError` for a table that there is not, or when the frame holds no such task.
+    """
+    from icl_helpers.tasks.specs import task_names
+
+    if number not in (1, 3, 4, 5):
+        raise InputError(f"the paper's tables are 1, 3, 4 and 5, got {number!r}")
+    abstract = number in (1, 4)
+    # The paper ran no knockout on text; a run that did shows it in its own results.
+    kept = ["none", "mean" if number in (1, 3) else "zero", *(["knockout"] if abstract else [])]
+    tasks = frame[frame["task"].isin(task_names("abstract")) == abstract]
+    if tasks.empty:
+        kind = "abstract" if abstract else "text classification"
+        raise InputError(f"table {number} is about {kind} tasks; the results hold none")
+    return tasks[tasks["ablation"].isin(kept)]
+
+
+def write_table(frame: pd.DataFrame, directory: str | os.PathLike[str], name: str) -> list[Path]:
+    """Write a table as ``name.csv`` and ``name.tex``; returns the files."""
+    files = []
+    for suffix in ("csv", "tex"):
+        path = Path(directory) / f"{name}.{suffix}"
+        with atomic_path(path) as temporary:
+            if suffix == "csv":
+                frame.to_csv(temporary)
+            else:
+                temporary.write_text(_latex(frame))
+        files.append(path)
+    return files
+
+
+def _latex(frame: pd.DataFrame) -> str:
+    """A plain LaTeX tabular; written here so that Jinja2 styling is not needed."""
+    flat = frame.reset_index()
+    heads = [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in flat]
+    lines = [f"\\begin{{tabular}}{{{'l' * len(heads)}}}", "\\hline", _latex_row(heads), "\\hline"]
+    lines += [_latex_row([str(value) for value in row]) for row in flat.itertuples(index=False)]
+    return "\n".join([*lines, "\\hline", "\\end{tabular}", ""])
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    escaped = [cell.replace("_", "\\_").replace("%", "\\%") for cell in cells]
+    return " & ".join(escaped) + " \\\\"
+
+
+MARK = "*"
+LEGEND = (
+    "Each cell: accuracy in percent; in parentheses the difference to the full model in points; in "
+    "brackets the 95 % interval of the accuracy, over documents and seeds. The columns *induction "
+    "minus random* hold the difference between the two, with its own interval. A star marks a "
+    "difference that is distinguishable from noise: the probability of one as large without any "
+    "effect, by an exact paired test on the same documents and corrected by Holm's method for all "
+    "tests of the table, is below 5 %. What has no star may differ or not: these documents do not "
+    "tell."
+)
+_TESTED = [
+    *ROW, "condition", "ablation", "fraction", "against", "difference", "low", "high", "p",
+    "p_holm", "cohens_g", "distinguishable",
+]  # fmt: skip
+
+
+class AnnotatedTable(NamedTuple):
+    """``cells``: text, in the paper's layout; ``tests``: one row per comparison, as numbers."""
+
+    cells: pd.DataFrame
+    tests: pd.DataFrame
+
+
+def annotated_table(documents: pd.DataFrame, number: int) -> AnnotatedTable:
+    """Table 1, 3, 4 or 5 of a run from its per-document results.
+
+    ``cells`` is indexed by task, labels and shots, with columns (condition, share of heads).
+    ``tests`` has the columns of :func:`icl_helpers.results.statistics.comparisons`, corrected
+    over this table alone. Raises :class:`InputError` when the run holds none of the table's rows or
+    no full model.
+    """
+    rows = table_rows(documents, number)
+    if not (rows["condition"] == "full").any():
+        raise InputError("the results hold no full model to compare with; evaluate 'full' first")
+    accuracies = accuracy_intervals(rows)
+    tests = comparisons(rows)
+    found: dict[tuple[Any, ...], dict[tuple[str, float], str]] = {}
+    to_full = _indexed(tests[tests["against"] == "full"])
+    for cell in accuracies.to_dict("records"):
+        row = found.setdefault(tuple(cell[name] for name in ROW), {})
+        row[cell["condition"], cell["fraction"]] = _accuracy_text(cell, to_full)
+    for test in tests[tests["against"] == "random_heads"].to_dict("records"):
+        row = found[tuple(test[name] for name in ROW)]
+        row["induction minus random", test["fraction"]] = (
+            f"{_points(test)} [{test['low']:+.1f}, {test['high']:+.1f}]"
+        )
+    return AnnotatedTable(_frame(found), tests[_TESTED])
+
+
+def _indexed(tests: pd.DataFrame) -> dict[tuple[Any, ...], dict[Any, Any]]:
+    return {
+        (*(test[name] for name in ROW), test["condition"], test["fraction"]): test
+        for test in tests.to_dict("records")
+    }
+
+
+def _accuracy_text(cell: dict[Any, Any], to_full: dict[tuple[Any, ...], dict[Any, Any]]) -> str:
+    test = to_full.get((*(cell[name] for name in ROW), cell["condition"], cell["fraction"]))
+    difference = f" ({test['difference']:+.1f}){_mark(test)}" if test else ""
+    return f"{cell['accuracy']:.1f}{difference} [{cell['low']:.1f}, {cell['high']:.1f}]"
+
+
+def _points(test: dict[Any, Any]) -> str:
+    return f"{test['difference']:+.1f}{_mark(test)}"
+
+
+def _mark(test: dict[Any, Any]) -> str:
+    return MARK if test["distinguishable"] else ""
+
+
+def _frame(found: dict[tuple[Any, ...], dict[tuple[str, float], str]]) -> pd.DataFrame:
+    order = [*CONDITION_TITLES, "induction minus random"]
+    columns = sorted(
+        {column for row in found.values() for column in row},
+        key=lambda column: (order.index(column[0]), column[1]),
+    )
+    frame = pd.DataFrame.from_dict(found, orient="index").reindex(
+        columns=pd.MultiIndex.from_tuples(columns)
+    )
+    frame.index = pd.MultiIndex.from_tuples(list(found), names=ROW)
+    frame.columns = pd.MultiIndex.from_tuples(
+        [(CONDITION_TITLES.get(name, name), share_text(share)) for name, share in columns]
+    )
+    return frame.fillna("")
+
+
+def abstract_results(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the abstract tasks, or all of them where there is no such task."""
+    rows = results[results["task"].isin(task_names("abstract"))]
+    return results if rows.empty else rows
+
+
+def _mean(rows: pd.DataFrame) -> float | None:
+    """Mean accuracy in percent: over the runs of each task, then over tasks."""
+    return None if rows.empty else float(rows.groupby("task")["accuracy"].mean().mean() * 100)
+
+
+def summarise(results: pd.DataFrame, *, ablation: str = "mean") -> dict[str, Any]:
+    """Average accuracies over the abstract tasks with two labels, in percent.
+
+    Keys: ``full``, ``induction_heads``, ``induction_pattern``, ``random_heads`` at each task's
+    largest number of shots and the run's larger fraction; ``zero_shot`` and
+    ``zero_shot_induction_heads``; ``shots``, ``fraction``, ``tasks``. None where not evaluated.
+    """
+    rows = abstract_results(results)
+    rows = rows[~rows["task"].str.endswith("4way")]
+    larger = float(rows["fraction"].max())
+    rows = rows[rows["fraction"].isin([0.0, larger])]
+    rows = rows[rows["ablation"].isin(["none", "knockout", ablation])]
+    few = rows[rows["shots"] == rows.groupby("task")["shots"].transform("max")]
+    zero = rows[rows["shots"] == 0]
+    names = ("full", "induction_heads", "induction_pattern", "random_heads")
+    return {
+        **{name: _mean(few[few["condition"] == name]) for name in names},
+        "zero_shot": _mean(zero[zero["condition"] == "full"]),
+        "zero_shot_induction_heads": _mean(zero[zero["condition"] == "induction_heads"]),
+        "shots": int(few["shots"].max()),
+        "fraction": larger,
+        "tasks": sorted(set(few["task"])),
+    }
+
+
+def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
+    """Shipped measurements of an embedded model: ``effect`` or ``dynamics``.
+
+    Raises :class:`MissingArtefactError` when the model has none.
+    """
+    path = embedded_dir() / model / f"{name}.parquet"
+    if not path.is_file():
+        raise MissingArtefactError(
+            f"{model!r} has no measurements {name!r}: only an embedded model's training is known; "
+            f"the measurements come from `synthetic.training measure`"
+        )
+    return pd.read_parquet(path)
+
+
+def effect_summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """The finding in a few numbers, in percent or percentage points, one row a training seed.
+
+    Averages are over the two-label tasks at ten shots, but for the four-way accuracy (twenty
+    shots). ``furthest from chance`` and ``moved at zero shots`` are the worst task's. The share of
+    the pattern is the loss under knockout in percent of the loss under removal, averaged over the
+    tasks where removal costs 10 points or more (NaN where there is none).
+    """
+    return pd.DataFrame(
+        [_summary(part) | {"training_seed": seed} for seed, part in frame.groupby("training_seed")]
+    ).set_index("training_seed")
+
+
+def _summary(part: pd.DataFrame) -> dict[str, float]:
+    wide = part.pivot_table("accuracy", ["task", "shots"], "condition").reset_index()
+    chance = 100 / wide["task"].map(lambda task: len(get_task_spec(task).choices))
+    few = wide["shots"] == wide.groupby("task")["shots"].transform("max")
+    binary = wide[few & (chance == 50)]
+    zero = wide["shots"] == 0
+    removed = wide["full"] - wide["induction_heads"]
+    blocked = wide["full"] - wide["induction_pattern"]
+    costly = few & (removed >= 10)
+    return {
+        "full, two labels": binary["full"].mean(),
+        "full, four labels": wide.loc[few & (chance == 25), "full"].mean(),
+        "zero-shot, furthest from chance": (wide["full"] - chance)[zero].abs().max(),
+        "loss without induction heads": removed[binary.index].mean(),
+        "loss without random heads": (binary["full"] - binary["random_heads"]).mean(),
+        "share of the pattern": 100 * (blocked[costly] / removed[costly]).mean(),
+        "moved at zero shots": removed[zero].abs().max(),
+    }

@@ -1,0 +1,184 @@
+"""An attention viewer for a static page: choose a head, a prompt and a token, see where it looks.
+
+:func:`attention_viewer` computes the attention of a few heads over a few prompts, as they are and
+with the induction pattern blocked, and returns one piece of HTML that holds data, style and script
+and fetches nothing. It works in a notebook, in the book and from a file.
+
+Example
+-------
+>>> from IPython.display import HTML
+>>> prompts = viewer_prompts(["wordseq1_binary", "repetition"], shots=5)
+>>> HTML(attention_viewer(model, tokenizer, heads, prompts))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from icl_helpers.attention.heads import Head
+from icl_helpers.attention.induction_pattern import CATEGORIES, induction_pattern
+from icl_helpers.attention.interventions import AttentionKnockout, intervene
+from icl_helpers.attention.scores import attention_patterns
+from icl_helpers.errors import InputError
+from icl_helpers.tasks.prompts import Prompt, build_prompts
+from icl_helpers.tasks.specs import get_task_spec
+
+__all__ = ["attention_in_words", "attention_viewer", "viewer_data", "viewer_html", "viewer_prompts"]
+
+
+_ASSETS = Path(__file__).resolve().parents[1] / "assets"
+# Shares of attention are whole thousandths in the page: short, and exact enough to be read.
+UNIT = 1000
+
+
+def viewer_prompts(
+    tasks: Iterable[str], *, shots: int = 5, seed: int = 42, data: str = "synthetic"
+) -> dict[str, Prompt]:
+    """For each task its first prompt whose answer is the first label, by a readable name."""
+    prompts = {}
+    for task in tasks:
+        found = build_prompts(task, shots=shots, seed=seed, data=data)
+        name = f"{get_task_spec(task).name.replace('_', ' ')}, {shots} examples"
+        prompts[name] = next((p for p in found if p.target == 0), found[0])
+    return prompts
+
+
+def viewer_data(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heads: Sequence[Head | tuple[int, int]],
+    prompts: Mapping[str, Prompt | str],
+    *,
+    scores: Float[torch.Tensor, "layers heads"] | None = None,
+    categories: Sequence[str] = CATEGORIES,
+) -> dict[str, Any]:
+    """What the viewer shows, as plain JSON values.
+
+    Returns ``heads`` (layer, head and prefix-matching score, None without ``scores``) and
+    ``prompts``, each with ``name``, ``tokens`` (their text), ``blocked`` (for every query the keys
+    that the knockout forbids) and ``attention``: ``plain`` and ``blocked``, for every head the
+    lower triangle of its attention, row by row, in thousandths. ``blocked`` is what the heads do
+    when all of them are knocked out together (paper, section 5), as in the run's evaluation.
+
+    Raises :class:`InputError` without heads or prompts.
+    """
+    chosen = list(dict.fromkeys(Head(*head) for head in heads))
+    if not chosen or not prompts:
+        raise InputError(
+            f"the viewer needs at least one head and one prompt, got {len(chosen)} and "
+            f"{len(prompts)}"
+        )
+    shown = [
+        _prompt_data(model, tokenizer, chosen, name, prompt, categories)
+        for name, prompt in prompts.items()
+    ]
+    described = [
+        {
+            "layer": head.layer,
+            "head": head.head,
+            "score": None if scores is None else round(float(scores[head.layer, head.head]), 3),
+        }
+        for head in chosen
+    ]
+    return {"unit": UNIT, "heads": described, "prompts": shown}
+
+
+def _prompt_data(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heads: list[Head],
+    name: str,
+    prompt: Prompt | str,
+    categories: Sequence[str],
+) -> dict[str, Any]:
+    text = prompt if isinstance(prompt, str) else prompt.context
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = torch.tensor([encoded["input_ids"]])
+    pattern = induction_pattern(text, tokenizer, categories=categories)
+    plain = attention_patterns(model, ids, heads)
+    # A knocked-out head of an early layer changes what later layers see.
+    with intervene(model, AttentionKnockout(heads, pattern)):
+        blocked = attention_patterns(model, ids, heads, blocked=pattern)
+    return {
+        "name": name,
+        "tokens": [text[start:end] for start, end in encoded["offset_mapping"]],
+        "blocked": [row.nonzero().flatten().tolist() for row in pattern],
+        "attention": {
+            "plain": [_triangle(plain[head][0]) for head in heads],
+            "blocked": [_triangle(blocked[head][0]) for head in heads],
+        },
+    }
+
+
+def _triangle(attention: Float[torch.Tensor, "query key"]) -> list[list[int]]:
+    """Rows of the lower triangle in thousandths."""
+    whole = (attention.float() * UNIT).round().int().tolist()
+    return [row[: query + 1] for query, row in enumerate(whole)]
+
+
+def attention_in_words(
+    attention: Float[torch.Tensor, "heads tokens"],
+    tokens: Sequence[str],
+    heads: Sequence[Head],
+    *,
+    named: int = 3,
+) -> str:
+    """Where heads look, for readers who do not see the figure: each head's largest shares."""
+    parts = []
+    for head, row in zip(heads, attention, strict=True):
+        shares, keys = row.topk(min(named, len(tokens)))
+        looks = ", ".join(
+            f"{share:.0%} on {tokens[key].strip() or 'a blank line'!r}"
+            for share, key in zip(shares.tolist(), keys.tolist(), strict=True)
+        )
+        parts.append(f"layer {head.layer} head {head.head}: {looks}")
+    return f"Attention by head and token. {'; '.join(parts)}."
+
+
+def viewer_html(data: Mapping[str, Any]) -> str:
+    """The viewer for the data of :func:`viewer_data`: one ``section`` with style and script."""
+    # "<" would let a token such as "</script>" end the data; JSON reads its escape as the same.
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    # Blank lines would end the block for Markdown readers.
+    style, script = (
+        "\n".join(filter(str.strip, (_ASSETS / name).read_text(encoding="utf-8").splitlines()))
+        for name in ("viewer.css", "viewer.js")
+    )
+    name = f"icl-viewer-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    return (
+        f'<section class="icl-viewer" id="{name}" data-icl-viewer '
+        f'aria-labelledby="{name}-title">\n<style>\n{style}\n</style>\n'
+        f'<p class="icl-viewer-title" id="{name}-title">Attention viewer</p>\n'
+        f"<noscript><p>{html.escape(_WITHOUT_SCRIPT)}</p></noscript>\n"
+        f'<script type="application/json">{text}</script>\n'
+        f"<script>\n{script}\n</script>\n</section>"
+    )
+
+
+_WITHOUT_SCRIPT = (
+    "The viewer needs JavaScript. The figures on this page show the same heads without it."
+)
+
+
+def attention_viewer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    heads: Sequence[Head | tuple[int, int]],
+    prompts: Mapping[str, Prompt | str],
+    *,
+    scores: Float[torch.Tensor, "layers heads"] | None = None,
+    categories: Sequence[str] = CATEGORIES,
+) -> str:
+    """HTML of the viewer; the arguments are those of :func:`viewer_data`."""
+    return viewer_html(
+        viewer_data(model, tokenizer, heads, prompts, scores=scores, categories=categories)
+    )

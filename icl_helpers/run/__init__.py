@@ -1,0 +1,1 @@
+"""A run: what it evaluates, its artifacts in one directory, its stages and its cost."""

@@ -1,0 +1,265 @@
+"""What a run will need: memory for the weights and the work, tokens, hours. Estimates, no promise.
+
+Tokens are those of the prompts that the run will score, counted on a sample of each kind. Hours
+follow from a rate of tokens per second, which the caller should measure with a small ``limit``.
+
+Example
+-------
+>>> cost = estimate_cost(icl.stage_parameters(model="meta-llama/Meta-Llama-3-8B"))
+>>> cost.weights_bytes / 1e9, cost.hours
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from icl_helpers.errors import InputError
+from icl_helpers.files import embedded_dir
+from icl_helpers.models.loading import embedded_models, load_config, model_fractions
+from icl_helpers.models.reference_text import PAPER_POSITIONS, PAPER_SAMPLES
+from icl_helpers.parameters import StageParameters
+from icl_helpers.tasks.prompts import build_prompts
+from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
+
+__all__ = ["Cost", "estimate_cost", "parameter_counts", "stage_tokens", "weights_bytes"]
+
+
+# The paper's models, so that nobody needs the hub or a licence for an estimate.
+_PAPER_MODELS: dict[str, dict[str, Any]] = {
+    "meta-llama/Meta-Llama-3-8B": {
+        "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+    "internlm/internlm2-20b": {
+        "vocab_size": 92_544, "hidden_size": 6144, "intermediate_size": 16_384,
+        "num_hidden_layers": 48, "num_attention_heads": 48, "num_key_value_heads": 8,
+        "max_position_embeddings": 32_768,
+    },
+}  # fmt: skip
+# One multiplication and one addition a weight and token, at what a data-centre GPU of 300 TFLOP/s
+# sustains on short prompts; small models are held back by all that is not arithmetic.
+_FLOPS_PER_SECOND = 1e14
+_MOST_TOKENS_PER_SECOND = 50_000
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bits a weight, scales included; embeddings and output are left as they are.
+_BITS = {"4bit": 4.13, "8bit": 8.02}
+# Tokens of one forward pass on a GPU under batch_size="auto".
+_BATCH_TOKENS = 65_536
+_SAMPLE = 40
+# Five sequences of 50 tokens four times, with BOS (paper, section 2).
+_SCORE_TOKENS = 5 * 201
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An estimate for one run; memory in bytes, ``rate`` in tokens per second.
+
+    ``working_bytes`` is the larger of a batch's activations and what the means need. ``uncounted``
+    are tasks whose data have to be fetched first.
+    """
+
+    parameters: int
+    weights_bytes: int
+    working_bytes: int
+    tokens: int
+    rate: float
+    uncounted: tuple[str, ...]
+
+    @property
+    def hours(self) -> float:
+        """Hours on one GPU."""
+        return self.tokens / self.rate / 3600
+
+    def __str__(self) -> str:
+        gigabytes = [value / 1e9 for value in (self.weights_bytes, self.working_bytes)]
+        lines = [
+            "estimates, not measurements:",
+            f"  parameters       {self.parameters / 1e9:.2f} billion",
+            f"  weights          {gigabytes[0]:.1f} GB",
+            f"  work             {gigabytes[1]:.1f} GB (shrinks with batch_size)",
+            f"  tokens to score  {self.tokens / 1e6:.1f} million",
+            f"  hours            {self.hours:.1f} at {self.rate:,.0f} tokens per second",
+        ]
+        if self.uncounted:
+            lines.append(f"  not counted      {', '.join(self.uncounted)} (data not here)")
+        return "\n".join(lines)
+
+
+def parameter_counts(config: PreTrainedConfig) -> tuple[int, int]:
+    """Parameters of a model, and those of its embeddings and output; nothing is allocated."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tables = {id(end.weight): end.weight.numel() for end in ends if end is not None}
+    return total, sum(tables.values())
+
+
+def weights_bytes(
+    config: PreTrainedConfig, *, dtype: str = "bfloat16", quantization: str | None = None
+) -> int:
+    """Memory of the weights; under a quantisation all but embeddings and output shrink."""
+    total, tables = parameter_counts(config)
+    if dtype == "auto":
+        dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    size = _BYTES[dtype]
+    if quantization is None:
+        return total * size
+    return int((total - tables) * _BITS[quantization] / 8) + tables * size
+
+
+def estimate_cost(
+    parameters: StageParameters,
+    *,
+    tokens_per_second: float | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Cost:
+    """Memory, tokens and hours of all stages of a run.
+
+    Parameters
+    ----------
+    tokens_per_second
+        Rate of the machine; None: that of a GPU which sustains 100 TFLOP/s on this model, and no
+        more than 50,000 tokens.
+    tokenizer
+        Counts the tokens; None: the embedded model's.
+
+    Raises
+    ------
+    InputError
+        A rate that is not positive.
+    MissingArtefactError
+        A model whose configuration is neither here nor on the hub.
+    """
+    if tokens_per_second is not None and not tokens_per_second > 0:
+        raise InputError(f"tokens_per_second must be positive, got {tokens_per_second!r}")
+    known = _PAPER_MODELS.get(parameters.model)
+    config = (
+        load_config(
+            parameters.model,
+            revision=parameters.revision,
+            trust_remote_code=parameters.trust_remote_code,
+        )
+        if known is None
+        else LlamaConfig(**known, dtype=torch.bfloat16)
+    )
+    total, _ = parameter_counts(config)
+    tokens, longest, uncounted = _grid_tokens(parameters, tokenizer or _embedded_tokenizer())
+    positions = min(PAPER_POSITIONS, config.get_text_config().max_position_embeddings)
+    return Cost(
+        parameters=total,
+        weights_bytes=weights_bytes(
+            config, dtype=parameters.dtype, quantization=parameters.quantization
+        ),
+        working_bytes=_working_bytes(config, parameters, positions, longest),
+        tokens=tokens + PAPER_SAMPLES * positions,
+        rate=tokens_per_second or min(_FLOPS_PER_SECOND / (2 * total), _MOST_TOKENS_PER_SECOND),
+        uncounted=uncounted,
+    )
+
+
+def _working_bytes(
+    config: PreTrainedConfig, parameters: StageParameters, positions: int, longest: int
+) -> int:
+    """Activations of one layer for a batch, or the means' accumulators and their batch of four."""
+    text = config.get_text_config()
+    size = 4 if parameters.dtype == "float32" else 2
+    # About six vectors of the hidden size and three of the inner size live at a time.
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    a_token = (6 * text.hidden_size + 3 * inner) * size
+    batch = parameters.batch_size
+    evaluated = _BATCH_TOKENS if batch == "auto" else int(batch) * longest
+    accumulators = text.num_hidden_layers * positions * text.hidden_size * 4
+    return max(evaluated * a_token, accumulators + 4 * positions * a_token)
+
+
+def _grid_tokens(
+    p: StageParameters, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int, tuple[str, ...]]:
+    """Tokens of all prompts under all conditions, of the longest prompt, and tasks left out."""
+    fractions = len(p.fractions or model_fractions(p.model))
+    heads_and_controls = 1 + len(p.ablation_seeds)
+    # Full model; induction and random heads by mean and by zero; the knockout, not on text.
+    abstract = 1 + fractions * (2 * heads_and_controls + 1)
+    text = 1 + fractions * 2 * heads_and_controls
+    embedded = p.model in embedded_models()
+    nlp = task_names("stand_in" if embedded else "nlp") if p.nlp_tasks is None else p.nlp_tasks
+    total, longest = 0.0, 0
+    uncounted: list[str] = []
+    for task, n_conditions in [
+        *((task, abstract) for task in p.tasks or task_names()),
+        *((task, text) for task in nlp),
+    ]:
+        spec = get_task_spec(task)
+        if isinstance(spec, TextTaskSpec) and spec.hub is not None and p.data_dir is None:
+            uncounted.append(task)
+            continue
+        for tokens, most in _task_tokens(p, task, tokenizer):
+            total += tokens * n_conditions
+            longest = max(longest, most)
+    return round(total), longest, tuple(uncounted)
+
+
+def _task_tokens(
+    p: StageParameters, task: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[float, int]]:
+    """For every label set and number of shots: tokens of all seeds' prompts, and the most."""
+    spec = get_task_spec(task)
+    if not isinstance(spec, TextTaskSpec):
+        sets, data = [spec.default_labels], "synthetic"
+    else:
+        both = p.labels in (None, "both")
+        sets = ["semantic", "unrelated"] if both else [str(p.labels)]
+        data = "synthetic" if spec.hub is None else str(p.data_dir)
+    for labels in sets:
+        for shots in dict.fromkeys(p.shots or spec.default_shots):
+            documents, mean, most = _prompt_tokens(task, shots, labels, p.seeds[0], data, tokenizer)
+            # Zero-shot prompts are the same for all seeds, and scored once.
+            seeds = 1 if shots == 0 else len(p.seeds)
+            yield mean * min(p.limit or documents, documents) * seeds, most
+
+
+@functools.lru_cache(maxsize=128)
+def _prompt_tokens(
+    task: str, shots: int, labels: str, seed: int, data: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, float, int]:
+    """Documents of a task, and tokens of its prompts, mean and most, by a sample of them."""
+    prompts = build_prompts(task, shots=shots, seed=seed, labels=labels, data=data)
+    texts = [prompt.context for prompt in prompts[:_SAMPLE]]
+    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    return len(prompts), sum(counts) / len(counts), max(counts)
+
+
+@functools.cache
+def _embedded_tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(embedded_dir() / "icl-tiny")
+
+
+def stage_tokens(p: StageParameters, *, positions: int = PAPER_POSITIONS) -> dict[int, int]:
+    """Tokens that each of the first five stages is the first to run; ``positions`` of the means.
+
+    Text tasks, stage 6, are left out. Stages 7 and 8 take a few prompts and none.
+    """
+    each = sum(
+        tokens
+        for task in p.tasks or task_names()
+        for tokens, _ in _task_tokens(p, task, _embedded_tokenizer())
+    )
+    fractions = len(p.fractions or model_fractions(p.model))
+    removed = fractions * 2 * (1 + len(p.ablation_seeds))
+    conditions = {3: 1, 4: removed, 5: fractions}
+    tokens = {stage: round(each * number) for stage, number in conditions.items()}
+    return {1: _SCORE_TOKENS, 2: PAPER_SAMPLES * positions, **tokens}

@@ -1,0 +1,117 @@
+"""Running the stage notebooks in order with papermill.
+
+Every notebook is executed on each call: finished scores, means and cells are reused from the run
+directory, so a repeated stage costs seconds, and an executed notebook is never taken as proof that
+a stage is complete. A notebook's file appears only when it has run to its end, and goes when it is
+run again: what is there is what the last execution left.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import papermill
+import yaml
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+from tqdm import tqdm
+
+from icl_helpers.errors import ICLError, InputError
+from icl_helpers.files import atomic_path, notebooks_dir, user_path
+from icl_helpers.parameters import StageParameters, stage_parameters
+from icl_helpers.redaction import redact
+from icl_helpers.run.run import _read_data
+
+__all__ = ["StageError", "execute_notebook", "execute_stages", "read_parameters", "stage_notebooks"]
+
+
+class StageError(ICLError, RuntimeError):
+    """A notebook failed; results finished before it are kept."""
+
+
+def stage_notebooks() -> list[Path]:
+    """The stage notebooks, in order."""
+    return sorted(notebooks_dir().glob("[0-9]*.ipynb"))
+
+
+def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parameters from a YAML file; raises :class:`InputError` when it is not a mapping."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read parameters from {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a mapping of parameter names to values")
+    return content
+
+
+def execute_stages(
+    parameters: StageParameters, *, only: Sequence[int] | None = None, progress: bool = True
+) -> list[Path]:
+    """Execute the stages and return the executed notebooks, in ``run_dir/notebooks``.
+
+    ``only`` gives the numbers of the stages to run. Raises :class:`StageError` with the failing
+    cell's error when a notebook fails, and before the first one :class:`MissingArtefactError` when
+    the rows of a task, or the reference text, cannot be had.
+    """
+    stage_parameters(**parameters.as_dict())
+    chosen = stage_notebooks()
+    if only is not None:
+        known = {int(path.name.split("_")[0]) for path in chosen}
+        unknown = [number for number in only if number not in known]
+        if unknown:
+            raise InputError(f"there is no stage {unknown[0]}; the stages are {sorted(known)}")
+        chosen = [path for path in chosen if int(path.name.split("_")[0]) in only]
+    _read_data(parameters, [path.stem[3:] for path in chosen])
+    run_dir = user_path(parameters.run_dir).resolve()
+    values = {**parameters.as_dict(), "run_dir": str(run_dir)}
+    # Notebooks run in their own folder: what is a path from here must stay one from there.
+    for name in ("reference", "data_dir", "data"):
+        if values[name] not in (None, "synthetic", "original"):
+            values[name] = str(user_path(values[name]).resolve())
+    executed = []
+    for notebook in tqdm(chosen, desc="stages", unit="notebook", disable=not progress):
+        executed.append(execute_notebook(notebook, run_dir / "notebooks" / notebook.name, values))
+    return executed
+
+
+def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:
+    """Execute one notebook with these parameters; return ``target``, which appears only then.
+
+    What an earlier execution left there is removed first: a book of it would hide that this one
+    failed. Raises :class:`StageError` with the failing cell's error.
+    """
+    target.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / notebook.name
+        try:
+            papermill.execute_notebook(
+                str(notebook), str(output), parameters=values, kernel_name="python3",
+                progress_bar=False, cwd=str(notebook.parent),
+            )  # fmt: skip
+        except PapermillExecutionError as error:
+            failed = target.with_suffix(".failed.ipynb")
+            _keep(output, failed)
+            raise StageError(
+                f"notebook {notebook.stem} failed: {error.ename}: {redact(error.evalue)}. The "
+                f"notebook up to the error is {failed}; finished results are kept, and running "
+                f"again goes on from them"
+            ) from None
+        except DeadKernelError:
+            raise StageError(
+                f"notebook {notebook.stem} failed: its kernel died (killed, out of memory, or "
+                f"crashed); finished results are kept, and running again goes on from them"
+            ) from None
+        _keep(output, target)
+        target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+    return target
+
+
+def _keep(output: Path, target: Path) -> None:
+    """Move an executed notebook to its place, without tokens that its cells or errors printed."""
+    with atomic_path(target) as temporary:
+        temporary.write_text(redact(output.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The tasks: rows, demonstrations, prompts, and their form for lm-eval."""

@@ -1,0 +1,349 @@
+"""Rows of the tasks: made for this project, published, from the hub, or from local files.
+
+The published repository's files are not part of this project: ``icl data original`` downloads them
+from the commit that the published results belong to, checks their hashes and caches them. Local
+files of text tasks lie at ``DIRECTORY/<task>/train.jsonl`` and ``validation.jsonl`` (``test.jsonl``
+where the task is evaluated on its test split) and have the columns of the data set on the hub.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import random
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from icl_helpers.errors import InputError, MissingArtefactError
+from icl_helpers.files import atomic_path, synthetic_dir, user_path
+from icl_helpers.models.hub import use_cache_where_hub_is_silent
+from icl_helpers.tasks.specs import NLP_TASKS, HubSource, TaskSpec, TextTaskSpec, pattern_spec
+
+__all__ = [
+    "COMMIT",
+    "HASHES",
+    "HOLD_OUT_SEED",
+    "TextSplits",
+    "check_local",
+    "data_file",
+    "fetch_original",
+    "hold_out",
+    "load_rows",
+    "load_splits",
+    "original_data_dir",
+]
+
+
+HOLD_OUT_SEED = 42
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TextSplits:
+    """Checked rows: demonstrations come from ``train``, documents from ``validation``.
+
+    Each row's ``label`` is 0 or 1.
+    """
+
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+
+
+def load_splits(spec: TextTaskSpec, *, data: str | os.PathLike[str] = "synthetic") -> TextSplits:
+    """Both splits of a text task.
+
+    Parameters
+    ----------
+    data
+        ``"synthetic"`` or ``"original"``: from the hub, or embedded for a stand-in; else a
+        directory of local files.
+
+    Raises
+    ------
+    InputError
+        No such directory, or a malformed row, naming the file and the row.
+    MissingArtefactError
+        The hub cannot be reached or a file is not there, naming where to put it.
+    """
+    if os.fspath(data) not in ("synthetic", "original"):
+        return _read(spec, *_local_files(spec, _directory(data, spec.name)))
+    if spec.hub is None:
+        return _read(spec, *_local_files(spec, synthetic_dir() / "text" / spec.name))
+    return _from_hub(spec, spec.hub)
+
+
+def hold_out(rows: list[Row], *, seed: int = HOLD_OUT_SEED) -> tuple[list[Row], list[Row]]:
+    """Split rows into four fifths and one fifth, both in their old order.
+
+    The indices are shuffled by ``random.Random(seed)`` and the first ``len(rows) * 4 // 5`` of them
+    are the training split.
+    """
+    indices = list(range(len(rows)))
+    random.Random(seed).shuffle(indices)
+    cut = len(rows) * 4 // 5
+    return [rows[i] for i in sorted(indices[:cut])], [rows[i] for i in sorted(indices[cut:])]
+
+
+def check_local(data_dir: str | os.PathLike[str], tasks: Iterable[str]) -> None:
+    """Check that the files of these tasks are there; abstract tasks and stand-ins need none.
+
+    Raises as :func:`load_splits` does.
+    """
+    if not user_path(data_dir).is_dir():
+        raise InputError(
+            f"data_dir must be a directory that holds TASK/train.jsonl and TASK/validation.jsonl "
+            f"for each NLP task, got {os.fspath(data_dir)!r}"
+        )
+    for name in tasks:
+        if name in NLP_TASKS:
+            _local_files(NLP_TASKS[name], _directory(data_dir, name))
+
+
+def _directory(data: str | os.PathLike[str], task: str) -> Path:
+    directory = user_path(data)
+    if not directory.is_dir():
+        raise InputError(
+            f"data must be 'synthetic', 'original' or a directory that holds {task}/train.jsonl "
+            f"and {task}/validation.jsonl, got {os.fspath(data)!r}"
+        )
+    return directory / task
+
+
+def _local_files(spec: TextTaskSpec, folder: Path) -> list[tuple[Path, int]]:
+    """The files of a task's splits with the times of their last change."""
+    train = folder / "train.jsonl"
+    names = ["validation", (spec.hub and spec.hub.validation) or "validation"]
+    found = [path for name in names if (path := folder / f"{name}.jsonl").is_file()]
+    needs_split = spec.hub is not None and spec.hub.validation is None
+    if not train.is_file() or not (found or needs_split):
+        missing = folder / "validation.jsonl" if train.is_file() else train
+        raise MissingArtefactError(
+            f"{missing} is missing; task {spec.name} needs one JSON Lines file per split, "
+            f"train.jsonl and validation.jsonl, in {folder}"
+        )
+    return [(path, path.stat().st_mtime_ns) for path in (train, *found[:1])]
+
+
+@functools.lru_cache(maxsize=8)
+def _read(spec: TextTaskSpec, *files: tuple[Path, int]) -> TextSplits:
+    """Splits of local files; the times are there so that a changed file is read again."""
+    splits = [_checked(spec, _json_lines(path), str(path)) for path, _ in files]
+    return _as_splits(*(splits if len(splits) == 2 else hold_out(splits[0])))
+
+
+def _as_splits(train: list[Row], validation: list[Row]) -> TextSplits:
+    return TextSplits(tuple(train), tuple(validation))
+
+
+def _json_lines(path: Path) -> list[Any]:
+    rows = []
+    # Not str.splitlines: a text may hold other line separators.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise InputError(f"{path}, line {number + 1}: not valid JSON ({error})") from error
+    return rows
+
+
+@functools.lru_cache(maxsize=8)
+def _from_hub(spec: TextTaskSpec, hub: HubSource) -> TextSplits:
+    from datasets import load_dataset
+
+    use_cache_where_hub_is_silent()
+    where = f"{hub.path}{f' ({hub.config})' if hub.config else ''}"
+    splits = []
+    for split in filter(None, (hub.train, hub.validation)):
+        try:
+            rows = load_dataset(hub.path, hub.config, split=split, revision=hub.revision).to_list()
+        # The hub's client raises errors of several libraries; each means the same to the user.
+        except Exception as error:
+            raise MissingArtefactError(
+                f"the {split} split of {where} cannot be loaded from the Hugging Face hub "
+                f"({type(error).__name__}: {error}). Load it once with a connection, give "
+                f"data_dir=DIRECTORY with {spec.name}/train.jsonl and "
+                f"{spec.name}/validation.jsonl, or leave the text tasks out: nlp_tasks=[]"
+            ) from error
+        splits.append(_checked(spec, rows, f"{where}, {split}"))
+    return _as_splits(*(splits if len(splits) == 2 else hold_out(splits[0])))
+
+
+def _checked(spec: TextTaskSpec, rows: list[Any], where: str) -> list[Row]:
+    if not rows:
+        raise InputError(f"{where} holds no rows")
+    return [_checked_row(spec, row, f"{where}, row {index}") for index, row in enumerate(rows)]
+
+
+def _checked_row(spec: TextTaskSpec, row: Any, where: str) -> Row:
+    wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in spec.columns)
+    if not isinstance(row, dict) or any(
+        not isinstance(row.get(name), kind) or isinstance(row.get(name), bool)
+        for name, kind in spec.columns
+    ):
+        raise InputError(f"{where}: expected the columns {wanted} and label, got {row!r}")
+    label = row.get("label")
+    if isinstance(label, bool):
+        label = str(label)
+    if label in spec.label_names:
+        label = spec.label_names.index(label)
+    if label not in (0, 1):
+        raise InputError(
+            f"{where}: label must be 0 ({spec.label_names[0]}) or 1 ({spec.label_names[1]}), got "
+            f"{row.get('label')!r}"
+        )
+    return {**row, "label": int(label)}
+
+
+COMMIT = "dbd3743"
+_FOLDER = "lm-evaluation-harness/synthetic"
+_URL = f"https://raw.githubusercontent.com/JoyC177/Induction_Heads_ICL/{COMMIT}/{_FOLDER}"
+_TIMEOUT = 20
+
+HASHES = {
+    "centre_embedding_dataset_500.json": (
+        "2dfaee255aab6f14673809e6144f0d3dcf9bdacd73a0358e4ab01e0b812c331e"
+    ),
+    "f_a_f_p_four_way.json": ("f0117ce7cbca3768de435b30afd3f595bb61c70c27ab552e6ca0845bdb8e2a30"),
+    "fruit-animal_furniture-profession_500.json": (
+        "519f298f447d0b54847e148dfa55151ef25d79916db80bca54e0cc0acaa2111c"
+    ),
+    "recursion_dataset_500.json": (
+        "a9fc3eb2807e659e0517a4c71a985aac757ee52201b1f795eb639a2f0d7baa15"
+    ),
+    "repetition_dataset_500.json": (
+        "abcf0810b1a72deb83c9f52487f293c06d19996ad84880208addc81af0114f5c"
+    ),
+    "v_v_b_i_four_way.json": ("00c5bd31c0551155f4df93741260222d367cd547067339b6bf55893ca744bf5a"),
+    "vegetable-vehicle_body-instrument_500.json": (
+        "433bef0dc6fd35b0216e6c32d6a8c1b92535efac2bbbaf731288de1741405fa7"
+    ),
+}
+
+
+def original_data_dir() -> Path:
+    """The cache: ``$ICL_CACHE_DIR/original`` or ``~/.cache/icl_helpers/original``."""
+    root = os.environ.get("ICL_CACHE_DIR")
+    return (Path(root) if root else Path.home() / ".cache" / "icl_helpers") / "original"
+
+
+def fetch_original(
+    *,
+    source: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Put the seven files into a directory and return it; None: :func:`original_data_dir`.
+
+    Files that are there already and match their SHA-256 are kept. ``source`` is a clone of the
+    published repository, or the directory of the files. Raises :class:`MissingArtefactError`,
+    naming the file and where to put it by hand, when one cannot be had or does not match; a file is
+    written only when it is whole.
+    """
+    target = original_data_dir() if cache_dir is None else user_path(cache_dir)
+    if source is not None:
+        # A wrong source is an error even if nothing is missing any more.
+        found = {name: _find(Path(source), name) for name in HASHES}
+    for name in tqdm(HASHES, desc="original data", unit="file"):
+        path = target / name
+        if path.is_file() and _digest(path.read_bytes()) == HASHES[name]:
+            continue
+        content = _download(name, target) if source is None else found[name].read_bytes()
+        if _digest(content) != HASHES[name]:
+            raise MissingArtefactError(
+                f"{name} does not match its SHA-256 ({HASHES[name][:12]}...): not the file of "
+                f"commit {COMMIT}. {_by_hand(name, target)}"
+            )
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    return target
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _by_hand(name: str, target: Path) -> str:
+    return (
+        f"Get {_FOLDER}/{name} of github.com/JoyC177/Induction_Heads_ICL at commit {COMMIT} and "
+        f"put it into {target}, or run: icl data original --from CLONE"
+    )
+
+
+def _download(name: str, target: Path) -> bytes:
+    try:
+        with urllib.request.urlopen(f"{_URL}/{name}", timeout=_TIMEOUT) as response:
+            content: bytes = response.read()
+            return content
+    except (urllib.error.URLError, OSError) as error:
+        raise MissingArtefactError(
+            f"{name} cannot be downloaded ({error}). {_by_hand(name, target)}"
+        ) from error
+
+
+def _find(source: Path, name: str) -> Path:
+    for folder in (user_path(source), user_path(source) / _FOLDER):
+        if (folder / name).is_file():
+            return folder / name
+    raise MissingArtefactError(f"{name} is neither in {source} nor in {source / _FOLDER}")
+
+
+def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:
+    """File that holds an abstract task's rows."""
+    spec = pattern_spec(task)
+    if os.fspath(data) == "synthetic":
+        return synthetic_dir() / f"{task}.json"
+    if os.fspath(data) == "original":
+        # MOVED
+
+        return original_data_dir() / spec.original_file
+    directory = user_path(data)
+    if not directory.is_dir():
+        raise InputError(
+            f"data must be 'synthetic', 'original' or a directory that holds the published JSON "
+            f"files, got {os.fspath(data)!r}"
+        )
+    return directory / spec.original_file
+
+
+def load_rows(task: str, *, data: str | os.PathLike[str] = "synthetic") -> list[tuple[str, str]]:
+    """(text, label) of every row of an abstract task, checked."""
+    path = data_file(task, data=data)
+    if not path.is_file():
+        raise MissingArtefactError(
+            f"{path} is missing, which holds the rows of task {task}; put the published "
+            f"repository's file there, or use data='synthetic'"
+        )
+    return list(_checked_rows(pattern_spec(task), path, path.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=32)
+def _checked_rows(spec: TaskSpec, path: Path, modified: int) -> tuple[tuple[str, str], ...]:
+    """Rows of a file; ``modified`` is there so that a changed file is read again."""
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{path} must hold a list of rows, at least one")
+    return tuple(_checked_pattern_row(spec, path, index, row) for index, row in enumerate(content))
+
+
+def _checked_pattern_row(spec: TaskSpec, path: Path, index: int, row: Any) -> tuple[str, str]:
+    text = row.get(spec.field) if isinstance(row, dict) else None
+    label = row.get("label") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip() or label not in spec.choices:
+        raise InputError(
+            f"{path}, row {index}: expected {{'{spec.field}': text, 'label': one of "
+            f"{', '.join(spec.choices)}}}, got {row!r}"
+        )
+    if spec.sampler == "disjoint_words" and len(text.split()) < 2:
+        raise InputError(f"{path}, row {index}: expected two words, got {text!r}")
+    return text, label

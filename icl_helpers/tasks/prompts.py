@@ -1,0 +1,138 @@
+"""Few-shot prompts of the abstract pattern and text tasks (paper, sections 6 to 8).
+
+Example
+-------
+>>> prompt = icl.build_prompts("repetition", shots=5, seed=42)[0]
+>>> prompt.context.endswith(":"), prompt.choices
+(True, ('Foo', 'Bar'))
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+
+from icl_helpers.errors import InputError
+from icl_helpers.tasks.data import load_rows, load_splits
+from icl_helpers.tasks.demonstrations import Pool, draw_demonstrations
+from icl_helpers.tasks.specs import Sampler, TaskSpec, TextTaskSpec, get_task_spec
+
+__all__ = ["Prompt", "build_prompts", "text_contexts"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: ``context`` + a choice is exactly the text that is scored.
+
+    ``target`` is the index of the right choice, ``doc_id`` the row's place in its data set.
+    """
+
+    context: str
+    choices: tuple[str, ...]
+    target: int
+    doc_id: int
+
+
+def build_prompts(
+    task: str, *, shots: int, seed: int, labels: str | None = None, data: str = "synthetic"
+) -> list[Prompt]:
+    """Prompts of all documents of a task, in order.
+
+    Parameters
+    ----------
+    task
+        A name from :func:`icl_helpers.task_names`.
+    shots
+        Demonstrations per prompt; 0 leaves the description and the query.
+    seed
+        Demonstration seed; the paper's are 42, 43 and 44.
+    labels
+        ``"semantic"`` or ``"unrelated"``; None: the task's default. The abstract tasks have
+        unrelated labels only. A text task's choices carry the space before the label.
+    data
+        ``"synthetic"``: the data sets of this project; ``"original"``: the published repository's,
+        fetched by ``icl data original``; or a directory that holds those files. NLP tasks come from
+        the hub in the first two cases, and from ``<directory>/<task>/train.jsonl`` and
+        ``validation.jsonl`` in the third.
+
+    Raises
+    ------
+    InputError
+        An unknown task or label set, shots that the pool cannot give, or rows that are malformed.
+    MissingArtefactError
+        The data are not there.
+    """
+    spec = get_task_spec(task)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InputError(f"seed must be a whole number, got {seed!r}")
+    if isinstance(spec, TextTaskSpec):
+        choices = tuple(f" {word}" for word in spec.labels(labels))
+        contexts = text_contexts(spec, shots=shots, seed=seed, labels=labels, data=data)
+        return [
+            Prompt(context, choices, target, doc_id)
+            for doc_id, (context, target) in enumerate(contexts)
+        ]
+    if labels not in (None, spec.default_labels):
+        raise InputError(f"task {task} has {spec.default_labels!r} labels only, got {labels!r}")
+    return _pattern_prompts(spec, shots=shots, seed=seed, data=data)
+
+
+def _pattern_prompts(spec: TaskSpec, *, shots: int, seed: int, data: str) -> list[Prompt]:
+    rows = load_rows(spec.name, data=data)
+    pool = _pool(tuple(rows), spec.sampler)
+    drawn = draw_demonstrations(pool, rows, shots=shots, seed=seed)
+    blocks = [f"{text}:{label}\n\n" for text, label in rows]
+    target = {label: index for index, label in enumerate(spec.choices)}
+    start = spec.description + "\n\n"
+    return [
+        Prompt(
+            start + "".join(blocks[i] for i in demonstrations) + f"{text}:",
+            spec.choices,
+            target[label],
+            doc_id,
+        )
+        for doc_id, ((text, label), demonstrations) in enumerate(zip(rows, drawn, strict=True))
+    ]
+
+
+@functools.lru_cache(maxsize=8)
+def _pool(rows: tuple[tuple[str, str], ...], sampler: Sampler) -> Pool[str]:
+    """The demonstrations' pool, kept for the other seeds: it remembers what it has looked up."""
+    return Pool([text for text, _ in rows], [label for _, label in rows], sampler=sampler)
+
+
+def text_contexts(
+    spec: TextTaskSpec, *, shots: int, seed: int, labels: str | None, data: str | os.PathLike[str]
+) -> list[tuple[str, int]]:
+    """(context, right label) of every row of the validation split, in order.
+
+    A demonstration equal to the document in every column is dropped, as in the published code.
+    """
+    words = spec.labels(labels)
+    splits = load_splits(spec, data=data)
+    train, validation = splits.train, splits.validation
+    pool: Pool[str] = Pool(
+        [_key(row) for row in train], [str(row["label"]) for row in train], sampler=spec.sampler
+    )
+    queries = [(_key(row), str(row["label"])) for row in validation]
+    drawn = draw_demonstrations(pool, queries, shots=shots, seed=seed, same_split=False)
+
+    @functools.cache
+    def block(index: int) -> str:
+        row = train[index]
+        return f"{spec.render(row)} {words[row['label']]}\n\n"
+
+    return [
+        (
+            f"{spec.description}\n\n{''.join(map(block, chosen))}{spec.render(row)}",
+            row["label"],
+        )
+        for row, chosen in zip(validation, drawn, strict=True)
+    ]
+
+
+def _key(row: dict[str, object]) -> str:
+    """A row's content as text: equal for equal rows."""
+    return json.dumps(row, sort_keys=True, default=str)

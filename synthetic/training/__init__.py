@@ -1,0 +1,1 @@
+"""Training of the embedded model, and what its training and effect measure."""

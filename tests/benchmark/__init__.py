@@ -1,0 +1,1 @@
+"""Performance tests: what interventions and the evaluation cost (``make bench``)."""

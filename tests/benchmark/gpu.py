@@ -1,0 +1,136 @@
+"""The same on a GPU: an 8B-shaped Llama with random bfloat16 weights, made on the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from icl_helpers.attention.interventions import AttentionKnockout, ZeroAblation, intervene
+from icl_helpers.evaluation.conditions import Condition
+from icl_helpers.evaluation.evaluate import evaluate
+from icl_helpers.parameters import stage_parameters
+from icl_helpers.run.costs import estimate_cost
+from icl_helpers.tasks.lm_eval_task import load_task
+from icl_helpers.tasks.specs import task_names
+from tests.benchmark.evaluation import stock_scorer
+from tests.benchmark.tools import FRACTION, SHOTS, TASK, prompt_batch, seconds, spread_heads
+
+__all__ = ["LLAMA_8B", "measure_gpu"]
+
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, bos_token_id=0,
+)  # fmt: skip
+_BATCH = 64
+_DOCUMENTS = 512
+
+
+def measure_gpu(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: LlamaConfig = LLAMA_8B,
+    device: str = "cuda",
+    documents: int = _DOCUMENTS,
+    rounds: int = 5,
+) -> dict[str, Any]:
+    """Tokens per second plain, ablated, knocked out, by ``evaluate`` and by stock lm-eval.
+
+    ``table_1_hours`` extrapolates the grid of Table 1 from the rate of ``evaluate``: its prompts'
+    tokens, counted by :func:`icl_helpers.run.costs.estimate_cost`, over that rate. ``peak_bytes`` is
+    None off an accelerator. Tokens are those of the prompts given, whatever was computed of them.
+    """
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    on_gpu = torch.device(device).type == "cuda"
+    ids, blocked = prompt_batch(tokenizer, size=min(_BATCH, documents))
+    ids, blocked = ids.to(device), blocked.to(device)
+    rates = _forward_rates(model, ids, blocked, rounds)
+    n_tokens = documents * ids.shape[1]
+    rates["icl.evaluate, zero ablation"] = n_tokens / _fastest(
+        _ours(model, tokenizer, documents), on_gpu, rounds
+    )
+    rates["stock lm-eval, full model"] = n_tokens / _fastest(
+        _stock(model, tokenizer, documents), on_gpu, 1
+    )
+    cost = estimate_cost(
+        stage_parameters(model="meta-llama/Meta-Llama-3-8B", tasks=task_names(), nlp_tasks=[])
+    )
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else device,
+        "layers": config.num_hidden_layers, "hidden": config.hidden_size,
+        "prompt_tokens": ids.shape[1], "documents": documents,
+        "tokens_per_second": rates,
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "table_1_tokens": cost.tokens,
+        "table_1_hours": cost.tokens / rates["icl.evaluate, zero ablation"] / 3600,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def _forward_rates(
+    model: PreTrainedModel, ids: torch.Tensor, blocked: torch.Tensor, rounds: int
+) -> dict[str, float]:
+    heads = spread_heads(model)
+    on_gpu = ids.device.type == "cuda"
+
+    def plain() -> None:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    def under(intervention: Any) -> Callable[[], None]:
+        def edited() -> None:
+            with intervene(model, intervention):
+                plain()
+
+        return edited
+
+    cases = {
+        "plain forward": plain,
+        "zero ablation": under(ZeroAblation(heads)),
+        "knockout": under(AttentionKnockout(heads, blocked)),
+    }
+    return {name: ids.numel() / _fastest(call, on_gpu, rounds) for name, call in cases.items()}
+
+
+def _fastest(call: Callable[[], Any], on_gpu: bool, rounds: int) -> float:
+    """Seconds of the fastest of some calls after one uncounted; kernels are waited for."""
+
+    def finished() -> None:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    finished()
+    return min(seconds(finished) for _ in range(rounds))
+
+
+def _ours(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: int
+) -> Callable[[], Any]:
+    condition = Condition("induction_heads", "zero", FRACTION, heads=tuple(spread_heads(model)))
+
+    def run() -> None:
+        evaluate(
+            model, tokenizer, tasks=[TASK], shots=SHOTS, conditions=[condition], seeds=[42],
+            limit=documents,
+        )  # fmt: skip
+
+    return run
+
+
+def _stock(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: int
+) -> Callable[[], Any]:
+    from lm_eval import simple_evaluate
+
+    stock = stock_scorer(model, tokenizer, _BATCH)
+
+    def run() -> None:
+        task: Any = load_task(TASK, shots=SHOTS, seed=42)
+        simple_evaluate(stock, tasks=[task], limit=documents, bootstrap_iters=0, verbosity="ERROR")
+
+    return run

@@ -1,0 +1,236 @@
+"""What interventions and the evaluation cost, beside a plain forward pass and stock lm-eval.
+
+Every figure is a ratio of runs that alternate in one process, the median over the rounds, with the
+smallest and the largest. Models are Llama-shaped with random weights, made in memory.
+
+Example
+-------
+>>> results = run_benchmark(rounds=5)
+>>> results["rows"][0]["median"]
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from icl_helpers.attention.interventions import (
+    AttentionKnockout,
+    MeanAblation,
+    ZeroAblation,
+    intervene,
+)
+from icl_helpers.attention.means import mean_head_outputs
+from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
+from icl_helpers.errors import InputError
+from icl_helpers.files import atomic_path, book_dir
+from icl_helpers.models.loading import load_model
+from tests.benchmark.evaluation import evaluation_rows, prompt_rows
+from tests.benchmark.gpu import measure_gpu
+from tests.benchmark.growth import measure_growth
+from tests.benchmark.tools import (
+    BATCH,
+    SHAPES,
+    alternate,
+    prompt_batch,
+    random_llama,
+    ratio_row,
+    seconds,
+    spread_heads,
+)
+
+__all__ = ["run_benchmark", "write_benchmark"]
+
+
+# Positions of the reference samples whose memory is measured (paper, section 4).
+_POSITIONS = 3000
+
+
+def run_benchmark(*, shapes: Sequence[str] = tuple(SHAPES), rounds: int = 5) -> dict[str, Any]:
+    """Measure everything; takes ten to twenty minutes on two cores. JSON values only.
+
+    Each row has ``what``, ``model``, ``unit``, ``bar``, ``at`` (most or least), ``median``,
+    ``low``, ``high`` and ``met``. ``gpu`` is None where no GPU is at hand. Raises
+    :class:`InputError` for less than one round.
+    """
+    if rounds < 1:
+        raise InputError(f"rounds must be at least 1, got {rounds}")
+    _, tokenizer = load_model("icl-tiny")
+    rows = [*_commands(rounds), *prompt_rows(tokenizer, rounds)]
+    floors = []
+    for shape in shapes:
+        model = random_llama(shape)
+        rows += _forward_rows(shape, model, tokenizer, rounds)
+        rows += _memory_rows(shape)
+        rows += evaluation_rows(shape, model, tokenizer, rounds)
+        floors.append(_floor(shape, model, tokenizer, rounds))
+    growth = measure_growth(random_llama(shapes[0]), tokenizer, rounds=min(rounds, 3))
+    gpu = measure_gpu(tokenizer) if torch.cuda.is_available() else None
+    return {
+        "machine": _machine(), "rounds": rounds, "rows": rows, "floor": floors,
+        "growth": {"model": shapes[0], "points": growth}, "gpu": gpu,
+    }  # fmt: skip
+
+
+def write_benchmark(path: Path | None = None, *, rounds: int = 5) -> Path:
+    """Measure and write the JSON that the book's chapter is made from; returns its path."""
+    target = book_dir() / "_static" / "benchmark.json" if path is None else path
+    found = run_benchmark(rounds=rounds)
+    with atomic_path(target) as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    return target
+
+
+def _machine() -> dict[str, Any]:
+    cpu = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    packages = ("torch", "transformers", "lm_eval")
+    return {
+        "processor": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), **{name: version(name) for name in packages},
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }  # fmt: skip
+
+
+def _commands(rounds: int) -> list[dict[str, Any]]:
+    wanted = (
+        ("import icl_helpers", ["-c", "import icl_helpers"], 0.3),
+        ("icl --help", ["-m", "icl_helpers.cli", "--help"], 1.0),
+    )
+    rows = []
+    for what, arguments, bar in wanted:
+        call = functools.partial(
+            subprocess.run, [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL
+        )
+        taken = [seconds(call) for _ in range(rounds)]
+        rows.append(ratio_row(what, "-", bar, taken, unit="seconds"))
+    return rows
+
+
+@torch.inference_mode()
+def _forward_rows(
+    shape: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rounds: int
+) -> list[dict[str, Any]]:
+    ids, blocked = prompt_batch(tokenizer)
+    heads = spread_heads(model)
+    means = mean_head_outputs(model, ids, batch_size=BATCH)
+
+    def plain() -> None:
+        model(input_ids=ids, use_cache=False)
+
+    def under(intervention: Any) -> Callable[[], None]:
+        def edited() -> None:
+            with intervene(model, intervention):
+                plain()
+
+        return edited
+
+    sequences = random_sequences(tokenizer, n_sequences=5)
+    repeated = torch.cat([torch.zeros(5, 1, dtype=torch.long), sequences.repeat(1, 4)], dim=1)
+    cases = (
+        ("zero ablation / plain forward", 1.03, plain, under(ZeroAblation(heads))),
+        ("mean ablation / plain forward", 1.03, plain, under(MeanAblation(heads, means))),
+        ("knockout / plain forward", 1.10, plain, under(AttentionKnockout(heads, blocked))),
+        (
+            "prefix-matching scores / plain forward", 1.5,
+            lambda: model(input_ids=repeated, use_cache=False),
+            lambda: prefix_matching_scores(model, sequences),
+        ),
+        (
+            "mean head outputs / plain forward", 1.2, plain,
+            lambda: mean_head_outputs(model, ids, batch_size=BATCH),
+        ),
+    )  # fmt: skip
+    return [
+        ratio_row(what, shape, bar, [b / a for a, b in alternate(base, edited, 3 * rounds)])
+        for what, bar, base, edited in cases
+    ]
+
+
+# Linux keeps the peak of a process's memory, and sets it back when asked to.
+_MEMORY = """
+import sys, torch
+from tests.benchmark.tools import random_llama
+from icl_helpers.attention.means import mean_head_outputs
+
+def peak(call):
+    open("/proc/self/clear_refs", "w").write("5")
+    call()
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+def plain():
+    with torch.no_grad():
+        for row in ids:
+            model.base_model(input_ids=row[None], use_cache=False)
+
+model = random_llama(sys.argv[1])
+ids = torch.randint(0, 32_000, (3, int(sys.argv[2])), generator=torch.Generator().manual_seed(0))
+mean_head_outputs(model, ids[:, :8])
+plain()
+before = peak(plain)
+print(peak(lambda: mean_head_outputs(model, ids)) - before)
+"""
+
+
+def _memory_rows(shape: str) -> list[dict[str, Any]]:
+    """Peak memory that the means add to a plain pass, in accumulators; in a process of its own.
+
+    The peak does not depend on the number of samples, which stream through the model. Only Linux
+    tells it.
+    """
+    if not sys.platform.startswith("linux"):
+        return []
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY, shape, str(_POSITIONS)],
+        check=True, capture_output=True, text=True,
+        # Tensors go back to the system when they are freed: what is counted is what is held at
+        # once, not the gaps that the allocator happens to leave between them.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    hidden, layers, *_ = SHAPES[shape]
+    kibibytes = float(done.stdout)
+    ratio = kibibytes * 1024 / (4 * layers * _POSITIONS * hidden)
+    what = f"peak memory of means of {_POSITIONS} positions / one accumulator"
+    # The mean of the layer that is under way, and what the allocator rounds up, come on top.
+    return [ratio_row(what, shape, 1.1, [ratio])]
+
+
+@torch.inference_mode()
+def _floor(
+    shape: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rounds: int
+) -> dict[str, Any]:
+    """Operations and weight bytes of one forward, and the share of the matmul rate it reaches."""
+    ids, _ = prompt_batch(tokenizer)
+    weights = sum(p.numel() for p in model.parameters())
+    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
+    # Each weight takes part in one multiply-add a token (the tied embedding as the output
+    # projection); attention adds two products of [tokens, tokens, hidden] per layer.
+    operations = 2 * weights * ids.numel() + 4 * layers * ids.shape[1] * hidden * ids.numel()
+    square = torch.randn(2048, 2048)
+    matmul = min(seconds(lambda: square @ square) for _ in range(rounds))
+    forward = statistics.median(
+        seconds(lambda: model(input_ids=ids, use_cache=False)) for _ in range(rounds)
+    )
+    rate, reached = 2 * 2048**3 / matmul, operations / forward
+    return {
+        "model": shape, "parameters": weights, "tokens": ids.numel(), "operations": operations,
+        "bytes": 4 * weights, "matmul_per_second": rate, "forward_per_second": reached,
+        "share": reached / rate,
+    }  # fmt: skip

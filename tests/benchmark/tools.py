@@ -1,0 +1,110 @@
+"""What the benchmarks share: random models, a batch of prompts, runs that alternate."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from icl_helpers.attention.heads import Head
+from icl_helpers.attention.induction_pattern import induction_patterns
+from icl_helpers.tasks.prompts import build_prompts
+
+__all__ = [
+    "BATCH",
+    "FRACTION",
+    "SHAPES",
+    "SHOTS",
+    "TASK",
+    "alternate",
+    "prompt_batch",
+    "random_llama",
+    "ratio_row",
+    "seconds",
+    "spread_heads",
+]
+
+
+BATCH = 16
+SHOTS = 10
+TASK = "repetition"
+FRACTION = 0.03
+# Hidden size, layers, heads, feed-forward size; 32,000 tied embeddings.
+SHAPES = {"25M": (384, 8, 6, 1024), "110M": (768, 12, 12, 2048)}
+
+
+def random_llama(shape: str) -> LlamaForCausalLM:
+    """A Llama of one of :data:`SHAPES`, float32, with random weights from a fixed seed."""
+    hidden, layers, heads, inner = SHAPES[shape]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, intermediate_size=inner, tie_word_embeddings=True,
+        max_position_embeddings=4096, bos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alternate(
+    plain: Callable[[], Any], edited: Callable[[], Any], rounds: int
+) -> list[tuple[float, float]]:
+    """Seconds of (plain, edited), in alternation after one uncounted run of each."""
+    plain(), edited()
+    return [(seconds(plain), seconds(edited)) for _ in range(rounds)]
+
+
+def ratio_row(
+    what: str,
+    model: str,
+    bar: float,
+    values: Sequence[float],
+    *,
+    unit: str = "ratio",
+    at: str = "most",
+) -> dict[str, Any]:
+    """One row of the table: the median of ``values`` against the bar."""
+    median = statistics.median(values)
+    met = median <= bar if at == "most" else median >= bar
+    return {
+        "what": what, "model": model, "unit": unit, "bar": bar, "at": at, "median": median,
+        "low": min(values), "high": max(values), "met": met,
+    }  # fmt: skip
+
+
+def spread_heads(model: PreTrainedModel, number: int | None = None) -> list[Head]:
+    """``number`` heads, by default 3 % of all, spread evenly over the layers."""
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    number = max(1, round(FRACTION * layers * heads)) if number is None else number
+    order = [Head((2 * i + 1) * layers // (2 * number), i % heads) for i in range(number)]
+    if len(set(order)) == number:
+        return order
+    # More heads than fit one by one: fill up layer by layer.
+    every = [Head(layer, head) for head in range(heads) for layer in range(layers)]
+    return every[:number]
+
+
+def prompt_batch(
+    tokenizer: PreTrainedTokenizerBase, *, shots: int = SHOTS, size: int = BATCH
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and blocked pairs of one batch of prompts, padded on the right."""
+    prompts = [prompt.context for prompt in build_prompts(TASK, shots=shots, seed=42)[:size]]
+    patterns = induction_patterns(prompts, tokenizer)
+    encoded = tokenizer(prompts, add_special_tokens=False).input_ids
+    width = max(map(len, encoded))
+    ids = torch.zeros(size, width, dtype=torch.long)
+    blocked = torch.zeros(size, width, width, dtype=torch.bool)
+    for index, (row, pattern) in enumerate(zip(encoded, patterns, strict=True)):
+        ids[index, : len(row)] = torch.tensor(row)
+        blocked[index, : len(row), : len(row)] = pattern
+    return ids, blocked

@@ -1,0 +1,360 @@
+"""The notebooks as they are kept, the stages as they run, and the book as it is built."""
+
+from __future__ import annotations
+
+import ast
+import html.parser
+import re
+import shutil
+import subprocess
+
+import nbformat
+import pandas as pd
+import pytest
+
+import icl_helpers as icl
+from icl_helpers.book import build as book
+from icl_helpers.book import pages as book_front
+from icl_helpers.cli import main
+from icl_helpers.files import book_dir, notebooks_dir
+from icl_helpers.parameters import StageParameters
+from icl_helpers.results.comparison import compare_published
+from icl_helpers.results.tables import layout, summarise, write_table
+from icl_helpers.run.stages import (
+    StageError,
+    execute_notebook,
+    execute_stages,
+    read_parameters,
+    stage_notebooks,
+)
+
+NOTEBOOKS = stage_notebooks()
+
+
+def test_there_is_a_notebook_per_stage():
+    assert [int(path.name[:2]) for path in NOTEBOOKS] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_stripped_short_celled_and_has_one_literal_parameters_cell(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert max(len(cell.source.splitlines()) for cell in code) <= 40
+    (parameters,) = [c for c in code if "parameters" in c.metadata.get("tags", [])]
+    values = {}
+    for statement in ast.parse(parameters.source).body:
+        assert isinstance(statement, ast.Assign)
+        values[statement.targets[0].id] = ast.literal_eval(statement.value)
+    assert values == StageParameters().as_dict()
+    figures = [c.metadata["mystnb"] for c in code if "mystnb" in c.metadata]
+    assert all(
+        f["figure"]["caption"] and f["figure"]["name"] and f["image"]["alt"] for f in figures
+    )
+    assert notebook.cells[0].source.startswith("# ")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((notebooks_dir() / "parameters").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_parameter_files_are_valid(path):
+    assert icl.stage_parameters(**read_parameters(path)).run_dir.startswith("runs/")
+
+
+def results() -> pd.DataFrame:
+    """Accuracies with known averages."""
+    rows = []
+    for task, shots in (("repetition", 10), ("repetition", 0), ("wordseq1_4way", 20)):
+        for seed, accuracy in ((42, 0.8), (43, 0.9)):
+            key = {
+                "task": task,
+                "labels": "unrelated",
+                "shots": shots,
+                "demonstration_seed": seed,
+                "n": 10,
+            }
+            if shots == 0:
+                accuracy = 0.5
+            rows.append(
+                {
+                    **key,
+                    "condition": "full",
+                    "ablation": "none",
+                    "fraction": 0.0,
+                    "accuracy": accuracy,
+                }
+            )
+            for name, ablation, loss in (
+                ("induction_heads", "mean", 0.3),
+                ("induction_pattern", "knockout", 0.2),
+            ):
+                lost = accuracy - (loss if shots else 0)
+                rows.append(
+                    {
+                        **key,
+                        "condition": name,
+                        "ablation": ablation,
+                        "fraction": 0.06,
+                        "accuracy": lost,
+                    }
+                )
+            for ablation_seed in (42, 43):
+                rows.append(
+                    {**key, "condition": "random_heads", "ablation": "mean", "fraction": 0.06,
+                     "ablation_seed": ablation_seed, "accuracy": accuracy - 0.01 * (ablation_seed - 41)}
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_table_shows_accuracy_and_difference_to_the_full_model():
+    table = layout(results(), ablation="mean")
+    row = table.loc[("repetition", 10)]
+    assert row[("full model", "")] == "85.0"
+    assert row[("induction heads", "6.0%")] == "55.0 (-30.0)"
+    assert row[("induction pattern", "6.0%")] == "65.0 (-20.0)"
+    assert row[("random heads", "6.0%")] == "83.5 (-1.5)"
+
+
+def test_published_value_stands_beside_the_runs():
+    beside = compare_published(results(), published_model="Llama-3-8B", fractions=[0.06])
+    row = beside[(beside["task"] == "repetition") & (beside["shots"] == 10)]
+    published = icl.published_accuracy()
+    expected = published[
+        (published["table"] == 1) & (published["model"] == "Llama-3-8B")
+        & (published["task"] == "repetition") & (published["shots"] == 10)
+    ]  # fmt: skip
+    full = row[row["condition"] == "full"].iloc[0]
+    assert full["published"] == expected[expected["condition"] == "full"]["accuracy"].item()
+    assert full["this run"] == pytest.approx(85)
+    assert full["difference"] == pytest.approx(85 - full["published"])
+
+
+def test_summary_averages_tasks_with_two_labels():
+    summary = summarise(results())
+    assert summary["full"] == pytest.approx(85)
+    assert summary["induction_heads"] == pytest.approx(55)
+    assert summary["zero_shot"] == pytest.approx(50)
+    assert summary["tasks"] == ["repetition"]
+
+
+def test_tables_are_written_as_csv_and_latex(tmp_path):
+    csv, tex = write_table(layout(results()), tmp_path, "table-1")
+    assert "55.0 (-30.0)" in csv.read_text()
+    assert r"6.0\%" in tex.read_text()
+
+
+@pytest.mark.slow
+def test_stages_leave_every_artifact(run_dir):
+    wanted = [
+        "prefix_scores.safetensors", "mean_head_outputs.safetensors", "heads.json", "run.json",
+        "results.parquet", "documents.parquet", "tables/table-1.csv", "tables/table-1.tex",
+        *(f"notebooks/{path.name}" for path in NOTEBOOKS),
+    ]  # fmt: skip
+    assert [name for name in wanted if not (run_dir / name).is_file()] == []
+    frame = pd.read_parquet(run_dir / "results.parquet")
+    assert set(frame["ablation"]) == {"none", "mean", "zero", "knockout"}
+    stand_ins = {"review_sentiment", "fact_opinion"}
+    assert set(frame["task"]) == {"repetition", "wordseq1_binary"} | stand_ins
+
+
+@pytest.mark.slow
+def test_failing_stage_is_reported_and_leaves_no_finished_notebook(tmp_path):
+    parameters = icl.stage_parameters(run_dir=str(tmp_path / "run"))
+    with pytest.raises(StageError, match="08_results failed.*results.parquet does not exist"):
+        execute_stages(parameters, only=[8], progress=False)
+    assert not (tmp_path / "run" / "notebooks" / "08_results.ipynb").exists()
+
+
+class Links(html.parser.HTMLParser):
+    """Internal links, anchors and images of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.sources: list[str] = []
+        self.anchors: set[str] = set()
+        self.without_alt: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        if found.get("id"):
+            self.anchors.add(found["id"])
+        if tag == "a" and found.get("href"):
+            self.links.append(found["href"])
+        if tag in ("script", "img") and found.get("src"):
+            self.sources.append(found["src"])
+        if tag == "link" and found.get("rel") == "stylesheet":
+            self.sources.append(found["href"])
+        if tag == "img" and not found.get("alt"):
+            self.without_alt.append(found.get("src", ""))
+
+
+@pytest.mark.slow
+def test_book_has_every_page_and_a_part_per_run(built):
+    for run in ("icl-tiny", "second-model"):
+        assert len(list((built / "run" / run).glob("*.html"))) == 8
+    text = (built / "index.html").read_text()
+    assert "In this model:" in text
+    assert "{{" not in text
+
+
+@pytest.mark.slow
+def test_book_has_no_broken_link_and_needs_nothing_from_elsewhere(built):
+    pages = {
+        path: Links(path.read_text())
+        for path in built.rglob("*.html")
+        if "_static" not in path.parts
+    }
+    broken, foreign, silent = [], [], []
+    for path, page in pages.items():
+        silent += [f"{path.name}: {source}" for source in page.without_alt]
+        foreign += [s for s in page.sources if re.match(r"(https?:)?//", s)]
+        local = [
+            s
+            for s in [*page.links, *page.sources]
+            if not re.match(r"(https?:)?//|mailto:|data:", s)
+        ]
+        for link in local:
+            name, _, anchor = link.partition("#")
+            target = path if not name else (path.parent / name.split("?")[0]).resolve()
+            if not target.exists() or (
+                anchor and target in pages and anchor not in pages[target].anchors
+            ):
+                broken.append(f"{path.name}: {link}")
+    assert broken == []
+    assert foreign == []
+    assert silent == []
+
+
+@pytest.mark.slow
+def test_book_does_not_tell_where_the_run_lay(built, run_dir):
+    found = [p for p in built.rglob("*.html") if str(run_dir) in p.read_text()]
+    assert found == []
+
+
+@pytest.mark.slow
+def test_notebook_with_an_error_fails_the_build(run_dir, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(run_dir, runs / "icl-tiny")
+    path = runs / "icl-tiny" / "notebooks" / NOTEBOOKS[2].name
+    notebook = nbformat.read(path, as_version=4)
+    cell = next(c for c in notebook.cells if c.cell_type == "code" and c.outputs)
+    cell.outputs = [nbformat.v4.new_output("error", ename="E", evalue="v", traceback=[])]
+    nbformat.write(notebook, path)
+    with pytest.raises(book.BookError, match="holds an error"):
+        book.build_book(runs, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_stage_that_fails_after_it_had_succeeded_fails_the_build(
+    run_dir, tmp_path, capsys, monkeypatch
+):
+    """The notebook of the time before does not stand in for it, nor do the pages."""
+    run = tmp_path / "runs" / "icl-tiny"
+    shutil.copytree(run_dir, run)
+    (tmp_path / "out" / "html").mkdir(parents=True)
+    (tmp_path / "out" / "html" / "index.html").write_text("a book of the time before")
+    broken = tmp_path / NOTEBOOKS[4].name
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    nbformat.write(notebook, broken)
+    with pytest.raises(StageError, match="ZeroDivisionError"):
+        execute_notebook(broken, run / "notebooks" / broken.name, {})
+    assert main(["book", "--runs", str(run.parent), "--out", str(tmp_path / "out")]) == 2
+    assert f"lacks {broken.stem}" in capsys.readouterr().err
+    # Beside a whole run, the other is left out and named.
+    shutil.copytree(run_dir, tmp_path / "runs" / "whole")
+    laid_out = []
+    monkeypatch.setattr(book, "_stage", lambda _, runs: laid_out.extend(runs) or 1 / 0)
+    with (
+        pytest.warns(UserWarning, match=f"icl-tiny lacks {broken.stem}"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        book.build_book(run.parent, tmp_path / "out")
+    assert [path.name for path in laid_out] == ["whole"]
+
+
+def test_api_page_documents_every_public_name():
+    page = (book_dir() / "api.md").read_text()
+    names = [name for name in icl.__all__ if not name.startswith("__")]
+    assert [name for name in names if not re.search(rf"\.{name}$", page, re.MULTILINE)] == []
+
+
+def test_buttons_of_a_run_lead_to_the_notebooks_in_the_repository(tmp_path):
+    page = tmp_path / "run" / "icl-tiny" / "01_x.html"
+    page.parent.mkdir(parents=True)
+    page.write_text(
+        '<a href="https://host/github/o/r/blob/main/book/run/icl-tiny/01_x.ipynb">'
+        '<a href="../other-run/01_x.html">'
+    )
+    book._point_at_sources(tmp_path)
+    assert Links(page.read_text()).links == [
+        "https://host/github/o/r/blob/main/notebooks/01_x.ipynb",
+        "../other-run/01_x.html",
+    ]
+
+
+def test_controls_are_named_by_what_they_show_and_icons_keep_their_names(tmp_path):
+    (tmp_path / "run").mkdir()
+    page = tmp_path / "run" / "a.html"
+    page.write_text(
+        '<summary aria-label="Toggle hidden content"><p>Show code</p></summary>'
+        '<button class="btn search-button-field" title="Search" aria-label="Search">Search</button>'
+        '<button class="btn search-button" title="Search" aria-label="Search"><i></i></button>'
+        '<button class="theme-switch-button" aria-label="Color mode">'
+        '<i class="theme-switch fa-moon" data-mode="dark"  title="Dark"></i></button>'
+    )
+    book._name_controls(tmp_path)
+    assert page.read_text() == (
+        "<summary><p>Show code</p></summary>"
+        '<button class="btn search-button-field" title="Search">Search</button>'
+        '<button class="btn search-button" title="Search" aria-label="Search"><i></i></button>'
+        '<button class="theme-switch-button" aria-label="Color mode">'
+        '<i class="theme-switch fa-moon" data-mode="dark"></i></button>'
+    )
+
+
+@pytest.mark.parametrize(
+    ("difference", "shown"), [(-24.6, "-25"), (3.2, "+3"), (-0.2, "0"), (0.0, "0")]
+)
+def test_difference_in_points_has_a_sign_unless_it_rounds_to_nothing(difference, shown):
+    assert book_front._points(difference) == shown
+
+
+def test_jupyter_book_2_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(book, "version", lambda name: "2.0.1")
+    with pytest.raises(book.BookError, match="jupyter-book<2"):
+        book.build_book(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_pages_open_in_a_browser_without_console_errors(built, tmp_path):
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
+    for page in ("index.html", "method.html", "run/icl-tiny/08_results.html"):
+        done = subprocess.run(
+            [chromium, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+             "--virtual-time-budget=4000", (built / page).as_uri()],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        assert not [line for line in console if re.search(r"Error|Failed|Uncaught", line)], page
+        assert "<h1" in done.stdout

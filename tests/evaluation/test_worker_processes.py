@@ -1,0 +1,135 @@
+"""Real worker processes: any number gives the same tables, deaths are bounded, idle ones not started."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import icl_helpers as icl
+from icl_helpers.evaluation.cells import ModelSource
+from icl_helpers.evaluation.evaluate import evaluate
+from icl_helpers.evaluation.store import KEYS
+from icl_helpers.evaluation.workers import process_workers
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"limit": 3, "tasks": ["repetition"], "shots": [2], "seeds": [42], "ablation_seeds": [42]}
+
+
+@pytest.fixture(scope="module")
+def request_for():
+    model, tokenizer = icl.load_model("icl-tiny")
+    scores = torch.rand(model.config.num_hidden_layers, 16, generator=torch.manual_seed(0))
+    conditions = icl.conditions(
+        scores, fractions=(0.05,), ablations=("zero", "knockout"), ablation_seeds=(42,)
+    )
+    return {
+        "model": model, "tokenizer": tokenizer, "tasks": ["repetition", "wordseq1_4way"],
+        "shots": [2, 0], "conditions": conditions, "seeds": [42, 43], "limit": 3,
+        "source": ModelSource("icl-tiny"),
+    }  # fmt: skip
+
+
+def in_order(frame: pd.DataFrame, *more: str) -> pd.DataFrame:
+    return pd.DataFrame(frame).sort_values([*KEYS, *more]).reset_index(drop=True)
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_in_any_order_give_the_tables_of_this_process(request_for):
+    here = evaluate(**request_for)
+    for count in (1, 2, 4):
+        shuffled = dict(request_for)
+        for name in ("tasks", "shots", "conditions", "seeds"):
+            shuffled[name] = random.Random(count).sample(
+                list(request_for[name]), k=len(request_for[name])
+            )
+        with process_workers(count) as workers:
+            there = evaluate(**shuffled, executor=workers)
+        pd.testing.assert_frame_equal(in_order(here), in_order(there), check_exact=True)
+        pd.testing.assert_frame_equal(
+            in_order(here.documents, "doc_id"), in_order(there.documents, "doc_id"),
+            check_exact=True,
+        )  # fmt: skip
+
+
+# Ends a worker, and no other process, as soon as it opens the file of one cell.
+DEADLY = """
+import os, sys
+if "--multiprocessing-fork" in sys.orig_argv:
+    def die(event, arguments):
+        if event == "open" and "random_heads_zero" in str(arguments[0]):
+            os._exit(9)
+    sys.addaudithook(die)
+"""
+
+
+@pytest.mark.slow
+def test_cell_that_kills_its_process_is_given_up_and_the_command_fails(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(DEADLY)
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "icl_helpers.cli", "evaluate", "--tasks", "repetition",
+        "--shots", "2", "--seeds", "42", "--ablation-seeds", "42", "--fractions", "0.05",
+        "--limit", "3", "--conditions", "full,zero", "--run-dir", str(run), "--workers", "2",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "1 cells failed, the others are finished and kept" in done.stderr
+    assert "Traceback" not in done.stderr
+    (record,) = [json.loads(path.read_text()) for path in (run / "failed").iterdir()]
+    assert record["conditions"][0][0] == "random_heads"
+    assert "the worker died" in record["reason"]
+    assert "(3 attempts)" in record["reason"]
+    found = pd.read_parquet(run / "results.parquet")
+    assert sorted(found["condition"]) == ["full", "induction_heads"]
+    # The same command where nothing dies computes the missing cell and takes the record back.
+    before = {path: path.stat().st_mtime_ns for path in run.glob("cells/*.json")}
+    done = subprocess.run(
+        command[:-2], cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list(run.glob("cells/*.json"))) == 3
+    assert not list((run / "failed").iterdir())
+
+
+def test_finished_cells_start_no_worker(request_for, tmp_path):
+    here = evaluate(**request_for, run_dir=tmp_path)
+    with process_workers(2) as workers:
+        again = evaluate(**request_for, run_dir=tmp_path, executor=workers)
+        assert not workers.executor._processes
+    pd.testing.assert_frame_equal(pd.DataFrame(here), pd.DataFrame(again), check_exact=True)
+
+
+@pytest.mark.parametrize("workers", [None, "2"])
+def test_finished_run_loads_no_model(tmp_path, monkeypatch, workers):
+    parameters = icl.stage_parameters(**SMALL, run_dir=str(tmp_path))
+    first = icl.Run(parameters).evaluate("full", "zero", "knockout")
+    monkeypatch.setattr("icl_helpers.run.run.load_model", lambda *a, **k: pytest.fail("loaded"))
+    if workers:
+        monkeypatch.setenv("ICL_WORKERS", workers)
+    run = icl.Run(parameters)
+    pd.testing.assert_frame_equal(run.evaluate("full", "zero", "knockout"), first)
+    assert run.tokenizer("Foo").input_ids
+    assert run._loaded is None
+
+
+@pytest.mark.slow
+def test_model_is_not_held_twice_while_workers_have_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ICL_WORKERS", "1")
+    run = icl.Run(icl.stage_parameters(**SMALL, run_dir=str(tmp_path)))
+    found = run.evaluate("full", "zero")
+    assert run._loaded is None
+    monkeypatch.delenv("ICL_WORKERS")
+    here = icl.Run(icl.stage_parameters(**SMALL, run_dir=str(tmp_path / "here")))
+    pd.testing.assert_frame_equal(found, here.evaluate("full", "zero"))

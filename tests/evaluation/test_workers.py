@@ -1,0 +1,310 @@
+"""Cells scored by workers: the same numbers, bounded retries, no orphans."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import icl_helpers as icl
+from icl_helpers.evaluation.cells import CellGroup, Job, ModelSource, pack
+from icl_helpers.evaluation.evaluate import evaluate
+from icl_helpers.evaluation.workers import (
+    FailedCellsError,
+    Workers,
+    chunk_size,
+    dask_workers,
+    run_jobs,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def job(first: int, cells: int, *, task: str = "repetition") -> Job:
+    group = CellGroup(task, "unrelated", 5, 42, 4, "synthetic", (icl.Condition("full"),) * cells)
+    places = range(first, first + cells)
+    return pack(group, source=ModelSource(), key={}, cells_dir=None, places=places)
+
+
+class DyingPool(Executor):
+    """Runs jobs when asked for results; a poisoned cell kills the pool with all that is in it."""
+
+    def __init__(self, poisoned: set[int], runs: Counter) -> None:
+        self.poisoned, self.runs, self.broken = poisoned, runs, False
+        self.held: list[tuple[Future, Job]] = []
+
+    def submit(self, function, job):
+        if self.broken:
+            raise BrokenProcessPool
+        future: Future = Future()
+        self.held.append((future, job))
+        if len(self.held) == 2 or self.poisoned & set(job.places):
+            self.finish()
+        else:
+            future.set_running_or_notify_cancel()
+            future.set_result(list(job.places))
+            self.runs.update(job.places)
+            self.held.clear()
+        return future
+
+    def finish(self):
+        self.broken = True
+        for future, held in self.held:
+            self.runs.update(held.places)
+            future.set_exception(BrokenProcessPool())
+
+
+def test_cell_that_kills_its_worker_is_given_up_after_three_deaths_and_the_rest_is_finished():
+    runs: Counter = Counter()
+    found: dict[int, int] = {}
+    workers = Workers(DyingPool({5}, runs), 2, width=2, renew=lambda: DyingPool({5}, runs))
+    jobs = [job(0, 4), job(4, 4), job(8, 4)]
+    failures = run_jobs(
+        jobs, workers, on_cells=lambda j, cells: found.update(zip(j.places, cells, strict=True))
+    )
+    assert [failure.job.places for failure in failures] == [(5,)]
+    assert "died" in failures[0].reason
+    assert sorted(found) == [place for place in range(12) if place != 5]
+    assert runs[5] == 4  # once with its group, three times alone
+
+
+def test_nothing_more_is_tried_when_every_worker_dies():
+    runs: Counter = Counter()
+    everything = set(range(400))
+    workers = Workers(
+        DyingPool(everything, runs), 2, width=2, renew=lambda: DyingPool(everything, runs)
+    )
+    failures = run_jobs([job(i, 1) for i in range(400)], workers, on_cells=lambda *_: None)
+    assert sorted(p for failure in failures for p in failure.job.places) == list(range(400))
+    assert sum(runs.values()) <= 40
+
+
+def test_cell_that_raises_is_tried_three_times_and_costs_no_other():
+    runs: Counter = Counter()
+    found: list[int] = []
+
+    def score(given: Job) -> list:
+        runs.update(given.places)
+        if 2 in given.places:
+            raise RuntimeError("out of luck")
+        return list(given.places)
+
+    with ThreadPoolExecutor(2) as pool:
+        failures = run_jobs(
+            [job(0, 4), job(4, 4)], Workers(pool, 2), function=score,
+            on_cells=lambda _, cells: found.extend(cells),
+        )  # fmt: skip
+    assert [(f.job.places, f.reason) for f in failures] == [
+        ((2,), "RuntimeError: out of luck (3 attempts)")
+    ]
+    assert sorted(found) == [0, 1, 3, 4, 5, 6, 7]
+    assert runs[2] == 4
+
+
+def test_error_of_the_users_making_ends_the_run():
+    def refuse(given: Job) -> list:
+        raise icl.InputError("too long")
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(icl.InputError, match="too long"):
+        run_jobs([job(0, 1)], Workers(pool, 1), function=refuse, on_cells=lambda *_: None)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 64])
+def test_there_are_jobs_for_all_workers_but_no_more_than_cells(count):
+    size = chunk_size(3, 10, Workers(ThreadPoolExecutor(1), count))
+    jobs = [part for first in (0, 10, 20) for part in job(first, 10).split(size)]
+    assert [place for part in jobs for place in part.places] == list(range(30))
+    assert min(30, 2 * count) <= len(jobs)
+
+
+@pytest.fixture(scope="module")
+def request_for():
+    model, tokenizer = icl.load_model("icl-tiny")
+    scores = torch.rand(model.config.num_hidden_layers, 16, generator=torch.manual_seed(0))
+    means = torch.randn(model.config.num_hidden_layers, 300, 16, 16) * 0.1
+    conditions = icl.conditions(
+        scores, fractions=(0.05,), ablations=("mean", "knockout"), head_outputs=means,
+        ablation_seeds=(42,),
+    )  # fmt: skip
+    return {
+        "model": model, "tokenizer": tokenizer, "tasks": ["repetition"], "shots": [0, 3],
+        "conditions": conditions, "seeds": [42, 43], "limit": 4, "source": ModelSource("icl-tiny"),
+    }  # fmt: skip
+
+
+class Shuffled(Executor):
+    """Runs what it is given in another order than it was given."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(2)
+        self.waiting: list = []
+        self._max_workers = 4
+
+    def submit(self, function, given):
+        self.waiting.insert(len(self.waiting) // 2, (future := Future(), given))
+        self.pool.submit(self.one, function)
+        return future
+
+    def one(self, function):
+        future, given = self.waiting.pop()
+        try:
+            future.set_result(function(given))
+        except Exception as error:
+            future.set_exception(error)
+
+
+def test_shuffled_workers_give_the_tables_and_files_of_this_process(request_for, tmp_path):
+    here = evaluate(**request_for, run_dir=tmp_path / "here")
+    there = evaluate(**request_for, run_dir=tmp_path / "there", executor=Shuffled())
+    pd.testing.assert_frame_equal(pd.DataFrame(here), pd.DataFrame(there), check_exact=True)
+    pd.testing.assert_frame_equal(here.documents, there.documents, check_exact=True)
+    files = [
+        {p.name: p.read_bytes() for p in (tmp_path / run / "cells").iterdir()}
+        for run in ("here", "there")
+    ]
+    assert files[0] == files[1]
+
+
+def test_failed_cells_are_recorded_and_the_record_goes_when_they_succeed(
+    request_for, tmp_path, monkeypatch
+):
+    import icl_helpers.evaluation.cells as worker
+
+    whole = worker.score_group
+
+    def unlucky(lm, group, key, store):
+        if group.shots == 3 and any(c.name == "random_heads" for c in group.conditions):
+            raise MemoryError("no memory left")
+        return whole(lm, group, key, store)
+
+    monkeypatch.setattr(worker, "score_group", unlucky)
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(FailedCellsError, match="2 cells failed.*no memory left"):
+            evaluate(**request_for, run_dir=tmp_path, executor=pool)
+        records = [json.loads(p.read_text()) for p in (tmp_path / "failed").iterdir()]
+        assert [r["conditions"][0][0] for r in records] == ["random_heads"] * 2
+        assert all("no memory left (3 attempts)" in r["reason"] for r in records)
+        assert len(pd.read_parquet(tmp_path / "results.parquet")) == 4 * 4 - 2
+        monkeypatch.setattr(worker, "score_group", whole)
+        evaluate(**request_for, run_dir=tmp_path, executor=pool)
+    assert not list((tmp_path / "failed").iterdir())
+    assert len(pd.read_parquet(tmp_path / "results.parquet")) == 4 * 4
+
+
+def test_worker_with_another_model_is_refused(request_for):
+    given = {**request_for, "source": replace(request_for["source"], dtype="bfloat16")}
+    with ThreadPoolExecutor(1) as pool, pytest.raises(icl.InputError, match="differs.*fingerprint"):
+        evaluate(**given, executor=pool)
+
+
+def test_missing_scheduler_is_named(tmp_path):
+    with (
+        pytest.raises(icl.MissingArtefactError, match="scheduler file .*none.json"),
+        dask_workers(tmp_path / "none.json"),
+    ):
+        pass
+
+
+def children(pid: int) -> list[int]:
+    """Processes that descend from this one."""
+    direct = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return direct + [below for child in direct for below in children(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+ARGUMENTS = [
+    "evaluate", "--tasks", "repetition", "--shots", "5", "--seeds", "42,43", "--limit", "20",
+    "--conditions", "full,zero",
+]  # fmt: skip
+
+
+def start(run: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "icl_helpers.cli", *ARGUMENTS, "--run-dir", str(run), *more]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 400) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_command_leaves_no_worker_and_keeps_what_is_finished(tmp_path, how):
+    process = start(tmp_path, "--workers", "2")
+    wait_for(lambda: list(tmp_path.glob("cells/*.json")), process)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.send_signal(how)
+    assert process.wait(timeout=60) != 0
+    deadline = time.monotonic() + 30
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if alive(pid)]
+    assert list(tmp_path.glob("cells/*.json"))
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A scheduler and two worker processes without a nanny, as on two machines."""
+    file = tmp_path / "scheduler.json"
+    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    dask = [sys.executable, "-m", "dask"]
+    scheduler = subprocess.Popen(
+        [*dask, "scheduler", "--scheduler-file", str(file), "--port", "0", "--no-dashboard"],
+        **quiet,
+    )
+    wait_for(file.exists, scheduler)
+    workers = [
+        subprocess.Popen(
+            [
+                *dask, "worker", "--scheduler-file", str(file), "--nworkers", "1", "--nthreads",
+                "1", "--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path / "dask"),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    yield file, workers
+    for process in [*workers, scheduler]:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_dask_cluster_that_loses_a_worker_gives_the_same_tables(tmp_path, cluster):
+    file, workers = cluster
+    process = start(tmp_path / "dask-run", "--scheduler", str(file))
+    wait_for(lambda: list((tmp_path / "dask-run").glob("cells/*.json")), process)
+    workers[0].kill()
+    assert process.wait(timeout=400) == 0, process.stderr.read()[-2000:]
+    here = start(tmp_path / "here")
+    assert here.wait(timeout=400) == 0
+    frames = [pd.read_parquet(tmp_path / run / "documents.parquet") for run in ("dask-run", "here")]
+    pd.testing.assert_frame_equal(*frames, check_exact=True)

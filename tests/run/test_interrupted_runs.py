@@ -1,0 +1,189 @@
+"""A run of notebooks that is killed, or whose disk fills up: what is finished stays and is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGE = "03_full_model.ipynb"
+ARGUMENTS = [
+    "run", "--stages", "3", "--tasks", "repetition,recursion", "--nlp-tasks", "", "--shots", "5,10",
+    "--seeds", "42,43,44", "--limit", "100",
+]  # fmt: skip
+CELLS = 2 * 2 * 3
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
+
+
+def start(run: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "icl_helpers.cli", *ARGUMENTS, "--run-dir", str(run)], cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    error = process.communicate(timeout=400)[1]
+    assert process.returncode == 0, error[-2000:]
+    return error
+
+
+def kernels(pid: int) -> list[int]:
+    """Processes below this one that are notebooks' kernels."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if b"ipykernel" in Path(f"/proc/{child}/cmdline").read_bytes():
+            found.append(int(child))
+        found += kernels(int(child))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(condition())
+
+
+def kernel_in_mid_stage(process: subprocess.Popen, run: Path) -> int:
+    assert wait_until(lambda: list(run.glob("cells/*.json")) or process.poll() is not None, 300)
+    (kernel,) = kernels(process.pid)
+    return kernel
+
+
+def times(run: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in run.glob("cells/*.json")}
+
+
+def tables(run: Path) -> list[pd.DataFrame]:
+    return [pd.read_parquet(run / f"{name}.parquet") for name in ("documents", "results")]
+
+
+def assert_same_tables(run: Path, other: Path) -> None:
+    for ours, theirs in zip(tables(run), tables(other), strict=True):
+        pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """The same run, left alone."""
+    run = tmp_path_factory.mktemp("clean") / "run"
+    finish(start(run))
+    assert len(times(run)) == CELLS
+    return run
+
+
+def test_killed_kernel_costs_only_what_it_had_not_finished(clean, tmp_path):
+    process = start(tmp_path)
+    os.kill(kernel_in_mid_stage(process, tmp_path), signal.SIGKILL)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert "its kernel died" in error
+    kept = times(tmp_path)
+    assert 0 < len(kept) < CELLS
+    assert not list(tmp_path.glob("notebooks/*"))
+    finish(start(tmp_path))
+    assert {name: times(tmp_path)[name] for name in kept} == kept
+    assert_same_tables(tmp_path, clean)
+
+
+def test_executed_notebook_is_no_proof_that_its_cells_are_there(clean, tmp_path):
+    shutil.copytree(clean, tmp_path / "run")
+    run = tmp_path / "run"
+    assert (run / "notebooks" / STAGE).is_file()
+    lost, *kept = sorted(run.glob("cells/*.json"))
+    content = lost.read_bytes()
+    before = times(run)
+    lost.unlink()
+    finish(start(run))
+    assert lost.read_bytes() == content
+    assert {path.name: times(run)[path.name] for path in kept} == {
+        path.name: before[path.name] for path in kept
+    }
+    assert_same_tables(run, clean)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_run_leaves_no_kernel_and_keeps_what_is_finished(tmp_path, how):
+    process = start(tmp_path)
+    kernel = kernel_in_mid_stage(process, tmp_path)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert wait_until(lambda: not alive(kernel), 30)
+    kept = list(tmp_path.glob("cells/*.json"))
+    assert kept
+    assert not list(tmp_path.glob("notebooks/*.ipynb"))
+    for path in kept:
+        assert json.loads(path.read_bytes())["checksum"]
+    assert not list(tmp_path.glob("cells/.*.tmp")) or how == signal.SIGKILL
+
+
+# A file system of its own, in a name space of its own, that is as large as the test wants it.
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=$1 tmpfs "$2" || exit 77
+shift; disk=$1; shift
+"$@"; echo "exit code $?"
+ls -A "$disk" "$disk/cells"
+mount -o remount,size=64m "$disk"
+"$@"; echo "exit code $?"
+cp -r "$disk/." "$disk-kept"
+"""
+UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+def can_mount() -> bool:
+    tried = [*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return (
+        shutil.which("unshare") is not None
+        and not subprocess.run(tried, capture_output=True).returncode
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs a kernel that lets users mount a tmpfs")
+def test_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = [
+        sys.executable, "-m", "icl_helpers.cli", "evaluate", "--tasks", "repetition", "--shots",
+        "5", "--seeds", "42,43", "--limit", "100", "--conditions", "full,zero", "--run-dir",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*UNSHARE, "sh", "-c", ON_A_SMALL_DISK, "sh", "100k", str(disk), *command, str(disk)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert "exit code 2" in done.stdout, done.stderr[-2000:]
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("icl: ")]
+    assert f"cannot write {disk}" in message
+    assert "No space left on device" in message
+    assert ".json" in done.stdout
+    assert ".tmp" not in done.stdout
+    assert "exit code 0" in done.stdout, done.stderr[-2000:]
+    finish_here = [*command, str(tmp_path / "clean")]
+    subprocess.run(finish_here, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert_same_tables(tmp_path / "disk-kept", tmp_path / "clean")
+    names = [name for name in os.listdir(tmp_path / "disk-kept") if "damaged" in name]
+    assert not names

@@ -27,13 +27,13 @@ __all__ = [
     "StorageError",
     "atomic_path",
     "book_dir",
+    "cached_tensor",
     "check_run_dir",
     "content_key",
     "embedded_dir",
-    "kept_tensor",
     "notebooks_dir",
     "project_root",
-    "set_aside",
+    "quarantine",
     "synthetic_dir",
     "tasks_dir",
     "user_path",
@@ -168,7 +168,7 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(text)
 
 
-def set_aside(path: Path, why: str) -> Path:
+def quarantine(path: Path, why: str) -> Path:
     """Rename a damaged file to ``<name>.damaged-N`` and say so; it is never deleted."""
     number = 1
     while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
@@ -181,7 +181,7 @@ def set_aside(path: Path, why: str) -> Path:
     return target
 
 
-def kept_tensor(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+def cached_tensor(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The tensor in ``path`` if it was written under this key, else a computed one, written there.
 
     A damaged file is set aside by name. Raises :class:`StorageError` when it cannot be written.
@@ -206,10 +206,10 @@ def _read(path: Path, key: str) -> torch.Tensor | None:
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, ValueError) as error:
-        set_aside(path, f"is damaged ({error})")
+        quarantine(path, f"is damaged ({error})")
         return None
     if _checksum(tensor) != checksum:
-        set_aside(path, "is damaged (checksum differs)")
+        quarantine(path, "is damaged (checksum differs)")
         return None
     return tensor
 

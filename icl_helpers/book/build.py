@@ -21,15 +21,16 @@ import nbformat
 import yaml
 
 from icl_helpers.book import pages
-from icl_helpers.book.pages import front_page, recipe_table, run_info, run_slug, stage_table
+from icl_helpers.book.pages import front_page, recipe_table, run_slug, stage_table
 from icl_helpers.book.performance import write_benchmark_page
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.files import book_dir, check_run_dir, notebooks_dir, project_root
-from icl_helpers.parameters import stage_parameters
+from icl_helpers.parameters import read_parameters, stage_parameters
 from icl_helpers.redaction import check_leaks
 from icl_helpers.results.notebook import DESCRIPTION
 from icl_helpers.run.costs import estimate_cost
-from icl_helpers.run.stages import StageError, execute_notebook, read_parameters, stage_notebooks
+from icl_helpers.run.plan import run_info
+from icl_helpers.run.stages import StageError, execute_notebook, stage_notebooks
 
 __all__ = ["BookError", "build_book", "find_runs"]
 

@@ -56,7 +56,6 @@ __all__ = [
     "answers",
     "compare",
     "control_overlap",
-    "in_words",
     "lost_demonstrations",
     "published_letters",
     "published_rule_rows",
@@ -67,6 +66,7 @@ __all__ = [
     "small_tokenizer",
     "string_matched_pattern",
     "string_matches",
+    "summary_sentence",
     "task_audit",
 ]
 
@@ -235,7 +235,7 @@ def compare(
     return pd.DataFrame(rows, columns=["task", "side", "accuracy", "changed", "margin"])
 
 
-def in_words(frame: pd.DataFrame) -> str:
+def summary_sentence(frame: pd.DataFrame) -> str:
     """One line for what :func:`compare` found, averaged over tasks."""
     sides = frame.groupby("side", sort=False)[["accuracy", "changed"]].mean()
     accuracies = ", ".join(f"{row.accuracy:.1f} % {side}" for side, row in sides.iterrows())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import yaml
 
 from icl_helpers.files import book_dir, notebooks_dir, project_root
 from icl_helpers.models.loading import embedded_models
-from icl_helpers.parameters import StageParameters, stage_parameters
+from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
 from icl_helpers.results.comparison import compare_runs, overlay
 from icl_helpers.results.figures import accuracy_bars, bars_alt
-from icl_helpers.results.tables import abstract_results, summarise
-from icl_helpers.run.costs import _PAPER_MODELS, estimate_cost, stage_tokens
+from icl_helpers.results.tables import abstract_results, markdown_table, summarise
+from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
+from icl_helpers.run.plan import run_info, run_table
 from icl_helpers.run.stages import stage_notebooks
 
 __all__ = [
@@ -26,11 +27,9 @@ __all__ = [
     "citation_page",
     "comparison_page",
     "front_page",
-    "markdown_table",
     "notebooks_page",
     "overlay_page",
     "recipe_table",
-    "run_info",
     "run_slug",
     "runs_page",
     "stage_table",
@@ -38,12 +37,6 @@ __all__ = [
 
 
 _COMPARED = ("full", "induction_heads", "induction_pattern", "random_heads")
-
-
-def run_info(run: Path) -> dict[str, Any]:
-    """What a run's ``run.json`` says."""
-    info: dict[str, Any] = json.loads((run / "run.json").read_text())
-    return info
 
 
 def run_slug(run: Path) -> str:
@@ -55,16 +48,6 @@ def chapter_notebooks() -> list[Path]:
     """Notebooks that are chapters of the book and no stage of a run: those without a number."""
     stages = set(stage_notebooks())
     return [path for path in sorted(notebooks_dir().glob("*.ipynb")) if path not in stages]
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; bars in cells are escaped, missing values left empty."""
-
-    def line(cells: Sequence[Any]) -> str:
-        texts = ("" if cell is None else str(cell).replace("|", r"\|") for cell in cells)
-        return f"| {' | '.join(texts)} |"
-
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
 
 
 def runs_page(runs: Sequence[Path]) -> str:
@@ -124,7 +107,9 @@ def _beside(columns: Mapping[str, Mapping[str, Any]], corner: str) -> str:
 
 def comparison_page(runs: Sequence[Path], folder: Path) -> str:
     """Runs side by side at each run's larger share of heads; the whole as CSV in ``folder``."""
-    frame = compare_runs(runs)
+    frame = compare_runs(
+        {run.name: (run_info(run)["model"], run_table(run, "results", None)) for run in runs}
+    )
     frame.to_csv(folder / "comparison.csv", index=False)
     shown = frame[
         frame["share"].isin(["", "larger"])
@@ -161,11 +146,11 @@ def _pivot(rows: pd.DataFrame, runs: Sequence[Path]) -> str:
 
 def overlay_page(run: Path, folder: Path) -> str | None:
     """A run of one of the paper's models over the published values; None for any other model."""
-    frame = overlay(run)
+    model = run_info(run)["model"]
+    frame = overlay(model, run_table(run, "documents", None))
     if frame is None or frame.empty:
         return None
     frame.to_csv(folder / "overlay.csv", index=False)
-    model = run_info(run)["model"]
     rows = [
         [
             row["table"], row["task"], row["labels"], row["shots"],
@@ -286,7 +271,7 @@ def front_page(staged: Path, run: Path) -> dict[str, str]:
     Keys: model, model_described, answer, figure, accuracies, stages, viewer, about_model.
     """
     info = run_info(run)
-    results = abstract_results(pd.read_parquet(run / "results.parquet"))
+    results = abstract_results(run_table(run, "results", "tasks"))
     (staged / "_static").mkdir(exist_ok=True)
     figure = accuracy_bars(results, ablations=list(_FIGURE))
     figure.savefig(staged / "_static" / "front.png", dpi=160)
@@ -383,25 +368,24 @@ def recipe_table(folder: Path | None = None) -> str:
 
     Recipes of models whose configuration is not at hand are left out.
     """
-    from icl_helpers.run.stages import read_parameters
-
-    lines = [
-        "| recipe | dtype | batch size | documents | weights | work | tokens | GPU hours |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for path in sorted((folder or notebooks_dir() / "parameters").glob("*.yaml")):
         p = stage_parameters(**read_parameters(path))
-        if p.model not in _PAPER_MODELS:
+        if p.model not in PAPER_CONFIGS:
             continue
-        cost = estimate_cost(p, tokens_per_second=_RECIPE_RATES.get(path.name))
         kind = p.dtype if p.quantization is None else f"{p.quantization}, {p.dtype}"
-        lines.append(
-            f"| `{path.name}` | {kind} | {p.batch_size} | "
-            f"{'all' if p.limit is None else f'{p.limit} a task'} | "
-            f"{cost.weights_bytes / 1e9:.0f} GB | {cost.working_bytes / 1e9:.0f} GB | "
-            f"{cost.tokens / 1e6:.0f} million | {cost.hours:.1f} at {cost.rate:,.0f} tokens/s |"
-        )
-    return "\n".join(lines)
+        documents = "all" if p.limit is None else f"{p.limit} a task"
+        cost = estimate_cost(p, tokens_per_second=_RECIPE_RATES.get(path.name))
+        rows.append(
+            (
+                f"`{path.name}`", kind, p.batch_size, documents,
+                f"{cost.weights_bytes / 1e9:.0f} GB", f"{cost.working_bytes / 1e9:.0f} GB",
+                f"{cost.tokens / 1e6:.0f} million",
+                f"{cost.hours:.1f} at {cost.rate:,.0f} tokens/s",
+            )
+        )  # fmt: skip
+    header = ["recipe", "dtype", "batch size", "documents", "weights", "work", "tokens"]
+    return markdown_table([*header, "GPU hours"], rows)
 
 
 _OUTCOMES = {
@@ -415,13 +399,11 @@ _OUTCOMES = {
 
 def stage_table(p: StageParameters) -> str:
     """What each stage of a run costs and leaves, as a Markdown table for the book."""
-    cost = estimate_cost(p)
-    lines = ["| stage | tokens | GPU time | what comes out |", "| --- | --- | --- | --- |"]
+    rate = estimate_cost(p).rate
+    rows = []
     for stage, tokens in stage_tokens(p).items():
         name, outcome = _OUTCOMES[stage]
-        minutes = tokens / cost.rate / 60
-        lines.append(
-            f"| {stage}, {name} | {tokens / 1e6:.3f} million | "
-            f"{'under a minute' if minutes < 1 else f'{minutes:.0f} minutes'} | {outcome} |"
-        )
-    return "\n".join(lines)
+        minutes = tokens / rate / 60
+        time = "under a minute" if minutes < 1 else f"{minutes:.0f} minutes"
+        rows.append((f"{stage}, {name}", f"{tokens / 1e6:.3f} million", time, outcome))
+    return markdown_table(["stage", "tokens", "GPU time", "what comes out"], rows)

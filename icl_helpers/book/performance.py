@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from icl_helpers.book.pages import markdown_table
+from icl_helpers.results.tables import markdown_table
 
 __all__ = ["write_benchmark_page"]
 

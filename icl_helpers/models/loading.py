@@ -13,11 +13,13 @@ Example
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import (
@@ -32,8 +34,7 @@ from transformers import (
 
 from icl_helpers.errors import InputError, MissingArtefactError, UnsupportedArchitectureError
 from icl_helpers.files import embedded_dir, user_path
-from icl_helpers.models.fingerprint import _FINGERPRINTS, weights_fingerprint
-from icl_helpers.models.hub import use_cache_where_hub_is_silent
+from icl_helpers.models.hub import go_offline_if_hub_unreachable
 from icl_helpers.models.internlm2 import (
     fetch_internlm2,
     internlm2_config,
@@ -54,11 +55,18 @@ __all__ = [
     "model_fractions",
     "quantization_config",
     "resolve_model",
+    "weights_fingerprint",
 ]
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PAPER_FRACTIONS = (0.01, 0.03)
+
+# Elements hashed at a time: bounds the extra memory of the fingerprint to about 0.3 GB.
+_CHUNK = 1 << 24
+# Of quantised models, taken before their first use: on a CPU bitsandbytes repacks 4-bit weights
+# then, and reading the state back would round their scales a second time.
+_FINGERPRINTS: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 def embedded_models() -> list[str]:
@@ -88,7 +96,7 @@ def _reachable(name: str) -> str:
     """What :func:`resolve_model` gives; for a hub id after a look whether the hub answers."""
     source = resolve_model(name)
     if not Path(source).is_dir():
-        use_cache_where_hub_is_silent()
+        go_offline_if_hub_unreachable()
     return source
 
 
@@ -156,7 +164,7 @@ def load_model(
         raise
     except Exception as error:
         # A damaged file fails in whatever way its reader does.
-        raise _explain(name, error) from error
+        raise _loading_error(name, error) from error
     if report["missing_keys"]:
         # transformers would go on with random weights in their place.
         raise InputError(
@@ -183,7 +191,7 @@ def load_tokenizer(
         )
     except Exception as error:
         # A damaged file fails in whatever way its reader does.
-        raise _explain(name, error) from error
+        raise _loading_error(name, error) from error
     return tokenizer
 
 
@@ -231,7 +239,7 @@ def _load_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedC
         config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:
         # A malformed file fails in whatever way its reader does.
-        raise _explain(name, error) from error
+        raise _loading_error(name, error) from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedArchitectureError(
             f"{name} is an encoder-decoder ({config.model_type}); only decoder models can be used"
@@ -239,7 +247,7 @@ def _load_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedC
     return config
 
 
-def _explain(name: str, error: Exception) -> Exception:
+def _loading_error(name: str, error: Exception) -> Exception:
     """One clear error for the many ways in which loading from the hub or a directory fails."""
     text = str(error)
     if "trust_remote_code" in text:
@@ -316,3 +324,28 @@ def quantization_config(quantization: str, dtype: str | torch.dtype) -> BitsAndB
         "bnb_4bit_compute_dtype": torch.float16 if dtype == "auto" else dtype,
     }
     return BitsAndBytesConfig(load_in_4bit=True, **options)
+
+
+@torch.no_grad()
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Hash of every weight, 16 hex digits; changes with any weight's value, shape or dtype.
+
+    Sums the raw bits twice, plainly and weighted by position, in wrapping 64-bit integers on the
+    weights' own device, so that it is fast and the same on every machine.
+    """
+    if model in _FINGERPRINTS:
+        return _FINGERPRINTS[model]
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type == "meta":
+            continue
+        bits = tensor.detach().contiguous().flatten()
+        bits = bits.view(
+            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize]
+        )
+        for start in range(0, len(bits), _CHUNK):
+            part = bits[start : start + _CHUNK].long()
+            weight = torch.arange(start, start + len(part), device=part.device) * 2654435761 + 1
+            digest.update(f"{int(part.sum())} {int((part * weight).sum())}".encode())
+    return digest.hexdigest()[:16]

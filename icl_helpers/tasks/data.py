@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.files import atomic_path, synthetic_dir, user_path
-from icl_helpers.models.hub import use_cache_where_hub_is_silent
+from icl_helpers.models.hub import go_offline_if_hub_unreachable
 from icl_helpers.tasks.specs import NLP_TASKS, HubSource, TaskSpec, TextTaskSpec, pattern_spec
 
 __all__ = [
@@ -159,7 +159,7 @@ def _json_lines(path: Path) -> list[Any]:
 def _from_hub(spec: TextTaskSpec, hub: HubSource) -> TextSplits:
     from datasets import load_dataset
 
-    use_cache_where_hub_is_silent()
+    go_offline_if_hub_unreachable()
     where = f"{hub.path}{f' ({hub.config})' if hub.config else ''}"
     splits = []
     for split in filter(None, (hub.train, hub.validation)):

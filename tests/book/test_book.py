@@ -17,16 +17,10 @@ from icl_helpers.book import build as book
 from icl_helpers.book import pages as book_front
 from icl_helpers.cli import main
 from icl_helpers.files import book_dir, notebooks_dir
-from icl_helpers.parameters import StageParameters
+from icl_helpers.parameters import StageParameters, read_parameters
 from icl_helpers.results.comparison import compare_published
 from icl_helpers.results.tables import layout, summarise, write_table
-from icl_helpers.run.stages import (
-    StageError,
-    execute_notebook,
-    execute_stages,
-    read_parameters,
-    stage_notebooks,
-)
+from icl_helpers.run.stages import StageError, execute_notebook, execute_stages, stage_notebooks
 
 NOTEBOOKS = stage_notebooks()
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import icl_helpers as icl
-from icl_helpers.evaluation.store import collect_results
+from icl_helpers.evaluation.store import merge_into_run_tables
 from icl_helpers.results.comparison import compare_runs, overlay
 
 
@@ -29,7 +29,7 @@ def write_run(directory: Path, model: str, *, fraction: float, right: dict[str, 
                 )  # fmt: skip
     frame = pd.DataFrame(rows).astype({"ablation_seed": "Int64"})
     directory.mkdir()
-    collect_results(directory, frame)
+    merge_into_run_tables(directory, frame)
     info = {"model": model, "parameters": {"seeds": [42, 43], "fractions": None}}
     (directory / "run.json").write_text(json.dumps(info))
     return directory

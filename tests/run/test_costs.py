@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import icl_helpers as icl
 from icl_helpers.files import notebooks_dir
 from icl_helpers.models.loading import load_model
+from icl_helpers.parameters import read_parameters
 from icl_helpers.run import costs
-from icl_helpers.run.stages import read_parameters
 from tests.conftest import make_llama, make_tokenizer
 
 RECIPES = sorted((notebooks_dir() / "parameters").glob("*.yaml"))

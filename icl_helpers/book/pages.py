@@ -15,7 +15,7 @@ import yaml
 from icl_helpers.files import book_dir, notebooks_dir, project_root
 from icl_helpers.models.loading import embedded_models
 from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
-from icl_helpers.results.comparison import compare_runs, overlay
+from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
 from icl_helpers.results.tables import abstract_results, markdown_table, summarise
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
@@ -147,6 +147,8 @@ def _pivot(rows: pd.DataFrame, runs: Sequence[Path]) -> str:
 def overlay_page(run: Path, folder: Path) -> str | None:
     """A run of one of the paper's models over the published values; None for any other model."""
     model = run_info(run)["model"]
+    if published_name(model) is None:
+        return None
     frame = overlay(model, run_table(run, "documents", None))
     if frame is None or frame.empty:
         return None

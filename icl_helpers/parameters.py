@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from icl_helpers.errors import InputError
 from icl_helpers.redaction import SECRET
@@ -57,108 +57,82 @@ class About:
     path: bool = False
 
 
+def _parameter(default: Any, *about: Any, **more: Any) -> Any:
+    return Field(default, json_schema_extra={"about": About(*about, **more)})  # type: ignore[dict-item]
+
+
 class StageParameters(BaseModel):
     """What a run is about. None means the default that suits the model or the task."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    model: Annotated[str, About("an embedded model, a hub id, or a directory", _EVERY, "model")] = (
-        "icl-tiny"
+    model: str = _parameter(
+        "icl-tiny", "an embedded model, a hub id, or a directory", _EVERY, "model"
     )
-    revision: Annotated[str | None, About("revision of a hub model", _EVERY, "model")] = None
-    dtype: Annotated[
-        str,
-        About(
-            "auto, float32, bfloat16 or float16", _EVERY, "model",
-            allowed=("auto", "float32", "bfloat16", "float16"),
-        ),
-    ] = "auto"  # fmt: skip
-    device: Annotated[str | None, About("cpu, cuda, cuda:1, ...", _EVERY, "nothing")] = None
-    quantization: Annotated[
-        str | None,
-        About(
-            "4bit or 8bit weights (needs bitsandbytes)", _EVERY, "model",
-            allowed=(None, "4bit", "8bit"),
-        ),
-    ] = None  # fmt: skip
-    trust_remote_code: Annotated[
-        bool, About("run code from the model's repository", _EVERY, "model")
-    ] = False
-    batch_size: Annotated[
-        int | str, About("prompts per forward pass, or auto", (3, 4, 5, 6), "nothing")
-    ] = "auto"
-    tasks: Annotated[
-        list[str] | None,
-        About("task names; None: the abstract tasks", (3, 4, 5, 7, 8), "selection"),
-    ] = None
-    nlp_tasks: Annotated[
-        list[str] | None,
-        About("text tasks; None: those that suit the model, empty: none", (6, 8), "selection"),
-    ] = None
-    labels: Annotated[
-        str | None,
-        About(
-            "of text tasks: semantic, unrelated or both", _EVALUATING, "selection",
-            allowed=(None, "semantic", "unrelated", "both"),
-        ),
-    ] = None  # fmt: skip
-    shots: Annotated[
-        list[int] | None,
-        About("numbers of demonstrations; None: each task's own", _EVALUATING, "selection"),
-    ] = None
-    fractions: Annotated[
-        list[float] | None,
-        About(
-            "fractions of heads; None: those that suit the model", (1, 4, 5, 6, 7, 8), "selection"
-        ),
-    ] = None
-    seeds: Annotated[list[int], About("demonstration seeds", (3, 4, 5, 6, 7, 8), "selection")] = [
-        42,
-        43,
-        44,
-    ]
-    ablation_seeds: Annotated[
-        list[int],
-        About("seeds of the random heads", (4, 5, 6, 8), "selection"),
-    ] = [42, 43, 44]
-    limit: Annotated[
-        int | None, About("only the first documents of each task", _EVALUATING, "prompts")
-    ] = None
-    data: Annotated[
-        str,
-        About(
-            "synthetic, original, or a directory of the published files", (3, 4, 5, 7, 8),
-            "prompts", path=True,
-        ),
-    ] = "synthetic"  # fmt: skip
-    data_dir: Annotated[
-        str | None,
-        About(
-            "local files of NLP tasks, DIR/TASK/train.jsonl, ...", (3, 4, 5, 6, 7, 8), "prompts",
-            path=True,
-        ),
-    ] = None  # fmt: skip
-    control: Annotated[
-        str, About("published, strict or any_layer", (4, 5, 6, 8), "random_heads")
-    ] = "published"
-    categories: Annotated[list[str], About("what a knockout blocks", (5, 7, 8), "knockout")] = [
-        "words",
-        "labels",
-        "colons",
-        "blank_lines",
-    ]
-    average: Annotated[
-        str,
-        About(
-            "attention_input (as the published code) or head_output", (2, 4, 5, 6, 8), "mean",
-            allowed=("attention_input", "head_output"),
-        ),
-    ] = "attention_input"  # fmt: skip
-    reference: Annotated[
-        str | None,
-        About("text file for the means, one text a line", (2, 4, 5, 6, 8), "mean", path=True),
-    ] = None
-    run_dir: Annotated[str, About("directory of the run", _EVERY, "nothing")] = "runs/icl-tiny"
+    revision: str | None = _parameter(None, "revision of a hub model", _EVERY, "model")
+    dtype: str = _parameter(
+        "auto", "auto, float32, bfloat16 or float16", _EVERY, "model",
+        allowed=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+    device: str | None = _parameter(None, "cpu, cuda, cuda:1, ...", _EVERY, "nothing")
+    quantization: str | None = _parameter(
+        None, "4bit or 8bit weights (needs bitsandbytes)", _EVERY, "model",
+        allowed=(None, "4bit", "8bit"),
+    )  # fmt: skip
+    trust_remote_code: bool = _parameter(
+        False, "run code from the model's repository", _EVERY, "model"
+    )
+    batch_size: int | str = _parameter(
+        "auto", "prompts per forward pass, or auto", (3, 4, 5, 6), "nothing"
+    )
+    tasks: list[str] | None = _parameter(
+        None, "task names; None: the abstract tasks", (3, 4, 5, 7, 8), "selection"
+    )
+    nlp_tasks: list[str] | None = _parameter(
+        None, "text tasks; None: those that suit the model, empty: none", (6, 8), "selection"
+    )
+    labels: str | None = _parameter(
+        None, "of text tasks: semantic, unrelated or both", _EVALUATING, "selection",
+        allowed=(None, "semantic", "unrelated", "both"),
+    )  # fmt: skip
+    shots: list[int] | None = _parameter(
+        None, "numbers of demonstrations; None: each task's own", _EVALUATING, "selection"
+    )
+    fractions: list[float] | None = _parameter(
+        None, "fractions of heads; None: those that suit the model", (1, 4, 5, 6, 7, 8), "selection"
+    )
+    seeds: list[int] = _parameter(
+        [42, 43, 44], "demonstration seeds", (3, 4, 5, 6, 7, 8), "selection"
+    )
+    ablation_seeds: list[int] = _parameter(
+        [42, 43, 44], "seeds of the random heads", (4, 5, 6, 8), "selection"
+    )
+    limit: int | None = _parameter(
+        None, "only the first documents of each task", _EVALUATING, "prompts"
+    )
+    data: str = _parameter(
+        "synthetic", "synthetic, original, or a directory of the published files",
+        (3, 4, 5, 7, 8), "prompts", path=True,
+    )  # fmt: skip
+    data_dir: str | None = _parameter(
+        None, "local files of NLP tasks, DIR/TASK/train.jsonl, ...", (3, 4, 5, 6, 7, 8), "prompts",
+        path=True,
+    )  # fmt: skip
+    control: str = _parameter(
+        "published", "published, strict or any_layer", (4, 5, 6, 8), "random_heads"
+    )
+    categories: list[str] = _parameter(
+        ["words", "labels", "colons", "blank_lines"], "what a knockout blocks", (5, 7, 8),
+        "knockout",
+    )  # fmt: skip
+    average: str = _parameter(
+        "attention_input", "attention_input (as the published code) or head_output",
+        (2, 4, 5, 6, 8), "mean", allowed=("attention_input", "head_output"),
+    )  # fmt: skip
+    reference: str | None = _parameter(
+        None, "text file for the means, one text a line", (2, 4, 5, 6, 8), "mean", path=True
+    )
+    run_dir: str = _parameter("runs/icl-tiny", "directory of the run", _EVERY, "nothing")
 
     # A notebook states what its stage uses; what it does not state says nothing of the run.
     _notebook: bool = PrivateAttr(default=False)
@@ -174,14 +148,14 @@ class StageParameters(BaseModel):
 
 
 def about() -> Iterator[tuple[str, Any, Any, About]]:
-    """(name, type, default, declaration) of every parameter, in order."""
+    """Yield (name, type, default, declaration) of every parameter, in order."""
     for name, field in StageParameters.model_fields.items():
-        (declared,) = (item for item in field.metadata if isinstance(item, About))
-        yield name, field.annotation, field.default, declared
+        extra: Any = field.json_schema_extra
+        yield name, field.annotation, field.default, extra["about"]
 
 
 def parameter_cell(stage: int) -> str:
-    """Source of a stage notebook's parameter cell: a literal a line for what the stage uses."""
+    """Return the source of a stage notebook's parameter cell: a literal for what it uses."""
     lines = []
     for name, _, default, declared in about():
         if stage in declared.stages:

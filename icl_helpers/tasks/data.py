@@ -208,25 +208,8 @@ _FOLDER = "lm-evaluation-harness/synthetic"
 _URL = f"https://raw.githubusercontent.com/JoyC177/Induction_Heads_ICL/{COMMIT}/{_FOLDER}"
 _TIMEOUT = 20
 
-HASHES = {
-    "centre_embedding_dataset_500.json": (
-        "2dfaee255aab6f14673809e6144f0d3dcf9bdacd73a0358e4ab01e0b812c331e"
-    ),
-    "f_a_f_p_four_way.json": ("f0117ce7cbca3768de435b30afd3f595bb61c70c27ab552e6ca0845bdb8e2a30"),
-    "fruit-animal_furniture-profession_500.json": (
-        "519f298f447d0b54847e148dfa55151ef25d79916db80bca54e0cc0acaa2111c"
-    ),
-    "recursion_dataset_500.json": (
-        "a9fc3eb2807e659e0517a4c71a985aac757ee52201b1f795eb639a2f0d7baa15"
-    ),
-    "repetition_dataset_500.json": (
-        "abcf0810b1a72deb83c9f52487f293c06d19996ad84880208addc81af0114f5c"
-    ),
-    "v_v_b_i_four_way.json": ("00c5bd31c0551155f4df93741260222d367cd547067339b6bf55893ca744bf5a"),
-    "vegetable-vehicle_body-instrument_500.json": (
-        "433bef0dc6fd35b0216e6c32d6a8c1b92535efac2bbbaf731288de1741405fa7"
-    ),
-}
+_LISTED = (Path(__file__).parent / "original.sha256").read_text().splitlines()
+HASHES = {name: digest for digest, name in map(str.split, _LISTED)}
 
 
 def original_data_dir() -> Path:

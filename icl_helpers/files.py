@@ -25,6 +25,7 @@ from icl_helpers.errors import ICLError, InputError, MissingArtefactError
 
 __all__ = [
     "StorageError",
+    "assets_dir",
     "atomic_path",
     "book_dir",
     "cached_tensor",
@@ -99,6 +100,11 @@ def notebooks_dir() -> Path:
 def book_dir() -> Path:
     """Folder of the hand-written pages of the book."""
     return _folder("book")
+
+
+def assets_dir() -> Path:
+    """Folder of the viewer's style and script, and of the templates of the book's pages."""
+    return _PACKAGE / "assets"
 
 
 def embedded_dir() -> Path:

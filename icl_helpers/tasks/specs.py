@@ -105,10 +105,8 @@ class TextTaskSpec:
 
 
 def _pattern_spec(name: str, entry: dict[str, Any]) -> TaskSpec:
-    fields = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
-    }
-    return TaskSpec(name=name, **fields)
+    lists: dict[str, Any] = {key: tuple(entry[key]) for key in ("choices", "default_shots")}
+    return TaskSpec(name=name, **entry | lists)
 
 
 def _text_spec(name: str, entry: dict[str, Any]) -> TextTaskSpec:

@@ -7,6 +7,7 @@ and a checksum.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ __all__ = [
     "notebooks_dir",
     "project_root",
     "quarantine",
+    "read_text",
     "synthetic_dir",
     "tasks_dir",
     "user_path",
@@ -61,6 +63,22 @@ def user_path(given: str | os.PathLike[str]) -> Path:
         )
     # Unlike pathlib's, this one leaves the name of an unknown user as it is.
     return Path(os.path.expanduser(text))
+
+
+def read_text(path: Path) -> str:
+    """Read a text file that a user made: UTF-8, with or without a mark in front, or UTF-16.
+
+    Raises :class:`InputError` for any other encoding, which cannot be told for certain.
+    """
+    content = path.read_bytes()
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8, or convert it, for "
+            f"example with: iconv -f latin1 -t utf-8"
+        ) from None
 
 
 def project_root() -> Path:

@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from icl_helpers.errors import InputError
+from icl_helpers.files import read_text
 from icl_helpers.redaction import SECRET
 
 __all__ = [
@@ -166,7 +167,7 @@ def parameter_cell(stage: int) -> str:
 def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Parameters from a YAML file; raises :class:`InputError` when it is not a mapping."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(read_text(Path(path)))
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"cannot read parameters from {path}: {error}") from error
     if not isinstance(content, dict):
@@ -206,6 +207,11 @@ def stage_parameters(values: Mapping[str, Any] | None = None, **given: Any) -> S
                 f"parameter {name!r} looks like an access token; parameters are stored in "
                 f"notebooks. Put it in the environment instead (HF_TOKEN)"
             )
+    if isinstance(stated.get("model"), str):
+        from icl_helpers.models.loading import model_name
+
+        # A folder has one name, wherever a kernel or a worker stands.
+        stated["model"] = model_name(stated["model"])
     try:
         parameters = StageParameters(**stated)
     except ValidationError as error:
@@ -239,11 +245,9 @@ def _check_values(parameters: StageParameters) -> None:
     from icl_helpers.attention.heads import CONTROLS, check_fraction
     from icl_helpers.attention.induction_pattern import check_categories
     from icl_helpers.files import check_run_dir
-    from icl_helpers.models.loading import resolve_model
     from icl_helpers.tasks.data import check_local
     from icl_helpers.tasks.specs import get_task_spec, text_spec
 
-    resolve_model(parameters.model)
     check_run_dir(parameters.run_dir)
     for task in parameters.tasks or []:
         get_task_spec(task)

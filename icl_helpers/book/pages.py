@@ -19,7 +19,7 @@ from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
 from icl_helpers.results.tables import abstract_results, markdown_table, summarise
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
-from icl_helpers.run.plan import run_info, run_table
+from icl_helpers.run.plan import run_info, run_table, shown_name
 from icl_helpers.run.stages import stage_notebooks
 
 __all__ = [
@@ -57,6 +57,8 @@ def _page(name: str, **values: Any) -> str:
 def runs_page(runs: Sequence[Path]) -> str:
     """Say how every run was made: parameters, versions, and how long its stages took."""
     infos = {run.name: run_info(run) for run in runs}
+    for info in infos.values():
+        info["model"] = shown_name(info["model"])
     made = {
         name: {fact.replace("_", " "): info.get(fact) for fact in _FACTS}
         | {key.replace("_", " "): _parameter(key, info["parameters"].get(key)) for key in _CHOICES}
@@ -90,7 +92,10 @@ def _beside(columns: Mapping[str, Mapping[str, Any]], corner: str) -> str:
 def comparison_page(runs: Sequence[Path], folder: Path) -> str:
     """Runs side by side at each run's larger share of heads; the whole as CSV in ``folder``."""
     frame = compare_runs(
-        {run.name: (run_info(run)["model"], run_table(run, "results", None)) for run in runs}
+        {
+            run.name: (shown_name(run_info(run)["model"]), run_table(run, "results", None))
+            for run in runs
+        }
     )
     frame.to_csv(folder / "comparison.csv", index=False)
     shown = frame[
@@ -141,7 +146,7 @@ def overlay_page(run: Path, folder: Path) -> str | None:
     ]  # fmt: skip
     difference = frame["difference"]
     return _page(
-        "overlay", model=model, inside=int(frame["inside"].sum()), count=len(frame),
+        "overlay", model=shown_name(model), inside=int(frame["inside"].sum()), count=len(frame),
         mean=difference.mean(), size=difference.abs().mean(), table=markdown_table(header, rows),
     )  # fmt: skip
 
@@ -206,7 +211,7 @@ def front_page(staged: Path, run: Path) -> dict[str, str]:
     figure.savefig(staged / "_static" / "front.png", dpi=160)
     numbers = summarise(results)
     embedded = info["model"] in embedded_models()
-    name = info["model"]
+    name = shown_name(info["model"])
     parameters = info["parameters"] | {"model": name}
     alt = bars_alt(results, ablations=list(_FIGURE))
     return {

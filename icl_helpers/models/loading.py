@@ -53,6 +53,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_fractions",
+    "model_name",
     "quantization_config",
     "resolve_model",
     "weights_fingerprint",
@@ -90,6 +91,14 @@ def resolve_model(name: str) -> str:
     if looks_local:
         raise MissingArtefactError(f"model directory {name} does not exist")
     return name
+
+
+def model_name(name: str) -> str:
+    """Return the one name of a model: that of an embedded one, an absolute path, or a hub id."""
+    source = resolve_model(name)
+    if name in embedded_models() or not Path(source).is_dir():
+        return name
+    return str(Path(source).resolve())
 
 
 def _reachable(name: str) -> str:

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers.errors import InputError, MissingArtefactError
-from icl_helpers.files import embedded_dir, user_path
+from icl_helpers.files import embedded_dir, read_text, user_path
 from icl_helpers.models.hub import go_offline_if_hub_unreachable
 from icl_helpers.models.loading import context_length, embedded_models
 
@@ -39,7 +39,7 @@ def reference_texts(model_name: str, *, reference: str | None = None) -> Iterabl
         path = user_path(reference)
         if not path.is_file():
             raise MissingArtefactError(f"reference text {path} does not exist; give a text file")
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in read_text(path).splitlines() if line.strip()]
     import datasets
 
     go_offline_if_hub_unreachable()

@@ -33,7 +33,7 @@ from icl_helpers.tasks.data import load_rows, load_splits
 from icl_helpers.tasks.prompts import PromptSet, prompt_sets, resolve_shots
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
 
-__all__ = ["KINDS", "Group", "Plan", "check_same_model", "run_info", "run_table"]
+__all__ = ["KINDS", "Group", "Plan", "check_same_model", "run_info", "run_table", "shown_name"]
 
 # Kinds of conditions; the second is evaluated beside the first wherever it is evaluated at all.
 KINDS = ("full", "mean", "zero", "knockout")
@@ -176,14 +176,19 @@ class Plan:
             reference_texts(self.parameters.model, reference=self.parameters.reference)
 
 
-def check_same_model(run_dir: Path, model: str) -> None:
-    """Raise :class:`InputError` when the directory holds another model's run."""
-    stored = run_info(run_dir)["model"] if (run_dir / "run.json").is_file() else model
-    if stored != model:
+def check_same_model(info: Mapping[str, Any], parameters: StageParameters) -> None:
+    """Raise :class:`InputError` when the run that says this is of another model."""
+    stored = info.get("model", parameters.model)
+    if stored != parameters.model:
         raise InputError(
-            f"run directory {run_dir} holds the run of model {stored!r}, not of {model!r}; choose "
-            f"another run_dir"
+            f"run directory {parameters.run_dir} holds the run of model {stored!r}, not of "
+            f"{parameters.model!r}; choose another run_dir"
         )
+
+
+def shown_name(model: str) -> str:
+    """Return a model's name as it is published: of a folder its last part."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def run_info(run_dir: str | os.PathLike[str]) -> dict[str, Any]:

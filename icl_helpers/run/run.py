@@ -50,7 +50,7 @@ from icl_helpers.models.reference_text import (
     samples_key,
 )
 from icl_helpers.parameters import StageParameters
-from icl_helpers.run.plan import KINDS, Group, Plan, run_info
+from icl_helpers.run.plan import KINDS, Group, Plan, check_same_model, run_info
 
 __all__ = ["Run", "source_of"]
 
@@ -68,12 +68,7 @@ class Run:
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._identity: dict[str, Any] | None = None
-        stored = self.info.get("model")
-        if stored not in (None, parameters.model):
-            raise InputError(
-                f"run directory {self.directory} holds the run of model {stored!r}, not of "
-                f"{parameters.model!r}; choose another run_dir"
-            )
+        check_same_model(self.info, parameters)
 
     @property
     def info(self) -> dict[str, Any]:

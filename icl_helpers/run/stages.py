@@ -22,7 +22,7 @@ from icl_helpers.errors import ICLError, InputError
 from icl_helpers.files import atomic_path, notebooks_dir, user_path
 from icl_helpers.parameters import StageParameters, about, stage_parameters
 from icl_helpers.redaction import redact
-from icl_helpers.run.plan import Plan
+from icl_helpers.run.plan import Plan, check_same_model, run_info
 
 __all__ = ["StageError", "execute_notebook", "execute_stages", "stage_notebooks"]
 
@@ -55,6 +55,8 @@ def execute_stages(
         chosen = [path for path in chosen if _stage_number(path) in only]
     Plan(parameters).check_data(path.stem[3:] for path in chosen)
     run_dir = user_path(parameters.run_dir).resolve()
+    if (run_dir / "run.json").is_file():
+        check_same_model(run_info(run_dir), parameters)
     values = {**parameters.as_dict(), "run_dir": str(run_dir)}
     # Notebooks run in their own folder: what is a path from here must stay one from there.
     for name, *_, declared in about():

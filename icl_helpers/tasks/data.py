@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from icl_helpers.errors import InputError, MissingArtefactError
-from icl_helpers.files import atomic_path, synthetic_dir, user_path
+from icl_helpers.files import atomic_path, read_text, synthetic_dir, user_path
 from icl_helpers.models.hub import go_offline_if_hub_unreachable
 from icl_helpers.tasks.specs import NLP_TASKS, HubSource, TaskSpec, TextTaskSpec, pattern_spec
 
@@ -146,7 +146,7 @@ def _as_splits(train: list[Row], validation: list[Row]) -> TextSplits:
 def _json_lines(path: Path) -> list[Any]:
     rows = []
     # Not str.splitlines: a text may hold other line separators.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+    for number, line in enumerate(read_text(path).split("\n")):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -311,7 +311,7 @@ def load_rows(task: str, *, data: str | os.PathLike[str] = "synthetic") -> list[
 def _checked_rows(spec: TaskSpec, path: Path, modified: int) -> tuple[tuple[str, str], ...]:
     """Rows of a file; ``modified`` is there so that a changed file is read again."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(read_text(path))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, list) or not content:

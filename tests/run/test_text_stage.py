@@ -147,7 +147,7 @@ def test_book_puts_the_computed_description_in_place_of_the_cells_own():
     )
     figure = {"figure": {"name": "fig", "caption": "Old."}, "image": {"alt": "old"}}
     cell = new_code_cell("", metadata={"mystnb": figure}, outputs=[output])
-    book._make_static(new_notebook(cells=[cell]), "-slug", {})
+    book._make_static(new_notebook(cells=[cell]), "-slug")
     assert cell.metadata["mystnb"]["figure"] == {"name": "fig-slug", "caption": "New."}
     assert cell.metadata["mystnb"]["image"]["alt"] == "bars 12"
 

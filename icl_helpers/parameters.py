@@ -23,7 +23,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from icl_helpers.errors import InputError
-from icl_helpers.files import read_text
 from icl_helpers.redaction import SECRET
 
 __all__ = [
@@ -166,6 +165,8 @@ def parameter_cell(stage: int) -> str:
 
 def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Parameters from a YAML file; raises :class:`InputError` when it is not a mapping."""
+    from icl_helpers.files import read_text
+
     try:
         content = yaml.safe_load(read_text(Path(path)))
     except (OSError, yaml.YAMLError) as error:

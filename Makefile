@@ -1,4 +1,5 @@
 # Two commands matter: `make book` and `make test`. Both set up .venv on first use.
+# `make test-fast` leaves out what runs notebooks, builds the book or starts processes.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +8,12 @@ RUN    ?= runs/$(notdir $(MODEL:/=))
 # Parameters of the run; the embedded model has its own file.
 PARAMETERS ?= $(wildcard notebooks/parameters/$(notdir $(MODEL:/=)).yaml)
 
-.PHONY: setup book run test lint bench serve clean
+# Processes that share the tests out between them; each takes about 1 GB.
+JOBS   ?= 2
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup book run test test-fast lint bench serve clean
 
 setup: $(VENV)/.installed
 
@@ -15,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[book,dev]"
 	touch $@
 
 run: setup
@@ -25,12 +31,16 @@ book: run
 	$(BIN)/icl book --runs $(dir $(RUN:/=)) --out _build
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+
+test-fast: setup
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # What interventions and evaluation cost here; run it on a quiet machine.
 bench: setup
@@ -40,4 +50,4 @@ serve:
 	$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html 8000
 
 clean:
-	rm -rf _build build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf _build build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# Before torch is imported, and for every process that a test starts: the tests share the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import icl_helpers as icl
 from icl_helpers.book.build import build_book
-from icl_helpers.run.stages import execute_stages
 
 torch.set_num_threads(1)
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 DESCRIPTION = "Classify each sequence."
 
@@ -59,25 +66,92 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+# Any connection that is opened or name that is looked up is an error.
+NO_NETWORK = """
+import socket, sys
+def refuse(*args, **kwargs):
+    raise AssertionError(f"the network was used: {args}")
+allowed = ("127.0.0.1", "localhost", "0.0.0.0", "::1", None, "")
+connect, lookup = socket.socket.connect, socket.getaddrinfo
+def guarded_connect(self, address):
+    host = address[0] if isinstance(address, tuple) else None
+    return connect(self, address) if host in allowed else refuse(address)
+def guarded_lookup(host, *rest, **named):
+    return lookup(host, *rest, **named) if host in allowed else refuse(host)
+socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_lookup
+"""
+
+
+def offline(folder: Path) -> dict[str, str]:
+    """An environment with an empty cache, no hub, and a Python that refuses the network."""
+    (folder / "site").mkdir(parents=True)
+    (folder / "site" / "sitecustomize.py").write_text(NO_NETWORK)
+    (folder / "empty").mkdir()
+    path = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])
+    kept = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "ICL_CACHE_DIR")}
+    return {
+        **kept,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "empty"),
+        "ICL_CACHE_DIR": str(folder / "cache"),
+        "PYTHONPATH": path.rstrip(os.pathsep),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first process of this session that wants it makes; others wait for it."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, finished = base / name, base / f"{name}.finished"
+    with FileLock(base / f"{name}.lock"):
+        if not finished.exists():
+            # Of another process, which failed; its error need not be this one's.
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            finished.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All stages on a few documents, by papermill."""
-    directory = tmp_path_factory.mktemp("runs") / "icl-tiny"
-    parameters = icl.stage_parameters(
-        run_dir=str(directory), limit=4, tasks=["repetition", "wordseq1_binary"], shots=[0, 5],
-        seeds=[42], ablation_seeds=[42],
-    )  # fmt: skip
-    execute_stages(parameters, progress=False)
-    return directory
+def offline_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all stages of a few documents, run by the command, without a network.
+
+    The run is in ``runs/icl-tiny``, what the command printed in ``stdout`` and ``stderr``.
+    """
+
+    def make(folder: Path) -> None:
+        command = [
+            sys.executable, "-m", "icl_helpers.cli", "run", "--limit", "4", "--tasks",
+            "repetition,wordseq1_binary", "--shots", "0,5", "--seeds", "42", "--ablation-seeds",
+            "42", "--run-dir", str(folder / "runs" / "icl-tiny"),
+        ]  # fmt: skip
+        environment = offline(folder)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+        (folder / "stdout").write_bytes(done.stdout)
+        (folder / "stderr").write_bytes(done.stderr)
+
+    return made_once(tmp_path_factory, "offline-run", make)
+
+
+@pytest.fixture(scope="session")
+def run_dir(offline_run: Path) -> Path:
+    """All stages on a few documents, by papermill. Not to be changed: copy it."""
+    return offline_run / "runs" / "icl-tiny"
 
 
 @pytest.fixture(scope="session")
 def built(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The book of that run and of a second one."""
-    runs = tmp_path_factory.mktemp("two-runs")
-    for name in ("icl-tiny", "second-model"):
-        shutil.copytree(run_dir, runs / name)
-    return build_book(runs, tmp_path_factory.mktemp("book")).parent
+
+    def make(folder: Path) -> None:
+        for name in ("icl-tiny", "second-model"):
+            shutil.copytree(run_dir, folder / "runs" / name)
+        build_book(folder / "runs", folder / "out")
+
+    return made_once(tmp_path_factory, "book", make) / "out" / "html"
 
 
 @pytest.fixture
@@ -87,7 +161,6 @@ def llama() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    import icl_helpers as icl
 
     texts = [p.context for p in icl.build_prompts("wordseq1_binary", shots=5, seed=1)[:100]]
     texts += [p.context for p in icl.build_prompts("repetition", shots=5, seed=1)[:50]]

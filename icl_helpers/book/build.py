@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 
 from icl_helpers.book import pages
@@ -30,7 +29,12 @@ from icl_helpers.redaction import check_leaks
 from icl_helpers.results.notebook import DESCRIPTION
 from icl_helpers.run.costs import estimate_cost
 from icl_helpers.run.plan import run_info, shown_name
-from icl_helpers.run.stages import StageError, execute_notebook, stage_notebooks
+from icl_helpers.run.stages import (
+    StageError,
+    check_book_extra,
+    execute_notebook,
+    stage_notebooks,
+)
 
 __all__ = ["BookError", "build_book", "find_runs"]
 
@@ -69,10 +73,11 @@ def build_book(
 ) -> Path:
     """Build the book and return its front page, ``out/html/index.html``.
 
-    Raises :class:`InputError` when there is no complete run, and :class:`BookError` when
-    jupyter-book is of the wrong generation, a notebook holds an error, Sphinx warns, or an expected
-    page is missing.
+    Raises :class:`InputError` without the extra 'book' or a complete run, and :class:`BookError`
+    when jupyter-book is of the wrong generation, a notebook holds an error, Sphinx warns, or an
+    expected page is missing.
     """
+    check_book_extra()
     if int(version("jupyter-book").split(".")[0]) != 1:
         raise BookError(
             f"jupyter-book {version('jupyter-book')} is installed, but this book needs version 1: "
@@ -161,6 +166,8 @@ def _stage_chapters(staged: Path) -> Iterator[str]:
 
     One that has the name of a written page takes its place.
     """
+    import nbformat  # of the extra 'book'
+
     for path in pages.chapter_notebooks():
         target = staged / path.name
         try:
@@ -177,6 +184,8 @@ def _stage_chapters(staged: Path) -> Iterator[str]:
 
 def _stage_run(staged: Path, run: Path) -> Iterator[str]:
     """Copy a run's notebooks, made fit for a static page, and its tables; yield page names."""
+    import nbformat  # of the extra 'book'
+
     slug = run_slug(run)
     folder = staged / "run" / slug
     folder.mkdir(parents=True)

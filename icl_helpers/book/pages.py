@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -179,6 +178,8 @@ def notebooks_page(staged: Path, runs: Sequence[Path]) -> str:
 
 
 def _title(path: Path) -> str:
+    import nbformat  # of the extra 'book'
+
     first = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0]
     return first.removeprefix("# ")
 

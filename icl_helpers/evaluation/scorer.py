@@ -9,6 +9,7 @@ and what prompts and conditions share is computed once (:mod:`icl_helpers.evalua
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,18 @@ class _Row:
     requests: list[int] = field(default_factory=list)
 
 
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """Keep to errors what lm-eval logs: its warnings about a model that is loaded fit none here."""
+    logger = logging.getLogger(HFLM.__module__)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 class InterventionLM(HFLM):
     """lm-eval's Hugging Face model with a condition applied to every forward pass.
 
@@ -78,9 +91,10 @@ class InterventionLM(HFLM):
             )
         kwargs.setdefault("max_length", context_length(model))
         # The published runs put no BOS before a prompt, whatever the tokenizer's default is.
-        super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=False, **kwargs
-        )
+        with _without_notices():
+            super().__init__(
+                pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=False, **kwargs
+            )
         self.condition: Condition = FULL
         self._batch_size_wanted = batch_size
         self._patterns: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}

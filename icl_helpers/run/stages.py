@@ -8,14 +8,13 @@ run again: what is there is what the last execution left.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import papermill
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from icl_helpers.errors import ICLError, InputError
@@ -24,11 +23,33 @@ from icl_helpers.parameters import StageParameters, about, stage_parameters
 from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
 
-__all__ = ["StageError", "execute_notebook", "execute_stages", "stage_notebooks"]
+__all__ = [
+    "StageError",
+    "check_book_extra",
+    "execute_notebook",
+    "execute_stages",
+    "stage_notebooks",
+]
+
+# What the extra 'book' installs and this package imports or starts.
+_BOOK_EXTRA = ("ipykernel", "jupyter_book", "nbclient", "nbformat", "papermill")
+
+# A socket's path, which ends in the number of a port, is at most 108 bytes long; on macOS 104.
+_LONGEST_SOCKET = 100
 
 
 class StageError(ICLError, RuntimeError):
     """A notebook failed; results finished before it are kept."""
+
+
+def check_book_extra() -> None:
+    """Raise :class:`InputError` where what runs notebooks and builds the book is not installed."""
+    missing = [name for name in _BOOK_EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"running the stages and building the book need the extra 'book' (missing here: "
+            f"{', '.join(missing)}): pip install 'icl-helpers[book]'"
+        )
 
 
 def stage_notebooks() -> list[Path]:
@@ -43,8 +64,10 @@ def execute_stages(
 
     ``only`` gives the numbers of the stages to run. Raises :class:`StageError` with the failing
     cell's error when a notebook fails, and before the first one :class:`MissingArtefactError` when
-    the rows of a task, or the reference text, cannot be had.
+    the rows of a task, or the reference text, cannot be had, and :class:`InputError` without the
+    extra 'book'.
     """
+    check_book_extra()
     stage_parameters(**parameters.as_dict())
     chosen = stage_notebooks()
     if only is not None:
@@ -80,13 +103,18 @@ def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Pa
     What an earlier execution left there is removed first: a book of it would hide that this one
     failed. Raises :class:`StageError` with the failing cell's error.
     """
+    # Only where notebooks run: a notebook that imports this package needs none of it.
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
     target.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / notebook.name
         try:
             papermill.execute_notebook(
                 str(notebook), str(output), parameters=values, kernel_name="python3",
-                progress_bar=False, cwd=str(notebook.parent),
+                progress_bar=False, cwd=str(notebook.parent), **_kernel_settings(scratch),
             )  # fmt: skip
         except PapermillExecutionError as error:
             failed = target.with_suffix(".failed.ipynb")
@@ -104,6 +132,23 @@ def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Pa
         _keep(output, target)
         target.with_suffix(".failed.ipynb").unlink(missing_ok=True)
     return target
+
+
+def _kernel_settings(scratch: str) -> dict[str, Any]:
+    """Settings of nbclient that keep a kernel to itself, and quiet.
+
+    It talks over sockets in this folder, which is its user's alone; over TCP every user of the
+    machine could reach it. Of its own log, which goes to the terminal, only what is fatal is shown:
+    it names the TCP, and every end of a notebook that interrupts its last message.
+    """
+    from traitlets.config import Config
+
+    settings = Config()
+    address = os.path.join(scratch, "kernel")
+    if len(os.fsencode(address)) <= _LONGEST_SOCKET:
+        settings.KernelManager.transport = "ipc"
+        settings.KernelManager.ip = address
+    return {"config": settings, "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
 
 
 def _keep(output: Path, target: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -14,67 +13,24 @@ import pytest
 import icl_helpers as icl
 from icl_helpers.cli import main
 from icl_helpers.run.stages import stage_notebooks
-from tests.conftest import SHARED
+from tests.conftest import SHARED, offline
 
 ORIGINAL = SHARED / "original_data"
 needs_original = pytest.mark.skipif(
     not ORIGINAL.is_dir(), reason="the published data files are not here"
 )
 
-# Any connection that is opened or name that is looked up is an error.
-NO_NETWORK = """
-import socket, sys
-def refuse(*args, **kwargs):
-    raise AssertionError(f"the network was used: {args}")
-allowed = ("127.0.0.1", "localhost", "0.0.0.0", "::1", None, "")
-connect, lookup = socket.socket.connect, socket.getaddrinfo
-def guarded_connect(self, address):
-    host = address[0] if isinstance(address, tuple) else None
-    return connect(self, address) if host in allowed else refuse(address)
-def guarded_lookup(host, *rest, **named):
-    return lookup(host, *rest, **named) if host in allowed else refuse(host)
-socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_lookup
-"""
-
-
-def offline(tmp_path) -> dict[str, str]:
-    """An environment with an empty cache, no hub, and a Python that refuses the network."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK)
-    (tmp_path / "empty").mkdir()
-    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
-    kept = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "ICL_CACHE_DIR")}
-    return {
-        **kept,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "empty"),
-        "ICL_CACHE_DIR": str(tmp_path / "cache"),
-        "PYTHONPATH": path.rstrip(os.pathsep),
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def icl_command(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "icl_helpers.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_whole_pipeline_runs_without_hub_cache_or_network(tmp_path):
-    environment = offline(tmp_path)
-    done = icl_command(
-        "run", "--limit", "3", "--tasks", "repetition,wordseq1_binary", "--shots", "0,2",
-        "--seeds", "42", "--ablation-seeds", "42", "--run-dir", str(tmp_path / "run"),
-        environment=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    executed = {path.name for path in (tmp_path / "run" / "notebooks").glob("*.ipynb")}
+def test_the_whole_pipeline_runs_without_hub_cache_or_network(offline_run):
+    run = offline_run / "runs" / "icl-tiny"
+    executed = {path.name for path in (run / "notebooks").glob("*.ipynb")}
     assert executed == {path.name for path in stage_notebooks()}
-    results = pd.read_parquet(tmp_path / "run" / "results.parquet")
+    results = pd.read_parquet(run / "results.parquet")
     assert {"none", "mean", "zero", "knockout"} == set(results["ablation"])
     # What the stages left in the cache directory is no download.
-    stored = [path for path in (tmp_path / "empty").rglob("*") if path.is_file()]
+    stored = [path for path in (offline_run / "empty").rglob("*") if path.is_file()]
     assert not [path for path in stored if path.suffix in (".safetensors", ".parquet", ".arrow")]
 
 

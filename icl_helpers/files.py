@@ -25,24 +25,10 @@ from safetensors.torch import save_file
 from icl_helpers.errors import ICLError, InputError, MissingArtefactError
 
 __all__ = [
-    "StorageError",
-    "assets_dir",
-    "atomic_path",
-    "book_dir",
-    "cached_tensor",
-    "check_run_dir",
-    "content_key",
-    "embedded_dir",
-    "notebooks_dir",
-    "project_root",
-    "quarantine",
-    "read_text",
-    "synthetic_dir",
-    "tasks_dir",
-    "user_path",
-    "write_json",
-]
-
+    "StorageError", "assets_dir", "atomic_path", "book_dir", "cached_tensor", "check_run_dir",
+    "content_key", "embedded_dir", "notebooks_dir", "project_root", "quarantine", "read_text",
+    "synthetic_dir", "tasks_dir", "user_path", "write_json",
+]  # fmt: skip
 
 _PACKAGE = Path(__file__).resolve().parent
 _LONGEST_NAME = 255

@@ -26,13 +26,8 @@ from icl_helpers.errors import InputError
 from icl_helpers.redaction import SECRET
 
 __all__ = [
-    "About",
-    "StageParameters",
-    "about",
-    "parameter_cell",
-    "read_parameters",
-    "stage_parameters",
-]
+    "About", "StageParameters", "about", "parameter_cell", "read_parameters", "stage_parameters",
+]  # fmt: skip
 
 _CHECKED = "_icl_parameters_checked"
 _EVERY = (1, 2, 3, 4, 5, 6, 7, 8)

@@ -38,7 +38,6 @@ from icl_helpers.run.stages import (
 
 __all__ = ["BookError", "build_book", "find_runs"]
 
-
 # The recipe that the page on running one's own model goes through.
 _EXAMPLE = "llama-3-8b.yaml"
 _WIDGET = "application/vnd.jupyter.widget-view+json"

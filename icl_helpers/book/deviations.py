@@ -51,24 +51,11 @@ from icl_helpers.tasks.prompts import Prompt, build_prompts
 from icl_helpers.tasks.specs import pattern_spec
 
 __all__ = [
-    "Answers",
-    "WordMatch",
-    "answers",
-    "compare",
-    "control_overlap",
-    "lost_demonstrations",
-    "published_letters",
-    "published_rule_rows",
-    "resampled_accuracy",
-    "row_audit",
-    "score_term",
-    "search_audit",
-    "small_tokenizer",
-    "string_matched_pattern",
-    "string_matches",
-    "summary_sentence",
-    "task_audit",
-]
+    "Answers", "WordMatch", "answers", "compare", "control_overlap", "lost_demonstrations",
+    "published_letters", "published_rule_rows", "resampled_accuracy", "row_audit", "score_term",
+    "search_audit", "small_tokenizer", "string_matched_pattern", "string_matches",
+    "summary_sentence", "task_audit",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

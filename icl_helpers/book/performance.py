@@ -10,7 +10,6 @@ from icl_helpers.results.tables import markdown_table
 
 __all__ = ["write_benchmark_page"]
 
-
 _MARK = "<!-- measurements -->"
 _FIGURE = "benchmark_growth.svg"
 

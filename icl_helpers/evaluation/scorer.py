@@ -343,8 +343,6 @@ class HFICL(InterventionLM):
         max_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        # MOVED
-
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             # lm-eval's command line names a GPU when the user names no device.
             device = None

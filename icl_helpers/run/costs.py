@@ -35,7 +35,6 @@ from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = ["Cost", "estimate_cost", "parameter_counts", "stage_tokens", "weights_bytes"]
 
-
 # The paper's models' configurations, so that nobody needs the hub or a licence for an estimate.
 PAPER_CONFIGS: dict[str, dict[str, Any]] = {
     "meta-llama/Meta-Llama-3-8B": {

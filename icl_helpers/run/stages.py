@@ -24,12 +24,8 @@ from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
 
 __all__ = [
-    "StageError",
-    "check_book_extra",
-    "execute_notebook",
-    "execute_stages",
-    "stage_notebooks",
-]
+    "StageError", "check_book_extra", "execute_notebook", "execute_stages", "stage_notebooks",
+]  # fmt: skip
 
 # What the extra 'book' installs and this package imports or starts.
 _BOOK_EXTRA = ("ipykernel", "jupyter_book", "nbclient", "nbformat", "papermill")

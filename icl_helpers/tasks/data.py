@@ -28,19 +28,9 @@ from icl_helpers.models.hub import go_offline_if_hub_unreachable
 from icl_helpers.tasks.specs import NLP_TASKS, HubSource, TaskSpec, TextTaskSpec, pattern_spec
 
 __all__ = [
-    "COMMIT",
-    "HASHES",
-    "HOLD_OUT_SEED",
-    "TextSplits",
-    "check_local",
-    "data_file",
-    "fetch_original",
-    "hold_out",
-    "load_rows",
-    "load_splits",
-    "original_data_dir",
-]
-
+    "COMMIT", "HASHES", "HOLD_OUT_SEED", "TextSplits", "check_local", "data_file", "fetch_original",
+    "hold_out", "load_rows", "load_splits", "original_data_dir",
+]  # fmt: skip
 
 HOLD_OUT_SEED = 42
 Row = dict[str, Any]
@@ -284,8 +274,6 @@ def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:
     if os.fspath(data) == "synthetic":
         return synthetic_dir() / f"{task}.json"
     if os.fspath(data) == "original":
-        # MOVED
-
         return original_data_dir() / spec.original_file
     directory = user_path(data)
     if not directory.is_dir():

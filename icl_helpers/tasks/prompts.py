@@ -22,14 +22,9 @@ from icl_helpers.tasks.demonstrations import Pool, draw_demonstrations
 from icl_helpers.tasks.specs import Sampler, TaskSpec, TextTaskSpec, get_task_spec
 
 __all__ = [
-    "Prompt",
-    "PromptSet",
-    "Shots",
-    "build_prompts",
-    "prompt_sets",
-    "resolve_shots",
+    "Prompt", "PromptSet", "Shots", "build_prompts", "prompt_sets", "resolve_shots",
     "text_contexts",
-]
+]  # fmt: skip
 
 Shots = int | Sequence[int] | Mapping[str, Sequence[int]] | None
 

@@ -207,7 +207,7 @@ class Job:
     """A group of cells, the model they are scored with, and where finished cells are kept.
 
     ``means`` has, per condition, the safetensors bytes of [heads, positions, d_head], or None;
-    ``places`` the number by which the caller knows each cell.
+    ``cell_indices`` the number by which the caller knows each cell.
     """
 
     group: CellGroup
@@ -215,17 +215,17 @@ class Job:
     key: dict[str, Any]
     cells_dir: str | None
     means: tuple[bytes | None, ...]
-    places: tuple[int, ...]
+    cell_indices: tuple[int, ...]
 
     def split(self, size: int = 1) -> list[Job]:
         """The same cells in jobs of at most ``size``."""
         return [
             replace(
                 self, group=group, means=self.means[start : start + size],
-                places=self.places[start : start + size],
+                cell_indices=self.cell_indices[start : start + size],
             )
             for start, group in zip(
-                range(0, len(self.places), size), self.group.split(size), strict=True
+                range(0, len(self.cell_indices), size), self.group.split(size), strict=True
             )
         ]  # fmt: skip
 
@@ -236,13 +236,13 @@ def pack(
     source: ModelSource,
     key: dict[str, Any],
     cells_dir: Path | None,
-    places: Sequence[int],
+    cell_indices: Sequence[int],
 ) -> Job:
     """The job of scoring a group whose cells have these numbers."""
     means = tuple(_pack_means(condition) for condition in group.conditions)
     bare = tuple(replace(condition, head_outputs=None) for condition in group.conditions)
     directory = None if cells_dir is None else str(cells_dir.resolve())
-    return Job(replace(group, conditions=bare), source, key, directory, means, tuple(places))
+    return Job(replace(group, conditions=bare), source, key, directory, means, tuple(cell_indices))
 
 
 def run_job(job: Job) -> list[Cell]:

@@ -32,6 +32,7 @@ from icl_helpers.evaluation.cells import (
     Job,
     ModelSource,
     pack,
+    run_job,
     score_group,
     stored_cells,
 )
@@ -188,7 +189,7 @@ def evaluate_request(
     """
     directory = request.directory
     store = None if directory is None else CellStore(directory / "cells")
-    failures: list[Failure] = []
+    failures: list[Failure[Job]] = []
     if executor is None:
         cells = _score_here(load, request.groups, key, store)
     else:
@@ -265,7 +266,7 @@ def _score_elsewhere(
     groups: Sequence[CellGroup],
     key: dict[str, Any],
     store: CellStore | None,
-) -> tuple[dict[int, Cell], list[Failure]]:
+) -> tuple[dict[int, Cell], list[Failure[Job]]]:
     """The same by workers, which are given only what the store lacks."""
     size = chunk_size(len(groups), len(groups[0].conditions), workers)
     jobs: list[Job] = []
@@ -278,21 +279,21 @@ def _score_elsewhere(
         if missing:
             where = None if store is None else store.directory
             rest = replace(group, conditions=tuple(group.conditions[place] for place in missing))
-            places = [first + place for place in missing]
-            job = pack(rest, source=source, key=key, cells_dir=where, places=places)
+            indices = [first + place for place in missing]
+            job = pack(rest, source=source, key=key, cells_dir=where, cell_indices=indices)
             jobs += job.split(size)
         first += len(group.conditions)
     with tqdm(total=_count(groups), initial=len(cells), desc="cells", unit="cell") as progress:
 
         def keep(job: Job, found: list[Cell]) -> None:
-            cells.update(zip(job.places, found, strict=True))
+            cells.update(zip(job.cell_indices, found, strict=True))
             progress.update(len(found))
             # Workers may not share the directory; where they do, the file is there already.
             for spec, documents in found:
                 if store is not None and not store.path(spec).is_file():
                     store.write(spec, documents)
 
-        failures = run_jobs(jobs, workers, on_cells=keep)
+        failures = run_jobs(jobs, workers, function=run_job, on_cells=keep)
     return cells, failures
 
 
@@ -304,7 +305,7 @@ def record_failures(
     directory: Path,
     groups: Sequence[CellGroup],
     key: dict[str, Any],
-    failures: Sequence[Failure],
+    failures: Sequence[Failure[Job]],
 ) -> None:
     """Write what failed and why; take back the record of what has succeeded since."""
     records = {
@@ -321,9 +322,9 @@ def record_failures(
         write_json(path, record)
 
 
-def describe_failures(failures: Sequence[Failure], directory: Path | None) -> str:
+def describe_failures(failures: Sequence[Failure[Job]], directory: Path | None) -> str:
     """One sentence with the first failure, and where the others are."""
-    count = sum(len(failure.job.places) for failure in failures)
+    count = sum(len(failure.job.cell_indices) for failure in failures)
     cell = failures[0].job.group.describe()
     where = "" if directory is None else f" (all of them in {directory / 'failed'})"
     return (

@@ -37,6 +37,7 @@ from icl_helpers.attention_call import (
     AttentionCall,
     attention_probabilities,
 )
+from icl_helpers.branches import branching_mask
 from icl_helpers.errors import InputError, InterventionError, UnsupportedArchitectureError
 from icl_helpers.heads import Head
 
@@ -155,7 +156,7 @@ def _hooked(
 for _base, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
     # Without its mask function the mask would arrive as None and causality would be lost.
     AttentionInterface.register(_PREFIX + _base, functools.partial(_hooked, base=_base))
-    AttentionMaskInterface.register(_PREFIX + _base, _mask)
+    AttentionMaskInterface.register(_PREFIX + _base, functools.partial(branching_mask, base=_mask))
 
 
 @contextmanager
@@ -180,7 +181,9 @@ def edited_attention(
             outer = _ACTIVE.get(module)
             inherited = outer.edits if outer is not None else []
             active[module] = _Active([*inherited, *edits.get(layer, ())], positions)
-        handle = model.base_model.register_forward_pre_hook(positions.record, with_kwargs=True)
+        # Not the base model, which OPT passes by.
+        decoder = model.get_decoder()
+        handle = decoder.register_forward_pre_hook(positions.record, with_kwargs=True)
         try:
             with _activated(active):
                 yield layout

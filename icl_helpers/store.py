@@ -31,7 +31,8 @@ __all__ = [
     "write_json",
 ]
 
-_FORMAT = 1
+# Part of a cell's name: a file of another format is never in the way, and never read.
+_FORMAT = 2
 # Less than file systems allow: archives and copies add to a directory's name.
 _LONGEST_PART = 200
 
@@ -115,7 +116,7 @@ class CellStore:
 
     def path(self, spec: dict[str, Any]) -> Path:
         """File of the cell that ``spec`` describes."""
-        return self.directory / f"{self.stem(spec)}_{content_key(spec)}.json"
+        return self.directory / f"{self.stem(spec)}_{content_key([_FORMAT, spec])}.json"
 
     def stem(self, spec: dict[str, Any]) -> str:
         """Start of the file's name, without the key; cells of other models share it."""
@@ -139,7 +140,7 @@ class CellStore:
         write_json(self.path(spec), {**body, "checksum": content_key(body)})
 
     def cells(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Every valid cell in the directory: its spec and its documents."""
+        """Every valid cell of this format in the directory: its spec and its documents."""
         for path in sorted(self.directory.glob("*.json")):
             cell = _read_checked(path, lambda content: True)
             if cell is not None:
@@ -150,8 +151,12 @@ def _read_checked(path: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[st
     try:
         content = json.loads(path.read_bytes())
         checksum = content.pop("checksum")
-        if content["format"] != _FORMAT or checksum != content_key(content) or not fits(content):
+        if checksum != content_key(content):
             raise ValueError("checksum differs")
+        if content["format"] != _FORMAT:
+            return None
+        if not fits(content):
+            raise ValueError("another cell's file")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -160,29 +160,25 @@ def _prompt_set(group: CellGroup) -> _PromptSet:
 
 
 def _score(lm: InterventionLM, task: Any, encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
-    """Score one cell and let lm-eval's task judge each document."""
+    """Score one cell: of each document the target, and of each of its labels what was found."""
     scored = lm._loglikelihood_tokens(encoded)
-    by_document: dict[int, list[tuple[int, Any]]] = {}
-    for instance, result in zip(task.instances, scored, strict=True):
-        by_document.setdefault(instance.doc_id, []).append((instance.idx, (instance, result)))
-    documents: dict[str, list[Any]] = {"doc_id": [], "correct": [], "margin": [], "valid": []}
+    by_document: dict[int, list[tuple[Any, Encoded, tuple[float, bool]]]] = {}
+    for instance, request, result in zip(task.instances, encoded, scored, strict=True):
+        by_document.setdefault(instance.doc_id, []).append((instance, request, result))
+    documents: dict[str, list[Any]] = {
+        "doc_id": [], "target": [], "log_probabilities": [], "n_tokens": [], "greedy": [],
+    }  # fmt: skip
     for doc_id, choices in by_document.items():
-        choices.sort(key=lambda choice: choice[0])
-        results = [result for _, (_, result) in choices]
-        doc = choices[0][1][0].doc
-        valid = all(math.isfinite(log_probability) for log_probability, _ in results)
-        correct = bool(task.process_results(doc, results)["acc"]) if valid else False
-        target = int(task.doc_to_target(doc))
+        choices.sort(key=lambda choice: choice[0].idx)
         documents["doc_id"].append(doc_id)
-        documents["correct"].append(correct)
-        documents["margin"].append(_margin(results, target) if valid else None)
-        documents["valid"].append(valid)
+        documents["target"].append(int(task.doc_to_target(choices[0][0].doc)))
+        # JSON has no word for what is not finite.
+        documents["log_probabilities"].append(
+            [value if math.isfinite(value) else None for *_, (value, _) in choices]
+        )
+        documents["n_tokens"].append([len(label) for _, (_, _, label), _ in choices])
+        documents["greedy"].append([greedy for *_, (_, greedy) in choices])
     return documents
-
-
-def _margin(results: Sequence[tuple[float, bool]], target: int) -> float:
-    wrong = [result[0] for index, result in enumerate(results) if index != target]
-    return results[target][0] - max(wrong)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from icl_helpers.errors import InputError
@@ -118,15 +119,41 @@ def document_frame(
     *,
     setting: Callable[[str, str, str], str],
 ) -> pd.DataFrame:
-    """A cell's documents under its key, at one demonstration seed."""
-    # A cell read back from its file has its keys in another order.
-    frame = pd.DataFrame(documents)[["doc_id", "correct", "margin", "valid"]]
-    frame["margin"] = frame["margin"].astype("float64")
+    """A cell's documents under its key, at one demonstration seed; see :func:`document_results`."""
+    frame = _judged(documents)
     values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}
     for position, key in enumerate(KEYS):
         frame.insert(position, key, values[key])
     frame["setting"] = setting(spec["task"], spec["condition"], spec["ablation"])
     return frame.astype({"ablation_seed": "Int64", "demonstration_seed": "Int64", "shots": "int64"})
+
+
+def _judged(documents: dict[str, Any]) -> pd.DataFrame:
+    """What the scores that a cell keeps of each document say of it."""
+    # In a cell's file a number that is not finite is null. Arrays are what a table on disk gives.
+    scores = [np.array(values, dtype=np.float64) for values in documents["log_probabilities"]]
+    valid = [bool(np.isfinite(values).all()) for values in scores]
+    # As in lm-eval's accuracy, the first of equal labels.
+    chosen = [int(v.argmax()) if ok else None for v, ok in zip(scores, valid, strict=True)]
+    margins = [
+        values[target] - np.delete(values, target).max() if ok else np.nan
+        for values, target, ok in zip(scores, documents["target"], valid, strict=True)
+    ]
+    frame = pd.DataFrame(
+        {
+            "doc_id": documents["doc_id"],
+            "correct": [c == target for c, target in zip(chosen, documents["target"], strict=True)],
+            "margin": np.array(margins, dtype=np.float64),
+            "valid": valid,
+            "target": documents["target"],
+            "chosen": chosen,
+            "log_probabilities": scores,
+            "n_tokens": [np.array(numbers) for numbers in documents["n_tokens"]],
+            "greedy": [np.array(flags) for flags in documents["greedy"]],
+        }
+    )
+    # Whole numbers that may be missing: rows of an earlier version have none.
+    return frame.astype({"target": "Int64", "chosen": "Int64"})
 
 
 def accuracies(documents: pd.DataFrame) -> pd.DataFrame:
@@ -219,11 +246,33 @@ def _write_parquet(path: Path, frame: pd.DataFrame) -> None:
 
 
 def document_results(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
-    """Per-document results of a run: the key columns, doc_id, correct, margin, valid, setting.
+    """Per-document results of a run: a row per document under its key.
 
-    ``setting`` is a hash of the model and the parameters behind the row, empty for one that was
-    evaluated outside a run. ``margin`` is the log-probability of the right label minus that of the
-    best wrong one, in nats.
+    Columns: the key (task, labels, shots, condition, ablation, fraction, ablation_seed,
+    demonstration_seed), and
+
+    doc_id
+        The document's place in its task.
+    correct
+        Whether the right label is the one chosen; False where ``valid`` is.
+    margin
+        Log-probability of the right label minus that of the best wrong one, in nats; NaN where
+        ``valid`` is False.
+    valid
+        Whether the log-probabilities of all labels are finite.
+    target, chosen
+        Index of the right label, and of the one with the highest log-probability (of equal ones
+        the first), which is lm-eval's ``acc``; ``chosen`` is missing where ``valid`` is False.
+    log_probabilities
+        Array: each label's log-probability after the prompt, summed over its tokens, in nats; NaN
+        where it is not finite.
+    n_tokens
+        Array: the number of tokens of each label.
+    greedy
+        Array: whether each of the label's tokens is the most probable one at its place.
+
+    Arrays are in the order of the task's labels, to which ``target`` and ``chosen`` are indices.
+    Rows written by a version that did not keep them have nothing from ``target`` on.
     """
     return read_frame(check_run_dir(run_dir) / "documents.parquet")
 

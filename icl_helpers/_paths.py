@@ -1,4 +1,6 @@
-"""Where the files that travel with the package lie, in a checkout and in an installed wheel."""
+"""Where the files that travel with the package lie, in a checkout and in an installed wheel; and
+where the user's cache is.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from icl_helpers.errors import InputError, MissingArtefactError
 
 __all__ = [
     "book_dir",
+    "cache_dir",
     "embedded_dir",
     "notebooks_dir",
     "project_root",
@@ -36,6 +39,12 @@ def user_path(given: str | os.PathLike[str]) -> Path:
         )
     # Unlike pathlib's, this one leaves the name of an unknown user as it is.
     return Path(os.path.expanduser(text))
+
+
+def cache_dir() -> Path:
+    """The user's cache: ``$ICL_CACHE_DIR`` or ``~/.cache/icl_helpers``."""
+    root = os.environ.get("ICL_CACHE_DIR")
+    return Path(root) if root else Path.home() / ".cache" / "icl_helpers"
 
 
 def project_root() -> Path:

@@ -26,7 +26,8 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--parameters", metavar="FILE", help="YAML file of parameters")
-    parser.add_argument("--model", help="embedded model, hub id or directory (default icl-tiny)")
+    known = "icl-tiny (the default), smollm2-135m, a hub id, a directory or a .gguf file"
+    parser.add_argument("--model", help=known)
     parser.add_argument("--revision", help="revision of a hub model")
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...")

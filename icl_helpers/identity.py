@@ -56,24 +56,24 @@ def checkpoint_state(parameters: StageParameters) -> str | None:
     None where the files do not decide everything: remote code, an adapter of another model.
     """
     p = parameters
-    directory = _directory(p)
-    if directory is None or p.trust_remote_code or (directory / "adapter_config.json").exists():
+    source = _source(p)
+    if source is None or p.trust_remote_code or (source / "adapter_config.json").exists():
         return None
     files = []
-    for path in sorted(directory.iterdir()):
+    for path in [source] if source.is_file() else sorted(source.iterdir()):
         if path.is_file():
             # The change time moves with every write and cannot be set, unlike the others.
             found = path.stat()
             files.append([path.name, found.st_size, found.st_ino, found.st_ctime_ns])
     read = [p.revision, p.dtype, p.device, p.quantization]
     versions = [version("torch"), version("transformers"), icl_helpers.__version__]
-    return content_key([str(directory.resolve()), files, read, versions])
+    return content_key([str(source.resolve()), files, read, versions])
 
 
-def _directory(parameters: StageParameters) -> Path | None:
-    """The folder of the checkpoint's files; None where they are not on this machine."""
+def _source(parameters: StageParameters) -> Path | None:
+    """The folder of the checkpoint's files, or its GGUF file; None where not on this machine."""
     source = resolve_model(parameters.model)
-    if os.path.isdir(source):
+    if os.path.exists(source):
         return Path(source)
     try:
         # Asks the hub, where it can be reached, so that a moved branch is another folder.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from icl_helpers._paths import user_path
+from icl_helpers._paths import cache_dir, user_path
 from icl_helpers.errors import MissingArtefactError
 from icl_helpers.store import atomic_path
 
@@ -48,8 +48,7 @@ HASHES = {
 
 def original_data_dir() -> Path:
     """The cache: ``$ICL_CACHE_DIR/original`` or ``~/.cache/icl_helpers/original``."""
-    root = os.environ.get("ICL_CACHE_DIR")
-    return (Path(root) if root else Path.home() / ".cache" / "icl_helpers") / "original"
+    return cache_dir() / "original"
 
 
 def fetch_original(

@@ -270,6 +270,7 @@ def test_absent_package_is_one_line_that_says_how_to_get_it(empty_cache, monkeyp
     assert not empty_cache.exists()
 
 
+@pytest.mark.slow
 def test_absent_package_ends_the_command_with_one_line(tmp_path):
     # In isolation from this environment's packages only the package's finder is replaced.
     code = (
@@ -348,6 +349,7 @@ def test_second_process_that_converts_at_the_same_time_is_no_trouble(pretended, 
     assert list(empty_cache.iterdir()) == [target]
 
 
+@pytest.mark.slow
 def test_killed_conversion_leaves_nothing_half_and_is_cleared_away_later(pretended, empty_cache):
     target = package.smollm2_dir()
     code = (
@@ -497,6 +499,7 @@ def published_name(condition: icl.Condition) -> str:
     return "full" if condition.name == "full" else f"{kinds[condition.name]}_{condition.fraction}"
 
 
+@pytest.mark.slow
 @needs_wheel
 @needs_reference
 def test_published_code_gives_the_same_scores_and_log_probabilities(smollm2):

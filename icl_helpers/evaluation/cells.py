@@ -195,6 +195,7 @@ class ModelSource:
     device_map: str | None = None
     quantization: str | None = None
     trust_remote_code: bool = False
+    gguf_file: str | None = None
     batch_size: int | str = "auto"
 
 
@@ -278,7 +279,7 @@ def _loaded(source: ModelSource) -> tuple[InterventionLM, dict[str, Any]]:
         model, tokenizer = load_model(
             source.name, revision=source.revision, dtype=source.dtype, device=source.device,
             device_map=source.device_map, quantization=source.quantization,
-            trust_remote_code=source.trust_remote_code,
+            trust_remote_code=source.trust_remote_code, gguf_file=source.gguf_file,
         )  # fmt: skip
         lm = InterventionLM(model, tokenizer, batch_size=source.batch_size)
         _KEPT[source] = lm, model_key(model, tokenizer, source.revision)

@@ -56,23 +56,23 @@ def checkpoint_state(
     ``source`` is the directory or hub id behind the model's name. None where the files do not
     decide everything: remote code, an adapter of another model.
     """
-    directory = _directory(source, revision)
-    if directory is None or trust_remote_code or (directory / "adapter_config.json").exists():
+    path = _source(source, revision)
+    if path is None or trust_remote_code or (path / "adapter_config.json").exists():
         return None
     files = []
-    for path in sorted(directory.iterdir()):
-        if path.is_file():
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        if file.is_file():
             # The change time moves with every write and cannot be set, unlike the others.
-            found = path.stat()
-            files.append([path.name, found.st_size, found.st_ino, found.st_ctime_ns])
+            found = file.stat()
+            files.append([file.name, found.st_size, found.st_ino, found.st_ctime_ns])
     read = [revision, dtype, device, quantization]
     versions = [version("torch"), version("transformers"), icl_helpers.__version__]
-    return content_key([str(directory.resolve()), files, read, versions])
+    return content_key([str(path.resolve()), files, read, versions])
 
 
-def _directory(source: str, revision: str | None) -> Path | None:
-    """The folder of the checkpoint's files; None where they are not on this machine."""
-    if os.path.isdir(source):
+def _source(source: str, revision: str | None) -> Path | None:
+    """The folder of the checkpoint's files, or its GGUF file; None where not on this machine."""
+    if os.path.exists(source):
         return Path(source)
     try:
         # Asks the hub, where it can be reached, so that a moved branch is another folder.

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from icl_helpers.errors import InputError, MissingArtefactError
-from icl_helpers.files import atomic_path, read_text, synthetic_dir, user_path
+from icl_helpers.files import atomic_path, cache_dir, read_text, synthetic_dir, user_path
 from icl_helpers.models.hub import go_offline_if_hub_unreachable
 from icl_helpers.tasks.specs import NLP_TASKS, HubSource, TaskSpec, TextTaskSpec, pattern_spec
 
@@ -204,8 +204,7 @@ HASHES = {name: digest for digest, name in map(str.split, _LISTED)}
 
 def original_data_dir() -> Path:
     """The cache: ``$ICL_CACHE_DIR/original`` or ``~/.cache/icl_helpers/original``."""
-    root = os.environ.get("ICL_CACHE_DIR")
-    return (Path(root) if root else Path.home() / ".cache" / "icl_helpers") / "original"
+    return cache_dir() / "original"
 
 
 def fetch_original(

@@ -43,7 +43,8 @@ __all__ = [
 ]
 
 
-_FORMAT = 1
+# Part of a cell's name: a file of another format is never in the way, and never read.
+_FORMAT = 2
 
 
 class CellStore:
@@ -54,7 +55,7 @@ class CellStore:
 
     def path(self, spec: dict[str, Any]) -> Path:
         """File of the cell that ``spec`` describes."""
-        return self.directory / f"{self.stem(spec)}_{content_key(spec)}.json"
+        return self.directory / f"{self.stem(spec)}_{content_key([_FORMAT, spec])}.json"
 
     def stem(self, spec: dict[str, Any]) -> str:
         """Start of the file's name, without the key; cells of other models share it."""
@@ -78,7 +79,7 @@ class CellStore:
         write_json(self.path(spec), {**body, "checksum": content_key(body)})
 
     def cells(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Every valid cell in the directory: its spec and its documents."""
+        """Every valid cell of this format in the directory: its spec and its documents."""
         for path in sorted(self.directory.glob("*.json")):
             cell = _read_checked(path, lambda content: True)
             if cell is not None:
@@ -89,8 +90,12 @@ def _read_checked(path: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[st
     try:
         content = json.loads(path.read_bytes())
         checksum = content.pop("checksum")
-        if content["format"] != _FORMAT or checksum != content_key(content) or not fits(content):
+        if checksum != content_key(content):
             raise ValueError("checksum differs")
+        if content["format"] != _FORMAT:
+            return None
+        if not fits(content):
+            raise ValueError("another cell's file")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -117,7 +122,7 @@ def document_frame(
     documents: dict[str, Any],
     seed: int,
     *,
-    setting: Callable[[str, str, str], str],
+    setting: Callable[[str, str, str], str] = lambda *_: "",
 ) -> pd.DataFrame:
     """A cell's documents under its key, at one demonstration seed; see :func:`document_results`."""
     frame = _judged(documents)

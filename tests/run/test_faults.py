@@ -89,6 +89,7 @@ def rows(task: str, *, seed: int = 42, correct: bool = True) -> pd.DataFrame:
     return frame.astype({"ablation_seed": "Int64", "demonstration_seed": "Int64"})
 
 
+@pytest.mark.slow
 def test_writers_of_different_tasks_at_once_lose_no_row(tmp_path):
     names = [f"task{number}" for number in range(24)]
     with ThreadPoolExecutor(8) as pool:

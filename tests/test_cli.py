@@ -105,14 +105,25 @@ def test_lm_eval_command_line_agrees_with_evaluate(tmp_path):
     assert float(ours["accuracy"].iloc[0]) == found
 
 
+STOPPED = [
+    "evaluate", "--tasks", "wordseq1_binary", "--shots", "10", "--seeds", "42,43,44",
+    "--limit", "120", "--conditions", "full,zero", "--run-dir",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> Path:
+    """The run of an evaluation that nothing stops."""
+    run = tmp_path_factory.mktemp("clean")
+    assert main([*STOPPED, str(run)]) == 0
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_evaluation_goes_on_where_it_stopped(tmp_path, how):
+def test_killed_evaluation_goes_on_where_it_stopped(tmp_path, how, clean):
     run = tmp_path / "run"
-    arguments = [
-        "evaluate", "--tasks", "wordseq1_binary", "--shots", "10", "--seeds", "42,43,44",
-        "--limit", "120", "--conditions", "full,zero", "--run-dir", str(run),
-    ]  # fmt: skip
+    arguments = [*STOPPED, str(run)]
     # A shell's background job starts with SIGINT ignored, and its children inherit that.
     process = subprocess.Popen(
         [sys.executable, "-m", "icl_helpers.cli", *arguments], cwd=ROOT,
@@ -130,8 +141,6 @@ def test_killed_evaluation_goes_on_where_it_stopped(tmp_path, how):
     assert 2 <= len(kept) < 27
     assert main(arguments) == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
-    clean = tmp_path / "clean"
-    assert main([*arguments[:-1], str(clean)]) == 0
     import pandas as pd
 
     pd.testing.assert_frame_equal(

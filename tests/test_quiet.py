@@ -43,21 +43,22 @@ print("a bar", file=sys.stderr)
     ("folder", "transport"), [("t", "ipc"), ("a-long-name-" * 10, "tcp")], ids=["short", "long"]
 )
 def test_kernel_has_sockets_of_its_own_where_their_path_fits_and_says_nothing(
-    folder, transport, tmp_path, monkeypatch, capfd
+    folder, transport, tmp_path, capfd
 ):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TRANSPORT)])
+    nbformat.write(notebook, tmp_path / "stage.ipynb")
     # The folder of pytest is itself too long for some.
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         scratch = Path(short) / folder
         scratch.mkdir()
-        monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(TRANSPORT)])
-        nbformat.write(notebook, tmp_path / "stage.ipynb")
-        executed = execute_notebook(tmp_path / "stage.ipynb", tmp_path / "out" / "stage.ipynb", {})
-        outputs = nbformat.read(executed, as_version=4).cells[-1].outputs
-        used, address = json.loads(next(o.text for o in outputs if o.name == "stdout"))
-        assert used == transport
-        assert (str(scratch) in address) == (transport == "ipc")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", str(scratch))
+            executed = execute_notebook(tmp_path / "stage.ipynb", tmp_path / "executed.ipynb", {})
         assert list(scratch.iterdir()) == []
+    outputs = nbformat.read(executed, as_version=4).cells[-1].outputs
+    used, address = json.loads(next(o.text for o in outputs if o.name == "stdout"))
+    assert used == transport
+    assert (str(scratch) in address) == (transport == "ipc")
     assert "".join(capfd.readouterr()) == ""
 
 

@@ -63,6 +63,7 @@ def test_the_gpu_shape_is_that_of_an_8b_llama():
     assert parameter_counts(LLAMA_8B)[0] == pytest.approx(8.03e9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_gpu_part_measures_any_shape_on_any_device(tokenizer):
     small = LlamaConfig(
         vocab_size=2000, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -77,6 +78,7 @@ def test_the_gpu_part_measures_any_shape_on_any_device(tokenizer):
     assert found["table_1_hours"] == pytest.approx(hours)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_measured_missed_or_left_out(tokenizer, tmp_path):
     torch.set_num_threads(1)
     (tmp_path / "_static").mkdir()

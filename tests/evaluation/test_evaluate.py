@@ -56,6 +56,7 @@ def reference_correct(model, tokenizer, condition, prompts) -> list[bool]:
     return found
 
 
+@pytest.mark.slow
 def test_evaluate_equals_the_reference_path_on_every_document(tiny, all_conditions):
     model, tokenizer = tiny
     results = icl.evaluate(

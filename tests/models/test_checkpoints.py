@@ -212,6 +212,7 @@ def cached_model(home: Path, checkpoint: Path, *, weights: bool) -> dict[str, st
     return {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
 
 
+@pytest.mark.slow
 def test_interrupted_download_is_named(checkpoint, tmp_path):
     cache = cached_model(tmp_path, checkpoint, weights=False)
     run_dir = str(tmp_path / "run")

@@ -34,6 +34,7 @@ def test_the_whole_pipeline_runs_without_hub_cache_or_network(offline_run):
     assert not [path for path in stored if path.suffix in (".safetensors", ".parquet", ".arrow")]
 
 
+@pytest.mark.slow
 def test_the_network_guard_of_these_tests_refuses_a_connection(tmp_path):
     code = "import urllib.request as u; u.urlopen('http://example.org', timeout=5)"
     done = subprocess.run(
@@ -42,6 +43,7 @@ def test_the_network_guard_of_these_tests_refuses_a_connection(tmp_path):
     assert "the network was used" in done.stderr
 
 
+@pytest.mark.slow
 @needs_original
 def test_evaluating_the_original_data_twice_gives_the_same_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ICL_CACHE_DIR", str(tmp_path / "cache"))

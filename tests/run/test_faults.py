@@ -89,6 +89,7 @@ def rows(task: str, *, seed: int = 42, correct: bool = True) -> pd.DataFrame:
     return frame.astype({"ablation_seed": "Int64", "demonstration_seed": "Int64"})
 
 
+@pytest.mark.slow
 def test_writers_of_different_tasks_at_once_lose_no_row(tmp_path):
     names = [f"task{number}" for number in range(24)]
     with ThreadPoolExecutor(8) as pool:
@@ -98,6 +99,7 @@ def test_writers_of_different_tasks_at_once_lose_no_row(tmp_path):
     assert sorted(pd.read_parquet(tmp_path / "results.parquet")["task"]) == sorted(names)
 
 
+@pytest.mark.slow
 def test_writers_of_one_task_at_once_leave_its_rows_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: merge_into_run_tables(tmp_path, rows("a")), range(40)))
@@ -212,7 +214,9 @@ def test_path_that_cannot_be_is_refused_before_the_first_stage(name, value, tmp_
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["bench", "--rounds", "0"], "rounds must be at least 1"),
+        pytest.param(
+            ["bench", "--rounds", "0"], "rounds must be at least 1", marks=pytest.mark.slow
+        ),
         (["book", "--runs", "a-file"], "a-file is a file"),
         (["data", "original", "--from", "a-file"], "a-file"),
     ],

@@ -56,6 +56,7 @@ def test_logits_equal_the_unfused_llamas_within_and_beyond_the_trained_length(
     assert loaded.config.rope_parameters["rope_theta"] == GENERATIONS[generation][0]["rope_theta"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_scores_means_and_all_conditions_equal_those_of_the_unfused_llama(tied, tmp_path):
     folder = tmp_path / "checkpoint"
@@ -120,6 +121,7 @@ print((max(peak, anonymous()) - before) / size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("layout", ["sharded safetensors", "sharded bin", "bin"])
 def test_loading_takes_the_models_memory_and_little_more(layout, tmp_path):

@@ -217,6 +217,7 @@ def test_episodes_begin_once_induction_heads_have_formed():
     assert 10 < len(due) < 40
 
 
+@pytest.mark.slow
 def test_a_letter_after_a_space_starts_the_second_phase_as_the_letter_alone(tmp_path):
     output = train(tmp_path, recipe=SMALL, device="cpu").parent
     recipe = Recipe(
@@ -259,6 +260,7 @@ def test_letter_rows_carry_the_name_of_their_pattern():
     assert named > 2
 
 
+@pytest.mark.slow
 def test_training_resumed_half_way_gives_the_same_weights(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", recipe=SMALL, device="cpu")
     calls = []
@@ -300,6 +302,7 @@ def test_repeat_losses_are_those_of_a_model_that_copies_perfectly():
     assert last == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_dynamics_measure_every_checkpoint_of_a_run(tmp_path, monkeypatch):
     train(tmp_path, recipe=SMALL, device="cpu")
     module = importlib.import_module("synthetic.training.measure")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -137,55 +136,42 @@ def episode_batch(
     )
     names = {name for e in episodes for name in e.names}
     token_of = {name: tokenizer(name, add_special_tokens=False).input_ids[0] for name in names}
-    marked = [
-        _marks(e, ids, offsets, unseen_weight, token_of)
-        for e, ids, offsets in zip(
-            episodes, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        )
-    ]
-    total = sum(sum(row.weights) for row in marked) or 1.0
-    marked.sort(key=lambda row: len(row.ids))
-    halves = (marked[: rows // 2], marked[rows // 2 :])
-    return [_padded(half, total, watched, max_tokens) for half in halves]
+    total = sum(sum(w or unseen_weight for _, w in e.labels) for e in episodes) or 1.0
+    marked = zip(episodes, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    by_length = sorted(marked, key=lambda row: len(row[1]))
+    batches = []
+    for half in (by_length[: rows // 2], by_length[rows // 2 :]):
+        batch = _empty_batch([ids[:max_tokens] for _, ids, _ in half], watched)
+        for row, (item, _, offsets) in enumerate(half):
+            _mark_labels(batch, row, item, offsets, unseen_weight, token_of)
+        batches.append(replace(batch, weights=batch.weights / total))
+    return batches
 
 
-class _Marked(NamedTuple):
-    """One tokenised episode: ids, loss weights and name tokens, and the labels' positions."""
+def _empty_batch(ids: Sequence[list[int]], watched: int) -> Batch:
+    """Ids padded on the right with zeros; nothing is scored or watched yet."""
+    padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+    rows, width = padded.shape
+    induction = torch.zeros(min(watched, rows), width, width, dtype=torch.bool)
+    return Batch(padded, torch.zeros(rows, width), induction, torch.zeros_like(padded))
 
-    ids: list[int]
-    weights: list[float]
-    names: list[int]
-    labels: list[int]
 
-
-def _marks(
+def _mark_labels(
+    batch: Batch,
+    row: int,
     item: Episode,
-    ids: list[int],
     offsets: Sequence[tuple[int, int]],
     unseen_weight: float,
-    token_of: dict[str, int],
-) -> _Marked:
+    token_of: Mapping[str, int],
+) -> None:
+    """Enter an episode's labels, as far as they were not cut off, into its row of the batch."""
     start_of = {start: index for index, (start, _) in enumerate(offsets)}
-    labels = [start_of[start] for start, _ in item.labels]
-    weights, names = [0.0] * len(ids), [0] * len(ids)
-    for position, (_, weight) in zip(labels, item.labels, strict=True):
-        weights[position] = weight or unseen_weight
-    # Only rows of letters have names.
-    for position, name in zip(labels, item.names, strict=False):
-        names[position] = token_of[name]
-    return _Marked(ids, weights, names, labels)
-
-
-def _padded(rows: Sequence[_Marked], total: float, watched: int, max_tokens: int) -> Batch:
-    """Rows padded on the right with zeros, and cut to ``max_tokens``."""
-    ids, weights, names = (
-        pad_sequence([torch.tensor(row) for row in column], batch_first=True)[:, :max_tokens]
-        for column in ([r.ids for r in rows], [r.weights for r in rows], [r.names for r in rows])
-    )
-    width = ids.shape[1]
-    induction = torch.zeros(min(watched, len(rows)), width, width, dtype=torch.bool)
-    for blocked, row in zip(induction, rows, strict=False):
-        inside = [position for position in row.labels if position < width]
-        for number, position in enumerate(inside):
-            blocked[position - 1, inside[:number]] = True
-    return Batch(ids, weights / total, induction, names)
+    positions = [start_of[start] for start, _ in item.labels]
+    # Rows other than letters have no names.
+    names = [token_of[name] for name in item.names] or [0] * len(positions)
+    for number, position in enumerate(positions):
+        if position < batch.ids.shape[1]:
+            batch.weights[row, position] = item.labels[number][1] or unseen_weight
+            batch.names[row, position] = names[number]
+            if row < len(batch.induction):
+                batch.induction[row, position - 1, positions[:number]] = True

@@ -169,12 +169,7 @@ def pattern_names() -> dict[str, str]:
     return dict(zip(every, words, strict=False))
 
 
-def naming_episode(
-    rng: random.Random,
-    *,
-    lengths: Sequence[int] = LETTER_LENGTHS,
-    rows: tuple[int, int] = (8, 12),
-) -> Episode:
+def naming_episode(rng: random.Random, *, lengths: Sequence[int] = LETTER_LENGTHS) -> Episode:
     """Letter sequences of one length, each followed by the code word of its equality pattern.
 
     Nothing in context is needed to answer, so every row teaches which letters are equal. The code
@@ -183,7 +178,7 @@ def naming_episode(
     length = rng.choice(lengths)
     names = pattern_names()
     while True:
-        chosen = [rng.choice(patterns(length)) for _ in range(rng.randint(*rows))]
+        chosen = [rng.choice(patterns(length)) for _ in range(rng.randint(8, 12))]
         if _may_meet(chosen):
             break
     blocks = ((f"{letters(rng, pattern)}:", names[pattern], 1.0) for pattern in chosen)
@@ -192,11 +187,7 @@ def naming_episode(
 
 
 def episode(
-    rng: random.Random,
-    *,
-    fresh: float,
-    n_shots: int | None = None,
-    word_share: float = 0.4,
+    rng: random.Random, *, fresh: float, n_shots: int | None = None, word_share: float = 0.4
 ) -> Episode:
     """One few-shot classification episode.
 
@@ -218,29 +209,22 @@ def episode(
         makers = [_burst(rng, maker) for maker in makers]
     labels = draw_labels(rng, len(makers))
     rng.shuffle(makers)
-    instances = _balanced(rng, makers, n_shots + 1)
+    # Classes as even as they can be, in random order.
+    kinds = [row % len(makers) for row in range(n_shots + 1)]
+    rng.shuffle(kinds)
+    texts = [makers[kind]() for kind in kinds]
     opening = f"{DESCRIPTION}\n\n" if rng.random() < 0.5 else ""
-    seen = _seen([kind for kind, _ in instances])
     rows = (
         (f"{text}:", labels[kind], float(known))
-        for (kind, text), known in zip(instances, seen, strict=True)
+        for text, kind, known in zip(texts, kinds, _seen(kinds), strict=True)
     )
-    names = () if words else tuple(pattern_names()[_canonical(t.split())] for _, t in instances)
+    names = () if words else tuple(pattern_names()[_canonical(text.split())] for text in texts)
     return _written(opening, rows, names)
 
 
 def _seen(kinds: Sequence[int]) -> list[bool]:
     """Whether an earlier row of the episode is of the same class, for every row."""
     return [kind in kinds[:row] for row, kind in enumerate(kinds)]
-
-
-def _balanced(
-    rng: random.Random, makers: Sequence[Callable[[], str]], n: int
-) -> list[tuple[int, str]]:
-    """``n`` instances, classes as even as they can be, in random order."""
-    kinds = [index % len(makers) for index in range(n)]
-    rng.shuffle(kinds)
-    return [(kind, makers[kind]()) for kind in kinds]
 
 
 def _burst(rng: random.Random, maker: Callable[[], str]) -> Callable[[], str]:

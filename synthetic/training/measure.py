@@ -137,12 +137,11 @@ def measure_training(
             model, tokenizer, tasks=tasks, shots=shots, seeds=[seed], limit=limit,
             conditions=chosen,
         )  # fmt: skip
-        rows += [
-            {"step": step, "measure": _ACCURACIES[name], "task": task, "value": accuracy}
-            for name, task, accuracy in zip(
-                results["condition"], results["task"], results["accuracy"], strict=True
-            )
-        ]
+        rows += (
+            results.assign(step=step, measure=results["condition"].map(_ACCURACIES))
+            .rename(columns={"accuracy": "value"})[["step", "measure", "task", "value"]]
+            .to_dict("records")
+        )
     return pd.DataFrame(rows, columns=COLUMNS).astype({"layer": "Int64", "head": "Int64"})
 
 

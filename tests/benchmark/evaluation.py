@@ -32,17 +32,17 @@ _DOCUMENTS = 500
 
 def prompt_rows(tokenizer: PreTrainedTokenizerBase, rounds: int) -> list[dict[str, Any]]:
     """Seconds for all prompts, tokens and blocked pairs of one task x shots x three seeds."""
+
+    def build(task: str, shots: int) -> None:
+        for seed in _SEEDS:
+            prompts = build_prompts(task, shots=shots, seed=seed)[:_DOCUMENTS]
+            induction_patterns([prompt.context for prompt in prompts], tokenizer)
+
     rows = []
     for task, shots in ((TASK, SHOTS), ("wordseq1_binary", SHOTS), ("wordseq2_4way", 20)):
-
-        def build(task: str = task, shots: int = shots) -> None:
-            for seed in _SEEDS:
-                prompts = build_prompts(task, shots=shots, seed=seed)[:_DOCUMENTS]
-                induction_patterns([prompt.context for prompt in prompts], tokenizer)
-
-        build()
+        build(task, shots)
         what = f"prompts and patterns of {task}, {shots} shots, 3 seeds, {_DOCUMENTS} documents"
-        taken = [seconds(build) for _ in range(rounds)]
+        taken = [seconds(functools.partial(build, task, shots)) for _ in range(rounds)]
         rows.append(ratio_row(what, "-", 1.0, taken, unit="seconds"))
     return rows
 

@@ -41,8 +41,8 @@ def measure_gpu(
     rates = _forward_rates(model, ids.to(device), blocked.to(device), rounds)
     n_tokens = documents * ids.shape[1]
     ours = our_evaluation(model, tokenizer, [zero_ablation(model)], limit=documents)
-    stock = stock_evaluation(model, tokenizer, limit=documents, batch_size=_BATCH)
     rates["icl.evaluate, zero ablation"] = n_tokens / _fastest(ours, on_gpu, rounds)
+    stock = stock_evaluation(model, tokenizer, limit=documents, batch_size=_BATCH)
     rates["stock lm-eval, full model"] = n_tokens / _fastest(stock, on_gpu, 1)
     cost = estimate_cost(
         stage_parameters(model="meta-llama/Meta-Llama-3-8B", tasks=task_names(), nlp_tasks=[])
@@ -64,13 +64,13 @@ def _forward_rates(
 ) -> dict[str, float]:
     heads = spread_heads(model)
     cases = {
-        "plain forward": None,
-        "zero ablation": ZeroAblation(heads),
-        "knockout": AttentionKnockout(heads, blocked),
+        "plain forward": [],
+        "zero ablation": [ZeroAblation(heads)],
+        "knockout": [AttentionKnockout(heads, blocked)],
     }
     rates = {}
-    for name, intervention in cases.items():
-        call = forward(model, ids, intervention, logits_to_keep=1)
+    for name, interventions in cases.items():
+        call = forward(model, ids, *interventions, logits_to_keep=1)
         rates[name] = ids.numel() / _fastest(call, ids.device.type == "cuda", rounds)
     return rates
 

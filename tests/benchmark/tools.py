@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,22 +45,15 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def forward(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    intervention: Intervention | None = None,
-    **options: Any,
+    model: PreTrainedModel, ids: torch.Tensor, *interventions: Intervention, **options: Any
 ) -> Callable[[], None]:
-    """A forward pass of ids [batch, tokens], plain or under an intervention, to be called."""
+    """A forward pass of ids [batch, tokens], plain or under interventions, to be called."""
 
-    def plain() -> None:
-        model(input_ids=ids, use_cache=False, **options)
+    def run() -> None:
+        with intervene(model, *interventions) if interventions else nullcontext():
+            model(input_ids=ids, use_cache=False, **options)
 
-    def edited() -> None:
-        assert intervention is not None
-        with intervene(model, intervention):
-            plain()
-
-    return plain if intervention is None else edited
+    return run
 
 
 def alternate(

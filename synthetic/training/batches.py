@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from synthetic.training.corpus import (
     LETTER_LENGTHS,
     TEXT_TASKS,
-    Episode,
     episode,
     label_pool,
     naming_episode,
@@ -67,11 +67,9 @@ def build_tokenizer(*, seed: int = 0, vocab_size: int = 1500) -> PreTrainedToken
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[_BOS, _EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+        vocab_size=vocab_size, special_tokens=[_BOS, _EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=_BOS, eos_token=_EOS, pad_token=_EOS
@@ -131,47 +129,45 @@ def episode_batch(
             episodes.append(naming_episode(rng, lengths=named_lengths))
         else:
             episodes.append(episode(rng, fresh=fresh, word_share=word_share))
-    encoded = tokenizer(
-        [e.text for e in episodes], return_offsets_mapping=True, add_special_tokens=False
-    )
+    encoded = tokenizer([e.text for e in episodes], add_special_tokens=False)
     names = {name for e in episodes for name in e.names}
     token_of = {name: tokenizer(name, add_special_tokens=False).input_ids[0] for name in names}
-    total = sum(sum(w or unseen_weight for _, w in e.labels) for e in episodes) or 1.0
-    marked = zip(episodes, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    by_length = sorted(marked, key=lambda row: len(row[1]))
-    batches = []
-    for half in (by_length[: rows // 2], by_length[rows // 2 :]):
-        batch = _empty_batch([ids[:max_tokens] for _, ids, _ in half], watched)
-        for row, (item, _, offsets) in enumerate(half):
-            _mark_labels(batch, row, item, offsets, unseen_weight, token_of)
-        batches.append(replace(batch, weights=batch.weights / total))
-    return batches
+    marked: list[tuple[list[int], list[_Label]]] = []
+    for row, item in enumerate(episodes):
+        # Rows other than letters have no names.
+        tokens = [token_of[name] for name in item.names] or [0] * len(item.labels)
+        labels = [
+            _Label(encoded.char_to_token(row, start), weight or unseen_weight, token)
+            for (start, weight), token in zip(item.labels, tokens, strict=True)
+        ]
+        marked.append((encoded.input_ids[row], labels))
+    total = sum(sum(label.weight for label in labels) for _, labels in marked) or 1.0
+    marked.sort(key=lambda row: len(row[0]))
+    halves = (marked[: rows // 2], marked[rows // 2 :])
+    return [_padded(half, total, watched, max_tokens) for half in halves]
 
 
-def _empty_batch(ids: Sequence[list[int]], watched: int) -> Batch:
-    """Ids padded on the right with zeros; nothing is scored or watched yet."""
-    padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
-    rows, width = padded.shape
-    induction = torch.zeros(min(watched, rows), width, width, dtype=torch.bool)
-    return Batch(padded, torch.zeros(rows, width), induction, torch.zeros_like(padded))
+class _Label(NamedTuple):
+    """A label's place among the tokens of its row, its loss weight and the token of its name."""
+
+    position: int
+    weight: float
+    name: int
 
 
-def _mark_labels(
-    batch: Batch,
-    row: int,
-    item: Episode,
-    offsets: Sequence[tuple[int, int]],
-    unseen_weight: float,
-    token_of: Mapping[str, int],
-) -> None:
-    """Enter an episode's labels, as far as they were not cut off, into its row of the batch."""
-    start_of = {start: index for index, (start, _) in enumerate(offsets)}
-    positions = [start_of[start] for start, _ in item.labels]
-    # Rows other than letters have no names.
-    names = [token_of[name] for name in item.names] or [0] * len(positions)
-    for number, position in enumerate(positions):
-        if position < batch.ids.shape[1]:
-            batch.weights[row, position] = item.labels[number][1] or unseen_weight
-            batch.names[row, position] = names[number]
-            if row < len(batch.induction):
-                batch.induction[row, position - 1, positions[:number]] = True
+def _padded(
+    rows: Sequence[tuple[list[int], list[_Label]]], total: float, watched: int, max_tokens: int
+) -> Batch:
+    """Rows of (ids, labels) padded on the right with zeros and cut to ``max_tokens``."""
+    ids = pad_sequence([torch.tensor(row[:max_tokens]) for row, _ in rows], batch_first=True)
+    width = ids.shape[1]
+    weights, names = torch.zeros(ids.shape), torch.zeros_like(ids)
+    induction = torch.zeros(min(watched, len(rows)), width, width, dtype=torch.bool)
+    for row, (_, labels) in enumerate(rows):
+        inside = [label for label in labels if label.position < max_tokens]
+        for number, (position, weight, name) in enumerate(inside):
+            weights[row, position] = weight
+            names[row, position] = name
+            if row < watched:
+                induction[row, position - 1, [label.position for label in inside[:number]]] = True
+    return Batch(ids, weights / total, induction, names)

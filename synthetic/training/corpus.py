@@ -30,27 +30,11 @@ from icl_helpers.files import synthetic_dir
 from icl_helpers.tasks.specs import DESCRIPTION
 
 __all__ = [
-    "DESCRIPTION",
-    "HELD_OUT_LABELS",
-    "LETTER_LENGTHS",
-    "NAMING_DESCRIPTION",
-    "TEXT_TASKS",
-    "WORD_TASKS",
-    "Episode",
-    "TextTask",
-    "draw_labels",
-    "episode",
-    "evaluation_rows",
-    "held_out",
-    "label_pool",
-    "letters",
-    "naming_episode",
-    "pattern_names",
-    "patterns",
-    "reference_text",
-    "text_episode",
-    "word_categories",
-]
+    "DESCRIPTION", "HELD_OUT_LABELS", "LETTER_LENGTHS", "NAMING_DESCRIPTION", "TEXT_TASKS",
+    "WORD_TASKS", "Episode", "TextTask", "draw_labels", "episode", "evaluation_rows", "held_out",
+    "label_pool", "letters", "naming_episode", "pattern_names", "patterns", "reference_text",
+    "text_episode", "word_categories",
+]  # fmt: skip
 
 
 # Word lists and templates: the order of every list decides what is drawn.
@@ -65,12 +49,9 @@ _HELD_OUT_RANKS = (0, 9, 34, 100)
 _FREQUENT_LABELS = 6
 _HELD_OUT_PATTERN = "ABBB"
 _HELD_OUT_PATTERN_PAIRINGS = ({"ABAB", "ABCD"}, {"ABCBA", "ABCDE"})
-# The evaluation's word tasks: name: label -> (category of the first word, of the second word).
-WORD_TASKS: dict[str, dict[str, tuple[str, str]]] = {
-    name: {label: (first, second) for label, (first, second) in classes.items()}
-    for name, classes in _DATA["word_tasks"].items()
-}
-_HELD_OUT_PAIRS = {pair for classes in WORD_TASKS.values() for pair in classes.values()}
+# The evaluation's word tasks: name: label -> [category of the first word, of the second word].
+WORD_TASKS: dict[str, dict[str, list[str]]] = _DATA["word_tasks"]
+_HELD_OUT_PAIRS = {tuple(pair) for classes in WORD_TASKS.values() for pair in classes.values()}
 
 
 @dataclass(frozen=True)
@@ -276,8 +257,8 @@ class TextTask:
     description: str
     field: str
     answer: str
-    labels: tuple[str, str]
-    sentences: tuple[dict[str, Any], dict[str, Any]]
+    labels: list[str]
+    sentences: list[dict[str, Any]]
 
     def block(self, sentence: str) -> str:
         """The document's part of the prompt, up to and with the colon before its label."""
@@ -294,9 +275,7 @@ class TextTask:
         return rng.choice(templates).format(**words)
 
 
-TEXT_TASKS = tuple(
-    TextTask(**{**task, "labels": tuple(task["labels"])}) for task in _DATA["text_tasks"]
-)
+TEXT_TASKS = tuple(TextTask(**task) for task in _DATA["text_tasks"])
 
 
 def held_out(sentence: str) -> bool:

@@ -49,9 +49,7 @@ __all__ = [
 
 
 COLUMNS = ["step", "measure", "layer", "head", "task", "value"]
-_TASKS = (
-    "repetition", "recursion", "centre_embedding", "wordseq1_binary", "wordseq2_binary",
-)  # fmt: skip
+_TASKS = ("repetition", "recursion", "centre_embedding", "wordseq1_binary", "wordseq2_binary")
 # What the accuracy under a condition is called.
 _ACCURACIES = {
     "full": "accuracy",
@@ -116,7 +114,13 @@ def measure_training(
         The directory holds no finished training.
     """
     output = Path(output_dir)
-    recipe, begins = _schedule(output)
+    step, formed, recipe = read_progress(output)
+    if phase_at(recipe, step, formed).name != "end" or not (output / "model").is_dir():
+        raise MissingArtefactError(
+            f"the training in {output} is not finished; run `synthetic.training train` on it "
+            f"again to go on"
+        )
+    patterns = step - recipe.pattern_steps
     files = sorted((output / "checkpoints").glob("step-*.safetensors"))
     final, _ = load_model(str(output / "model"), device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
@@ -127,7 +131,8 @@ def measure_training(
         ablation_seeds=[42], control="strict",
     )  # fmt: skip
     rows: list[dict[str, Any]] = [
-        {"step": begin, "measure": "phase_begins", "value": begin} for begin in begins
+        {"step": begin, "measure": "phase_begins", "value": begin}
+        for begin in (patterns - recipe.episode_steps, patterns)
     ]
     for path in tqdm(files, unit="checkpoint"):
         model = load_checkpoint(path, recipe)
@@ -143,18 +148,6 @@ def measure_training(
             .to_dict("records")
         )
     return pd.DataFrame(rows, columns=COLUMNS).astype({"layer": "Int64", "head": "Int64"})
-
-
-def _schedule(output: Path) -> tuple[Recipe, list[int]]:
-    """Recipe of a finished training, and the steps at which episodes and pattern names began."""
-    step, formed, recipe = read_progress(output)
-    if phase_at(recipe, step, formed).name != "end" or not (output / "model").is_dir():
-        raise MissingArtefactError(
-            f"the training in {output} is not finished; run `synthetic.training train` on it "
-            f"again to go on"
-        )
-    patterns = step - recipe.pattern_steps
-    return recipe, [patterns - recipe.episode_steps, patterns]
 
 
 def _scores_and_losses(

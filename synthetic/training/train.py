@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -48,37 +48,31 @@ __all__ = ["Recipe", "build_model", "read_progress", "release_model", "train"]
 def build_model(recipe: Recipe) -> LlamaForCausalLM:
     """An untrained Llama with grouped-query attention, initialised from the recipe's seed."""
     config = LlamaConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.n_layers,
-        num_attention_heads=recipe.n_heads,
-        num_key_value_heads=recipe.n_kv_heads,
-        head_dim=recipe.head_dim,
-        max_position_embeddings=recipe.max_positions,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        tie_word_embeddings=True,
-    )
+        vocab_size=recipe.vocab_size, hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size, num_hidden_layers=recipe.n_layers,
+        num_attention_heads=recipe.n_heads, num_key_value_heads=recipe.n_kv_heads,
+        head_dim=recipe.head_dim, max_position_embeddings=recipe.max_positions, bos_token_id=0,
+        eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         return LlamaForCausalLM(config)
 
 
 class _Pressure:
-    """Measures the induction pattern per head on watched rows, with gradients."""
+    """Measures the induction pattern per head on watched rows, with gradients.
 
-    def __init__(self) -> None:
-        self.mask: torch.Tensor | None = None
-        self.measured: list[torch.Tensor] = []
+    ``mask`` is set, and ``measured`` emptied, before each pass; every layer then appends to it.
+    """
+
+    mask: Bool[torch.Tensor, "watched tokens tokens"]
+    measured: list[Float[torch.Tensor, " heads"]]
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
-        if self.mask is not None and (n := len(self.mask)):
-            watched = replace(call, query=call.query[:n], key=call.key[:n], value=call.value[:n])
-            probabilities = attention_probabilities(watched)
-            total = (probabilities * self.mask[:, None]).sum(dim=(0, 2, 3))
-            self.measured.append(total / self.mask.any(dim=-1).sum().clamp(min=1))
+        n = len(self.mask)
+        watched = replace(call, query=call.query[:n], key=call.key[:n], value=call.value[:n])
+        total = (attention_probabilities(watched) * self.mask[:, None]).sum(dim=(0, 2, 3))
+        self.measured.append(total / self.mask.any(dim=-1).sum().clamp(min=1))
         return call.output
 
 

@@ -53,20 +53,21 @@ def zero_ablation(model: PreTrainedModel) -> Condition:
 
 
 def our_evaluation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: Sequence[Condition], *,
-    limit: int, tasks: Sequence[str] = (TASK,), batch_size: int | str = "auto",
-) -> Callable[[], Any]:  # fmt: skip
-    """``evaluate`` under these conditions, to be called."""
-    return functools.partial(
-        evaluate, model, tokenizer, tasks=tasks, shots=SHOTS, seeds=[42], limit=limit,
-        conditions=chosen, batch_size=batch_size,
-    )  # fmt: skip
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> Callable[[], Any]:
+    """``evaluate`` of ten-shot prompts of one task, if ``options`` name no others, to be called."""
+    options = {"tasks": [TASK], "shots": SHOTS, "seeds": [42], **options}
+    return functools.partial(evaluate, model, tokenizer, **options)
 
 
 def stock_evaluation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limit: int, batch_size: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
     tasks: Sequence[str] = (TASK,),
-) -> Callable[[], None]:  # fmt: skip
+    limit: int,
+    batch_size: int,
+) -> Callable[[], None]:
     """The same prompts by lm-eval's own ``hf`` model around the same weights, to be called."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -103,7 +104,9 @@ def evaluation_rows(
         ("Table 1 grid", task_names("abstract"), BATCH, grid),
     ):
         stock = stock_evaluation(model, tokenizer, tasks=tasks, limit=limit, batch_size=BATCH)
-        ours = our_evaluation(model, tokenizer, chosen, tasks=tasks, limit=limit, batch_size=BATCH)
+        ours = our_evaluation(
+            model, tokenizer, tasks=tasks, conditions=chosen, limit=limit, batch_size=BATCH
+        )
         # Ours scores every prompt once a condition, stock lm-eval once.
         values = [len(chosen) * a / b for a, b in alternate(stock, ours, rounds)]
         what = f"prompts per second, {what} / stock lm-eval"

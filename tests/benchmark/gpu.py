@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from icl_helpers.attention.interventions import AttentionKnockout, ZeroAblation
 from icl_helpers.parameters import stage_parameters
@@ -24,9 +24,13 @@ _DOCUMENTS = 512
 
 
 def measure_gpu(
-    tokenizer: PreTrainedTokenizerBase, *, config: LlamaConfig = LLAMA_8B, device: str = "cuda",
-    documents: int = _DOCUMENTS, rounds: int = 5,
-) -> dict[str, Any]:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: LlamaConfig = LLAMA_8B,
+    device: str = "cuda",
+    documents: int = _DOCUMENTS,
+    rounds: int = 5,
+) -> dict[str, Any]:
     """Tokens per second plain, ablated, knocked out, by ``evaluate`` and by stock lm-eval.
 
     ``table_1_hours`` extrapolates the grid of Table 1 from the rate of ``evaluate``: its prompts'
@@ -37,10 +41,18 @@ def measure_gpu(
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     on_gpu = torch.device(device).type == "cuda"
-    ids, blocked = prompt_batch(tokenizer, size=min(_BATCH, documents))
-    rates = _forward_rates(model, ids.to(device), blocked.to(device), rounds)
+    prompts, blocked = prompt_batch(tokenizer, size=min(_BATCH, documents))
+    ids, heads = prompts.to(device), spread_heads(model)
+    knockout = AttentionKnockout(heads, blocked.to(device))
+    passes = {
+        "plain forward": forward(model, ids, logits_to_keep=1),
+        "zero ablation": forward(model, ids, ZeroAblation(heads), logits_to_keep=1),
+        "knockout": forward(model, ids, knockout, logits_to_keep=1),
+    }
+    with torch.inference_mode():
+        rates = {name: ids.numel() / _fastest(run, on_gpu, rounds) for name, run in passes.items()}
     n_tokens = documents * ids.shape[1]
-    ours = our_evaluation(model, tokenizer, [zero_ablation(model)], limit=documents)
+    ours = our_evaluation(model, tokenizer, conditions=[zero_ablation(model)], limit=documents)
     rates["icl.evaluate, zero ablation"] = n_tokens / _fastest(ours, on_gpu, rounds)
     stock = stock_evaluation(model, tokenizer, limit=documents, batch_size=_BATCH)
     rates["stock lm-eval, full model"] = n_tokens / _fastest(stock, on_gpu, 1)
@@ -56,23 +68,6 @@ def measure_gpu(
         "table_1_tokens": cost.tokens,
         "table_1_hours": cost.tokens / rates["icl.evaluate, zero ablation"] / 3600,
     }  # fmt: skip
-
-
-@torch.inference_mode()
-def _forward_rates(
-    model: PreTrainedModel, ids: torch.Tensor, blocked: torch.Tensor, rounds: int
-) -> dict[str, float]:
-    heads = spread_heads(model)
-    cases = {
-        "plain forward": [],
-        "zero ablation": [ZeroAblation(heads)],
-        "knockout": [AttentionKnockout(heads, blocked)],
-    }
-    rates = {}
-    for name, interventions in cases.items():
-        call = forward(model, ids, *interventions, logits_to_keep=1)
-        rates[name] = ids.numel() / _fastest(call, ids.device.type == "cuda", rounds)
-    return rates
 
 
 def _fastest(call: Callable[[], Any], on_gpu: bool, rounds: int) -> float:

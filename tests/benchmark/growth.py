@@ -46,14 +46,12 @@ def _forward_points(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rounds: int
 ) -> Iterator[dict[str, Any]]:
     total = model.config.num_hidden_layers * model.config.num_attention_heads
-    few = len(spread_heads(model))
+    numbers = {share: max(1, round(share * total)) for share in _SHARES}
+    # Axis, shots, prompts a batch, heads (None: 3 % of all), and the place on the axis.
     cases = [
-        *(("tokens per prompt", shots, BATCH, few, None) for shots in _SHOTS),
-        *(("prompts per batch", SHOTS, size, few, size) for size in _BATCHES),
-        *(
-            ("share of heads", SHOTS, BATCH, max(1, round(share * total)), share)
-            for share in _SHARES
-        ),
+        *(("tokens per prompt", shots, BATCH, None, None) for shots in _SHOTS),
+        *(("prompts per batch", SHOTS, size, None, size) for size in _BATCHES),
+        *(("share of heads", SHOTS, BATCH, number, share) for share, number in numbers.items()),
     ]
     for axis, shots, size, number, at in cases:
         ids, blocked = prompt_batch(tokenizer, shots=shots, size=size)
@@ -78,12 +76,13 @@ def _condition_points(
             Condition("random_heads", "zero", FRACTION, seed, heads=tuple(heads))
             for seed in range(max(_CONDITIONS) - 1)
         ]
-        for number in _CONDITIONS:
-            alone, together = (
-                our_evaluation(
-                    model, tokenizer, [FULL, *edited[: n - 1]], limit=BATCH, batch_size=BATCH
-                )
-                for n in (1, number)
+        runs = {
+            number: our_evaluation(
+                model, tokenizer, conditions=[FULL, *edited[: number - 1]], limit=BATCH,
+                batch_size=BATCH,
             )
-            cost = statistics.median(ratios(alone, together, rounds))
+            for number in _CONDITIONS
+        }  # fmt: skip
+        for number, run in runs.items():
+            cost = statistics.median(ratios(runs[1], run, rounds))
             yield {"axis": "conditions", "at": number, "kind": kind, "cost": cost}

@@ -102,12 +102,11 @@ def _machine() -> dict[str, Any]:
 
 
 def _commands(rounds: int) -> list[dict[str, Any]]:
-    wanted = (
+    rows = []
+    for what, arguments, bar in (
         ("import icl_helpers", ["-c", "import icl_helpers"], 0.3),
         ("icl --help", ["-m", "icl_helpers.cli", "--help"], 1.0),
-    )
-    rows = []
-    for what, arguments, bar in wanted:
+    ):
         call = functools.partial(
             subprocess.run, [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL
         )

@@ -70,9 +70,14 @@ def ratios(plain: Callable[[], Any], edited: Callable[[], Any], rounds: int) -> 
 
 
 def ratio_row(
-    what: str, model: str, bar: float, values: Sequence[float], *, unit: str = "ratio",
+    what: str,
+    model: str,
+    bar: float,
+    values: Sequence[float],
+    *,
+    unit: str = "ratio",
     at: str = "most",
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """One row of the table: the median of ``values`` against the bar."""
     median = statistics.median(values)
     met = median <= bar if at == "most" else median >= bar

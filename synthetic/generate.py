@@ -52,7 +52,7 @@ def letter_rows(name: str, pattern: str, *, seed: int = 0) -> list[Row]:
     return rows
 
 
-def word_rows(name: str, classes: dict[str, tuple[str, str]], *, seed: int = 0) -> list[Row]:
+def word_rows(name: str, classes: dict[str, list[str]], *, seed: int = 0) -> list[Row]:
     """Every pair of words of each class, shuffled."""
     rng = random.Random(f"{name}-{seed}")
     rows = [

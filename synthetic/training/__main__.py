@@ -27,22 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measure.add_argument("--out", default=".", help="directory of the measurements (default .)")
     measure.add_argument("--limit", type=int, help="only the first documents of each task")
     args = parser.parse_args(arguments)
-    return guarded(lambda: _train(args) if args.command == "train" else _measure(args))
 
+    def command() -> int:
+        if args.command == "train":
+            from synthetic.training.train import Recipe, train
 
-def _train(args: argparse.Namespace) -> int:
-    from synthetic.training.train import Recipe, train
+            print(train(args.output_dir, recipe=Recipe(seed=args.seed), device=args.device))
+        else:
+            from synthetic.training.measure import measure_trainings
 
-    print(train(args.output_dir, recipe=Recipe(seed=args.seed), device=args.device))
-    return 0
+            for path in measure_trainings(args.output_dirs, args.out, limit=args.limit):
+                print(path)
+        return 0
 
-
-def _measure(args: argparse.Namespace) -> int:
-    from synthetic.training.measure import measure_trainings
-
-    for path in measure_trainings(args.output_dirs, args.out, limit=args.limit):
-        print(path)
-    return 0
+    return guarded(command)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from synthetic.training.corpus import (
     LETTER_LENGTHS,
     TEXT_TASKS,
-    Episode,
     episode,
     label_pool,
     naming_episode,
@@ -68,11 +67,9 @@ def build_tokenizer(*, seed: int = 0, vocab_size: int = 1500) -> PreTrainedToken
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[_BOS, _EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+        vocab_size=vocab_size, special_tokens=[_BOS, _EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=_BOS, eos_token=_EOS, pad_token=_EOS
@@ -132,60 +129,45 @@ def episode_batch(
             episodes.append(naming_episode(rng, lengths=named_lengths))
         else:
             episodes.append(episode(rng, fresh=fresh, word_share=word_share))
-    encoded = tokenizer(
-        [e.text for e in episodes], return_offsets_mapping=True, add_special_tokens=False
-    )
+    encoded = tokenizer([e.text for e in episodes], add_special_tokens=False)
     names = {name for e in episodes for name in e.names}
     token_of = {name: tokenizer(name, add_special_tokens=False).input_ids[0] for name in names}
-    marked = [
-        _marks(e, ids, offsets, unseen_weight, token_of)
-        for e, ids, offsets in zip(
-            episodes, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        )
-    ]
-    total = sum(sum(row.weights) for row in marked) or 1.0
-    marked.sort(key=lambda row: len(row.ids))
+    marked: list[tuple[list[int], list[_Label]]] = []
+    for row, item in enumerate(episodes):
+        # Rows other than letters have no names.
+        tokens = [token_of[name] for name in item.names] or [0] * len(item.labels)
+        labels = [
+            _Label(encoded.char_to_token(row, start), weight or unseen_weight, token)
+            for (start, weight), token in zip(item.labels, tokens, strict=True)
+        ]
+        marked.append((encoded.input_ids[row], labels))
+    total = sum(sum(label.weight for label in labels) for _, labels in marked) or 1.0
+    marked.sort(key=lambda row: len(row[0]))
     halves = (marked[: rows // 2], marked[rows // 2 :])
     return [_padded(half, total, watched, max_tokens) for half in halves]
 
 
-class _Marked(NamedTuple):
-    """One tokenised episode: ids, loss weights and name tokens, and the labels' positions."""
+class _Label(NamedTuple):
+    """A label's place among the tokens of its row, its loss weight and the token of its name."""
 
-    ids: list[int]
-    weights: list[float]
-    names: list[int]
-    labels: list[int]
-
-
-def _marks(
-    item: Episode,
-    ids: list[int],
-    offsets: Sequence[tuple[int, int]],
-    unseen_weight: float,
-    token_of: dict[str, int],
-) -> _Marked:
-    start_of = {start: index for index, (start, _) in enumerate(offsets)}
-    labels = [start_of[start] for start, _ in item.labels]
-    weights, names = [0.0] * len(ids), [0] * len(ids)
-    for position, (_, weight) in zip(labels, item.labels, strict=True):
-        weights[position] = weight or unseen_weight
-    # Only rows of letters have names.
-    for position, name in zip(labels, item.names, strict=False):
-        names[position] = token_of[name]
-    return _Marked(ids, weights, names, labels)
+    position: int
+    weight: float
+    name: int
 
 
-def _padded(rows: Sequence[_Marked], total: float, watched: int, max_tokens: int) -> Batch:
-    """Rows padded on the right with zeros, and cut to ``max_tokens``."""
-    ids, weights, names = (
-        pad_sequence([torch.tensor(row) for row in column], batch_first=True)[:, :max_tokens]
-        for column in ([r.ids for r in rows], [r.weights for r in rows], [r.names for r in rows])
-    )
+def _padded(
+    rows: Sequence[tuple[list[int], list[_Label]]], total: float, watched: int, max_tokens: int
+) -> Batch:
+    """Rows of (ids, labels) padded on the right with zeros and cut to ``max_tokens``."""
+    ids = pad_sequence([torch.tensor(row[:max_tokens]) for row, _ in rows], batch_first=True)
     width = ids.shape[1]
+    weights, names = torch.zeros(ids.shape), torch.zeros_like(ids)
     induction = torch.zeros(min(watched, len(rows)), width, width, dtype=torch.bool)
-    for blocked, row in zip(induction, rows, strict=False):
-        inside = [position for position in row.labels if position < width]
-        for number, position in enumerate(inside):
-            blocked[position - 1, inside[:number]] = True
+    for row, (_, labels) in enumerate(rows):
+        inside = [label for label in labels if label.position < max_tokens]
+        for number, (position, weight, name) in enumerate(inside):
+            weights[row, position] = weight
+            names[row, position] = name
+            if row < watched:
+                induction[row, position - 1, [label.position for label in inside[:number]]] = True
     return Batch(ids, weights / total, induction, names)

@@ -30,27 +30,11 @@ from icl_helpers.files import synthetic_dir
 from icl_helpers.tasks.specs import DESCRIPTION
 
 __all__ = [
-    "DESCRIPTION",
-    "HELD_OUT_LABELS",
-    "LETTER_LENGTHS",
-    "NAMING_DESCRIPTION",
-    "TEXT_TASKS",
-    "WORD_TASKS",
-    "Episode",
-    "TextTask",
-    "draw_labels",
-    "episode",
-    "evaluation_rows",
-    "held_out",
-    "label_pool",
-    "letters",
-    "naming_episode",
-    "pattern_names",
-    "patterns",
-    "reference_text",
-    "text_episode",
-    "word_categories",
-]
+    "DESCRIPTION", "HELD_OUT_LABELS", "LETTER_LENGTHS", "NAMING_DESCRIPTION", "TEXT_TASKS",
+    "WORD_TASKS", "Episode", "TextTask", "draw_labels", "episode", "evaluation_rows", "held_out",
+    "label_pool", "letters", "naming_episode", "pattern_names", "patterns", "reference_text",
+    "text_episode", "word_categories",
+]  # fmt: skip
 
 
 # Word lists and templates: the order of every list decides what is drawn.
@@ -65,12 +49,9 @@ _HELD_OUT_RANKS = (0, 9, 34, 100)
 _FREQUENT_LABELS = 6
 _HELD_OUT_PATTERN = "ABBB"
 _HELD_OUT_PATTERN_PAIRINGS = ({"ABAB", "ABCD"}, {"ABCBA", "ABCDE"})
-# The evaluation's word tasks: name: label -> (category of the first word, of the second word).
-WORD_TASKS: dict[str, dict[str, tuple[str, str]]] = {
-    name: {label: (first, second) for label, (first, second) in classes.items()}
-    for name, classes in _DATA["word_tasks"].items()
-}
-_HELD_OUT_PAIRS = {pair for classes in WORD_TASKS.values() for pair in classes.values()}
+# The evaluation's word tasks: name: label -> [category of the first word, of the second word].
+WORD_TASKS: dict[str, dict[str, list[str]]] = _DATA["word_tasks"]
+_HELD_OUT_PAIRS = {tuple(pair) for classes in WORD_TASKS.values() for pair in classes.values()}
 
 
 @dataclass(frozen=True)
@@ -169,12 +150,7 @@ def pattern_names() -> dict[str, str]:
     return dict(zip(every, words, strict=False))
 
 
-def naming_episode(
-    rng: random.Random,
-    *,
-    lengths: Sequence[int] = LETTER_LENGTHS,
-    rows: tuple[int, int] = (8, 12),
-) -> Episode:
+def naming_episode(rng: random.Random, *, lengths: Sequence[int] = LETTER_LENGTHS) -> Episode:
     """Letter sequences of one length, each followed by the code word of its equality pattern.
 
     Nothing in context is needed to answer, so every row teaches which letters are equal. The code
@@ -183,7 +159,7 @@ def naming_episode(
     length = rng.choice(lengths)
     names = pattern_names()
     while True:
-        chosen = [rng.choice(patterns(length)) for _ in range(rng.randint(*rows))]
+        chosen = [rng.choice(patterns(length)) for _ in range(rng.randint(8, 12))]
         if _may_meet(chosen):
             break
     blocks = ((f"{letters(rng, pattern)}:", names[pattern], 1.0) for pattern in chosen)
@@ -192,11 +168,7 @@ def naming_episode(
 
 
 def episode(
-    rng: random.Random,
-    *,
-    fresh: float,
-    n_shots: int | None = None,
-    word_share: float = 0.4,
+    rng: random.Random, *, fresh: float, n_shots: int | None = None, word_share: float = 0.4
 ) -> Episode:
     """One few-shot classification episode.
 
@@ -218,29 +190,22 @@ def episode(
         makers = [_burst(rng, maker) for maker in makers]
     labels = draw_labels(rng, len(makers))
     rng.shuffle(makers)
-    instances = _balanced(rng, makers, n_shots + 1)
+    # Classes as even as they can be, in random order.
+    kinds = [row % len(makers) for row in range(n_shots + 1)]
+    rng.shuffle(kinds)
+    texts = [makers[kind]() for kind in kinds]
     opening = f"{DESCRIPTION}\n\n" if rng.random() < 0.5 else ""
-    seen = _seen([kind for kind, _ in instances])
     rows = (
         (f"{text}:", labels[kind], float(known))
-        for (kind, text), known in zip(instances, seen, strict=True)
+        for text, kind, known in zip(texts, kinds, _seen(kinds), strict=True)
     )
-    names = () if words else tuple(pattern_names()[_canonical(t.split())] for _, t in instances)
+    names = () if words else tuple(pattern_names()[_canonical(text.split())] for text in texts)
     return _written(opening, rows, names)
 
 
 def _seen(kinds: Sequence[int]) -> list[bool]:
     """Whether an earlier row of the episode is of the same class, for every row."""
     return [kind in kinds[:row] for row, kind in enumerate(kinds)]
-
-
-def _balanced(
-    rng: random.Random, makers: Sequence[Callable[[], str]], n: int
-) -> list[tuple[int, str]]:
-    """``n`` instances, classes as even as they can be, in random order."""
-    kinds = [index % len(makers) for index in range(n)]
-    rng.shuffle(kinds)
-    return [(kind, makers[kind]()) for kind in kinds]
 
 
 def _burst(rng: random.Random, maker: Callable[[], str]) -> Callable[[], str]:
@@ -292,8 +257,8 @@ class TextTask:
     description: str
     field: str
     answer: str
-    labels: tuple[str, str]
-    sentences: tuple[dict[str, Any], dict[str, Any]]
+    labels: list[str]
+    sentences: list[dict[str, Any]]
 
     def block(self, sentence: str) -> str:
         """The document's part of the prompt, up to and with the colon before its label."""
@@ -310,9 +275,7 @@ class TextTask:
         return rng.choice(templates).format(**words)
 
 
-TEXT_TASKS = tuple(
-    TextTask(**{**task, "labels": tuple(task["labels"])}) for task in _DATA["text_tasks"]
-)
+TEXT_TASKS = tuple(TextTask(**task) for task in _DATA["text_tasks"])
 
 
 def held_out(sentence: str) -> bool:

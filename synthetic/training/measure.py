@@ -19,16 +19,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from safetensors.torch import load_file
+from jaxtyping import Int
+from safetensors.torch import load_model as load_weights
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from icl_helpers.attention.heads import Head, head_fractions, layer_matched_heads, top_heads
+from icl_helpers.attention.heads import head_fractions
 from icl_helpers.attention.means import mean_head_outputs
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
 from icl_helpers.errors import MissingArtefactError
-from icl_helpers.evaluation.conditions import FULL, Condition, conditions
+from icl_helpers.evaluation.conditions import conditions
 from icl_helpers.evaluation.evaluate import evaluate
 from icl_helpers.files import atomic_path
 from icl_helpers.models.loading import load_model
@@ -49,19 +49,19 @@ __all__ = [
 
 
 COLUMNS = ["step", "measure", "layer", "head", "task", "value"]
-_TASKS = (
-    "repetition", "recursion", "centre_embedding", "wordseq1_binary", "wordseq2_binary",
-)  # fmt: skip
-_CONTROL_SEED = 42
+_TASKS = ("repetition", "recursion", "centre_embedding", "wordseq1_binary", "wordseq2_binary")
+# What the accuracy under a condition is called.
+_ACCURACIES = {
+    "full": "accuracy",
+    "induction_heads": "accuracy_without_induction_heads",
+    "random_heads": "accuracy_without_random_heads",
+}
 
 
 def load_checkpoint(path: str | os.PathLike[str], recipe: Recipe) -> LlamaForCausalLM:
     """The model as it was at a checkpoint of :func:`synthetic.training.train.train`."""
     model = build_model(recipe).eval()
-    weights = load_file(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+    load_weights(model, path)
     return model
 
 
@@ -114,50 +114,40 @@ def measure_training(
         The directory holds no finished training.
     """
     output = Path(output_dir)
-    recipe, begins = _schedule(output)
-    files = sorted((output / "checkpoints").glob("step-*.safetensors"))
-    final, _ = load_model(str(output / "model"), device="cpu")
-    tokenizer = AutoTokenizer.from_pretrained(output / "model")
-    sequences = random_sequences(tokenizer)
-    scores = prefix_matching_scores(final, sequences).mean(0)
-    chosen = _conditions(scores)
-    rows: list[dict[str, Any]] = [
-        {"step": begin, "measure": "phase_begins", "value": begin} for begin in begins
-    ]
-    for path in tqdm(files, unit="checkpoint"):
-        model = load_checkpoint(path, recipe)
-        step = int(path.stem.removeprefix("step-"))
-        rows += [{"step": step, **row} for row in _scores_and_losses(model, sequences)]
-        rows += [
-            {"step": step, **row}
-            for row in _accuracies(model, tokenizer, chosen, tasks, shots, seed, limit)
-        ]
-    return pd.DataFrame(rows, columns=COLUMNS).astype({"layer": "Int64", "head": "Int64"})
-
-
-def _schedule(output: Path) -> tuple[Recipe, list[int]]:
-    """Recipe of a finished training, and the steps at which episodes and pattern names began."""
     step, formed, recipe = read_progress(output)
     if phase_at(recipe, step, formed).name != "end" or not (output / "model").is_dir():
         raise MissingArtefactError(
             f"the training in {output} is not finished; run `synthetic.training train` on it "
             f"again to go on"
         )
-    episodes = step - recipe.pattern_steps - recipe.episode_steps
-    return recipe, [episodes, episodes + recipe.episode_steps]
-
-
-def _conditions(scores: Float[torch.Tensor, "layers heads"]) -> list[Condition]:
-    fraction = head_fractions(scores)["larger"]
-    heads: list[Head] = top_heads(scores, fraction)
-    control, _ = layer_matched_heads(
-        heads, scores.shape[1], scores.shape[0], seed=_CONTROL_SEED, exclude=heads
-    )
-    return [
-        FULL,
-        Condition("induction_heads", "zero", fraction, None, tuple(heads)),
-        Condition("random_heads", "zero", fraction, _CONTROL_SEED, tuple(control)),
+    patterns = step - recipe.pattern_steps
+    files = sorted((output / "checkpoints").glob("step-*.safetensors"))
+    final, _ = load_model(str(output / "model"), device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    sequences = random_sequences(tokenizer)
+    scores = prefix_matching_scores(final, sequences).mean(0)
+    chosen = conditions(
+        scores, fractions=[head_fractions(scores)["larger"]], ablations=["zero"],
+        ablation_seeds=[42], control="strict",
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {"step": begin, "measure": "phase_begins", "value": begin}
+        for begin in (patterns - recipe.episode_steps, patterns)
     ]
+    for path in tqdm(files, unit="checkpoint"):
+        model = load_checkpoint(path, recipe)
+        step = int(path.stem.removeprefix("step-"))
+        rows += [{"step": step, **row} for row in _scores_and_losses(model, sequences)]
+        results = evaluate(
+            model, tokenizer, tasks=tasks, shots=shots, seeds=[seed], limit=limit,
+            conditions=chosen,
+        )  # fmt: skip
+        rows += (
+            results.assign(step=step, measure=results["condition"].map(_ACCURACIES))
+            .rename(columns={"accuracy": "value"})[["step", "measure", "task", "value"]]
+            .to_dict("records")
+        )
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"layer": "Int64", "head": "Int64"})
 
 
 def _scores_and_losses(
@@ -170,31 +160,6 @@ def _scores_and_losses(
     first, last = repeat_losses(model, sequences)
     yield {"measure": "loss_first_copy", "value": first}
     yield {"measure": "loss_last_copy", "value": last}
-
-
-def _accuracies(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    chosen: Sequence[Condition],
-    tasks: Sequence[str],
-    shots: int,
-    seed: int,
-    limit: int | None,
-) -> Iterator[dict[str, Any]]:
-    names = {
-        "full": "accuracy",
-        "induction_heads": "accuracy_without_induction_heads",
-        "random_heads": "accuracy_without_random_heads",
-    }
-    results = evaluate(
-        model, tokenizer, tasks=tasks, shots=shots, seeds=[seed], limit=limit, conditions=chosen
-    )
-    for row in results.to_dict("records"):
-        yield {
-            "measure": names[row["condition"]],
-            "task": row["task"],
-            "value": row["accuracy"],
-        }
 
 
 def measure_effect(
@@ -257,22 +222,21 @@ def measure_trainings(
     limit
         Documents of each task for the final effect; None: all.
     """
-    effects, dynamics = [], []
+    frames: dict[str, list[pd.DataFrame]] = {"effect": [], "dynamics": []}
     for output in map(Path, output_dirs):
-        frame = measure_training(output)
+        dynamics = measure_training(output)
         seed = read_progress(output)[2].seed
-        frame.insert(0, "training_seed", seed)
-        dynamics.append(frame)
-        release_model(output, output / "release")
-        effects.append(
-            measure_effect(
-                output / "release", training_seed=seed, run_dir=output / "effect", limit=limit
-            )
+        dynamics.insert(0, "training_seed", seed)
+        frames["dynamics"].append(dynamics)
+        released = output / "release"
+        release_model(output, released)
+        frames["effect"].append(
+            measure_effect(released, training_seed=seed, run_dir=output / "effect", limit=limit)
         )
     written = []
-    for name, frames in (("effect", effects), ("dynamics", dynamics)):
+    for name, parts in frames.items():
         path = Path(target) / f"{name}.parquet"
         with atomic_path(path) as temporary:
-            pd.concat(frames, ignore_index=True).to_parquet(temporary, index=False)
+            pd.concat(parts, ignore_index=True).to_parquet(temporary, index=False)
         written.append(path)
     return written

@@ -109,14 +109,13 @@ def checkpoint_due(recipe: Recipe, phase: Phase, *, per_phase: int = 16) -> bool
     """Whether weights are saved before this step: log-spaced within the long phases."""
     if phase.done == 0 or phase.name == "end":
         return True
-    lengths = {
+    length = {
         "repeats": recipe.repeat_steps,
         "episodes": recipe.episode_schedule,
         "patterns": recipe.pattern_steps,
-    }
-    if phase.name not in lengths:
+    }.get(phase.name)
+    if length is None:
         return False
-    length = lengths[phase.name]
     low = math.log(max(1, length // 60))
     gap = (math.log(length) - low) / per_phase
     return any(round(math.exp(low + gap * k)) == phase.done for k in range(per_phase))

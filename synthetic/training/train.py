@@ -13,13 +13,13 @@ import os
 import random
 import shutil
 import time
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -48,71 +48,75 @@ __all__ = ["Recipe", "build_model", "read_progress", "release_model", "train"]
 def build_model(recipe: Recipe) -> LlamaForCausalLM:
     """An untrained Llama with grouped-query attention, initialised from the recipe's seed."""
     config = LlamaConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.n_layers,
-        num_attention_heads=recipe.n_heads,
-        num_key_value_heads=recipe.n_kv_heads,
-        head_dim=recipe.head_dim,
-        max_position_embeddings=recipe.max_positions,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        tie_word_embeddings=True,
-    )
+        vocab_size=recipe.vocab_size, hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size, num_hidden_layers=recipe.n_layers,
+        num_attention_heads=recipe.n_heads, num_key_value_heads=recipe.n_kv_heads,
+        head_dim=recipe.head_dim, max_position_embeddings=recipe.max_positions, bos_token_id=0,
+        eos_token_id=1, pad_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         return LlamaForCausalLM(config)
 
 
 class _Pressure:
-    """Measures the induction pattern per head on watched rows, with gradients."""
+    """Measures the induction pattern per head on watched rows, with gradients.
 
-    def __init__(self) -> None:
-        self.mask: torch.Tensor | None = None
-        self.measured: list[torch.Tensor] = []
+    ``mask`` is set, and ``measured`` emptied, before each pass; every layer then appends to it.
+    """
+
+    mask: Bool[torch.Tensor, "watched tokens tokens"]
+    measured: list[Float[torch.Tensor, " heads"]]
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
-        if self.mask is not None and len(self.mask):
-            n = len(self.mask)
-            watched = replace(call, query=call.query[:n], key=call.key[:n], value=call.value[:n])
-            probabilities = attention_probabilities(watched)
-            total = (probabilities * self.mask[:, None]).sum(dim=(0, 2, 3))
-            self.measured.append(total / self.mask.any(dim=-1).sum().clamp(min=1))
+        n = len(self.mask)
+        watched = replace(call, query=call.query[:n], key=call.key[:n], value=call.value[:n])
+        total = (attention_probabilities(watched) * self.mask[:, None]).sum(dim=(0, 2, 3))
+        self.measured.append(total / self.mask.any(dim=-1).sum().clamp(min=1))
         return call.output
 
 
+@dataclass
+class _Training:
+    """A training under way: what a saved state holds, and the directory that it lies in."""
+
+    output: Path
+    recipe: Recipe
+    model: LlamaForCausalLM
+    optimizer: torch.optim.AdamW
+    # Running induction score of every head, layer after layer.
+    scores: Float[torch.Tensor, " heads"]
+    step: int = 0
+    formed: int | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """Where the coming step lies."""
+        return phase_at(self.recipe, self.step, self.formed)
+
+
 def _step(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    recipe: Recipe,
-    step: int,
-    phase: Phase,
-    pressure: _Pressure,
-    scores: torch.Tensor,
+    training: _Training, tokenizer: PreTrainedTokenizerFast, pressure: _Pressure
 ) -> dict[str, float]:
     """Accumulate the gradients of one step; updates the running induction scores in place."""
+    recipe, model, scores = training.recipe, training.model, training.scores
     # No pressure before induction exists: it would keep it from forming.
     strength = recipe.penalty if float(scores.max()) >= recipe.penalty_from_score else 0.0
-    losses: dict[str, float] = {}
-    for kind, weight, batch in step_batches(recipe, step, phase, tokenizer):
+    early = training.phase.name == "patterns"
+    losses: dict[str, float] = defaultdict(float)
+    for kind, weight, batch in step_batches(recipe, training.step, training.phase, tokenizer):
+        ids, weights = batch.ids.to(model.device), batch.weights.to(model.device)
         pressure.mask, pressure.measured = batch.induction.to(model.device), []
-        early = phase.name == "patterns"
-        outputs = model.model(
-            input_ids=batch.ids.to(model.device), use_cache=False, output_hidden_states=early
-        )
-        hidden = outputs[0]
-        where = batch.weights.nonzero(as_tuple=True)
-        logits = model.lm_head(hidden[where[0], where[1] - 1])
-        target = batch.ids[where].to(model.device)
-        each = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-        loss = (each * batch.weights[where].to(model.device)).sum()
-        losses[kind] = losses.get(kind, 0.0) + loss.item()
+        outputs = model.model(input_ids=ids, use_cache=False, output_hidden_states=early)
+        rows, columns = weights.nonzero(as_tuple=True)
+        logits = model.lm_head(outputs[0][rows, columns - 1])
+        each = torch.nn.functional.cross_entropy(logits, ids[rows, columns], reduction="none")
+        loss = (each * weights[rows, columns]).sum()
+        losses[kind] += loss.item()
         if early and batch.names.any():
             after = outputs.hidden_states[recipe.names_after_layer]
             named = _name_loss(model, after, batch.names.to(model.device))
-            losses["names"] = losses.get("names", 0.0) + named.item()
+            losses["names"] += named.item()
             loss = loss + recipe.names_weight * named
         measured = torch.stack(pressure.measured).flatten()
         if kind == "repeat":
@@ -169,44 +173,44 @@ def train(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
     scores = torch.zeros(recipe.n_layers * recipe.n_heads)
-    step, formed = _restore(output, recipe, model, optimizer, scores) if resume else (0, None)
+    training = _Training(output, recipe, model, optimizer, scores)
+    if resume:
+        _restore(training)
     pressure = _Pressure()
-    with ExitStack() as stack:
-        progress = stack.enter_context(tqdm(initial=step, unit="step"))
-        stack.enter_context(
-            edited_attention(model, {layer: [pressure] for layer in range(recipe.n_layers)})
-        )
-        while (phase := phase_at(recipe, step, formed)).name != "end":
+    edits = {layer: [pressure] for layer in range(recipe.n_layers)}
+    with tqdm(initial=training.step, unit="step") as progress, edited_attention(model, edits):
+        while (phase := training.phase).name != "end":
             if checkpoint_due(recipe, phase):
-                _save_weights(output / "checkpoints" / f"step-{step:06d}.safetensors", model)
+                _save_weights(training)
             if phase == Phase("episodes", 0):
                 _align_spaced_tokens(model, tokenizer)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, phase)
             began = time.perf_counter()
-            losses = _step(model, tokenizer, recipe, step, phase, pressure, scores)
+            losses = _step(training, tokenizer, pressure)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if step % 20 == 0:
-                _log(output, step, phase, losses, scores, time.perf_counter() - began)
+            if training.step % 20 == 0:
+                _log(training, losses, time.perf_counter() - began)
                 progress.set_postfix({k: f"{v:.3f}" for k, v in losses.items()})
-            step += 1
-            if formed is None and _have_formed(recipe, step, scores):
-                formed = step
-                progress.total = step + recipe.steps_after_forming
+            training.step += 1
+            if training.formed is None and _have_formed(training):
+                training.formed = training.step
+                progress.total = training.step + recipe.steps_after_forming
             progress.update()
-            if step % save_every == 0 or phase_at(recipe, step, formed).name == "end":
-                _save_state(output, recipe, step, formed, model, optimizer, scores)
-    _save_weights(output / "checkpoints" / f"step-{step:06d}.safetensors", model)
+            if training.step % save_every == 0 or training.phase.name == "end":
+                _save_state(training)
+    _save_weights(training)
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
     return output / "model"
 
 
-def _have_formed(recipe: Recipe, step: int, scores: torch.Tensor) -> bool:
-    highest = float(scores.topk(recipe.induction_heads).values.mean())
-    return highest >= recipe.formed_score or step >= recipe.repeat_steps
+def _have_formed(training: _Training) -> bool:
+    recipe = training.recipe
+    highest = float(training.scores.topk(recipe.induction_heads).values.mean())
+    return highest >= recipe.formed_score or training.step >= recipe.repeat_steps
 
 
 @torch.no_grad()
@@ -217,60 +221,45 @@ def _align_spaced_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
     patterns cannot be told before that is known, and it cannot be learnt from them in short time.
     """
     vocabulary = tokenizer.get_vocab()
-    pairs = [(i, vocabulary.get(t[1:])) for t, i in vocabulary.items() if t.startswith("\u0120")]
-    spaced, plain = zip(*((i, j) for i, j in pairs if j is not None), strict=True)
+    plain = {i: vocabulary.get(t[1:]) for t, i in vocabulary.items() if t.startswith("\u0120")}
+    plain = {spaced: alone for spaced, alone in plain.items() if alone is not None}
     embeddings = model.get_input_embeddings().weight
-    embeddings[list(spaced)] = embeddings[list(plain)]
+    embeddings[list(plain)] = embeddings[list(plain.values())]
 
 
-def _log(
-    output: Path,
-    step: int,
-    phase: Phase,
-    losses: dict[str, float],
-    scores: torch.Tensor,
-    seconds: float,
-) -> None:
-    top = scores.topk(8).values.tolist()
-    entry = {"step": step, "phase": phase.name, **losses, "seconds": seconds, "top": top}
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / "log.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
+def _log(training: _Training, losses: dict[str, float], seconds: float) -> None:
+    top = training.scores.topk(8).values.tolist()
+    where = {"step": training.step, "phase": training.phase.name}
+    training.output.mkdir(parents=True, exist_ok=True)
+    with open(training.output / "log.jsonl", "a") as file:
+        file.write(json.dumps({**where, **losses, "seconds": seconds, "top": top}) + "\n")
 
 
-def _save_weights(path: Path, model: LlamaForCausalLM) -> None:
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+def _weights(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+
+
+def _save_weights(training: _Training) -> None:
+    path = training.output / "checkpoints" / f"step-{training.step:06d}.safetensors"
     with atomic_path(path) as temporary:
-        save_file(weights, temporary)
+        save_file(_weights(training.model), temporary)
 
 
-def _save_state(
-    output: Path,
-    recipe: Recipe,
-    step: int,
-    formed: int | None,
-    model: LlamaForCausalLM,
-    optimizer: torch.optim.AdamW,
-    scores: torch.Tensor,
-) -> None:
-    tensors = {"scores": scores}
-    for name, parameter in model.named_parameters():
-        tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
-        for key, value in optimizer.state[parameter].items():
+def _save_state(training: _Training) -> None:
+    tensors = {"scores": training.scores}
+    tensors |= {f"weight.{name}": tensor for name, tensor in _weights(training.model).items()}
+    for name, parameter in training.model.named_parameters():
+        for key, value in training.optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().contiguous()
-    with atomic_path(output / "state" / "state.safetensors") as temporary:
-        progress = {"step": step, "formed": formed}
-        metadata = {"progress": json.dumps(progress), "recipe": _recipe_text(recipe)}
+    metadata = {
+        "progress": json.dumps({"step": training.step, "formed": training.formed}),
+        "recipe": json.dumps(asdict(training.recipe), sort_keys=True),
+    }
+    with atomic_path(training.output / "state" / "state.safetensors") as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
-def _recipe_text(recipe: Recipe) -> str:
-    return json.dumps(asdict(recipe), sort_keys=True)
-
-
-def read_progress(
-    output_dir: str | os.PathLike[str],
-) -> tuple[int, int | None, Recipe]:
+def read_progress(output_dir: str | os.PathLike[str]) -> tuple[int, int | None, Recipe]:
     """Steps done, the step at which induction heads had formed (if they have), and the recipe.
 
     Raises :class:`MissingArtefactError` when the directory holds no training.
@@ -287,36 +276,28 @@ def read_progress(
     return progress["step"], progress["formed"], Recipe(**json.loads(metadata["recipe"]))
 
 
-def _restore(
-    output: Path,
-    recipe: Recipe,
-    model: LlamaForCausalLM,
-    optimizer: torch.optim.AdamW,
-    scores: torch.Tensor,
-) -> tuple[int, int | None]:
-    """Load the last saved state; return its step and the step at which induction had formed."""
-    path = output / "state" / "state.safetensors"
+@torch.no_grad()
+def _restore(training: _Training) -> None:
+    """Load the last saved state; without one, write down the recipe."""
+    path = training.output / "state" / "state.safetensors"
     if not path.is_file():
-        write_json(output / "recipe.json", asdict(recipe))
-        return 0, None
-    step, formed, stored = read_progress(output)
-    if stored != recipe:
+        write_json(training.output / "recipe.json", asdict(training.recipe))
+        return
+    training.step, training.formed, stored = read_progress(training.output)
+    if stored != training.recipe:
         raise InputError(
-            f"{output} holds the state of another recipe; give another output directory, or "
-            f"resume=False to start over"
+            f"{training.output} holds the state of another recipe; give another output directory, "
+            f"or resume=False to start over"
         )
     tensors = load_file(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"weight.{name}"])
-            optimizer.state[parameter] = {
-                key: tensors[f"optimizer.{key}.{name}"].to(
-                    parameter.device if key != "step" else "cpu"
-                )
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-    scores.copy_(tensors["scores"])
-    return step, formed
+    for name, parameter in training.model.named_parameters():
+        parameter.copy_(tensors[f"weight.{name}"])
+        training.optimizer.state[parameter] = {
+            # AdamW keeps its count of steps on the CPU.
+            key: tensors[f"optimizer.{key}.{name}"].to("cpu" if key == "step" else parameter.device)
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+    training.scores.copy_(tensors["scores"])
 
 
 _REFERENCE_DOCUMENTS = 1500

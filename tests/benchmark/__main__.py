@@ -7,14 +7,6 @@ import argparse
 from icl_helpers.cli import guarded
 
 
-def main() -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmark")
-    parser.add_argument("--rounds", type=int, default=5, help="alternating runs (default 5)")
-    args = parser.parse_args()
-    return guarded(lambda: _write(args.rounds))
-
-
 def _write(rounds: int) -> int:
     from tests.benchmark.run import write_benchmark
 
@@ -23,4 +15,7 @@ def _write(rounds: int) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmark")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating runs (default 5)")
+    given = parser.parse_args()
+    raise SystemExit(guarded(lambda: _write(given.rounds)))

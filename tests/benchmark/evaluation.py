@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,38 +26,63 @@ from tests.benchmark.tools import (
     spread_heads,
 )
 
-__all__ = ["evaluation_rows", "prompt_rows", "stock_scorer"]
-
-
 _SEEDS = (42, 43, 44)
 _DOCUMENTS = 500
 
 
 def prompt_rows(tokenizer: PreTrainedTokenizerBase, rounds: int) -> list[dict[str, Any]]:
     """Seconds for all prompts, tokens and blocked pairs of one task x shots x three seeds."""
+
+    def build(task: str, shots: int) -> None:
+        for seed in _SEEDS:
+            prompts = build_prompts(task, shots=shots, seed=seed)[:_DOCUMENTS]
+            induction_patterns([prompt.context for prompt in prompts], tokenizer)
+
     rows = []
     for task, shots in ((TASK, SHOTS), ("wordseq1_binary", SHOTS), ("wordseq2_4way", 20)):
-
-        def build(task: str = task, shots: int = shots) -> None:
-            for seed in _SEEDS:
-                prompts = build_prompts(task, shots=shots, seed=seed)[:_DOCUMENTS]
-                induction_patterns([prompt.context for prompt in prompts], tokenizer)
-
-        build()
+        build(task, shots)
         what = f"prompts and patterns of {task}, {shots} shots, 3 seeds, {_DOCUMENTS} documents"
-        taken = [seconds(build) for _ in range(rounds)]
+        taken = [seconds(functools.partial(build, task, shots)) for _ in range(rounds)]
         rows.append(ratio_row(what, "-", 1.0, taken, unit="seconds"))
     return rows
 
 
-def stock_scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int) -> Any:
-    """lm-eval's own ``hf`` model around the same weights."""
+def zero_ablation(model: PreTrainedModel) -> Condition:
+    """3 % of the heads, spread over the layers, set to zero."""
+    return Condition("induction_heads", "zero", FRACTION, heads=tuple(spread_heads(model)))
+
+
+def our_evaluation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> Callable[[], Any]:
+    """``evaluate`` of ten-shot prompts of one task, if ``options`` name no others, to be called."""
+    options = {"tasks": [TASK], "shots": SHOTS, "seeds": [42], **options}
+    return functools.partial(evaluate, model, tokenizer, **options)
+
+
+def stock_evaluation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: Sequence[str] = (TASK,),
+    limit: int,
+    batch_size: int,
+) -> Callable[[], None]:
+    """The same prompts by lm-eval's own ``hf`` model around the same weights, to be called."""
+    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch, add_bos_token=False,
+    stock = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False,
         max_length=model.config.max_position_embeddings,
     )  # fmt: skip
+
+    def run() -> None:
+        for name in tasks:
+            task: Any = load_task(name, shots=SHOTS, seed=42)
+            simple_evaluate(stock, tasks=[task], limit=limit, bootstrap_iters=0, verbosity="ERROR")
+
+    return run
 
 
 def evaluation_rows(
@@ -66,47 +93,22 @@ def evaluation_rows(
     Once for one task under one condition, once for the ten-shot prompts of all abstract tasks under
     the conditions of Table 1 at 3 %, heads chosen by their scores.
     """
-    one = Condition("induction_heads", "zero", FRACTION, heads=tuple(spread_heads(model)))
     scores = prefix_matching_scores(model, random_sequences(tokenizer, n_sequences=2)).mean(0)
     grid = conditions(
         scores, fractions=(FRACTION,), ablations=("zero", "knockout"), ablation_seeds=(42,),
         full=False,
     )  # fmt: skip
-    cases = (
-        ("prompts per second, one condition / stock lm-eval", (TASK,), 2 * BATCH, [one]),
-        ("prompts per second, Table 1 grid / stock lm-eval", task_names("abstract"), BATCH, grid),
-    )
-    return [
-        _evaluation_row(what, shape, model, tokenizer, rounds, tuple(tasks), limit, chosen)
-        for what, tasks, limit, chosen in cases
-    ]
-
-
-def _evaluation_row(
-    what: str,
-    shape: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rounds: int,
-    tasks: tuple[str, ...],
-    limit: int,
-    chosen: list[Condition],
-) -> dict[str, Any]:
-    from lm_eval import simple_evaluate
-
-    stock = stock_scorer(model, tokenizer, BATCH)
-
-    def baseline() -> None:
-        for name in tasks:
-            task: Any = load_task(name, shots=SHOTS, seed=42)
-            simple_evaluate(stock, tasks=[task], limit=limit, bootstrap_iters=0, verbosity="ERROR")
-
-    def ours() -> None:
-        evaluate(
-            model, tokenizer, tasks=tasks, shots=SHOTS, conditions=chosen, seeds=[42], limit=limit,
-            batch_size=BATCH,
-        )  # fmt: skip
-
-    # Ours scores every prompt once a condition, stock lm-eval once.
-    values = [len(chosen) * a / b for a, b in alternate(baseline, ours, rounds)]
-    return ratio_row(what, shape, 2.0, values, at="least")
+    rows = []
+    for what, tasks, limit, chosen in (
+        ("one condition", [TASK], 2 * BATCH, [zero_ablation(model)]),
+        ("Table 1 grid", task_names("abstract"), BATCH, grid),
+    ):
+        stock = stock_evaluation(model, tokenizer, tasks=tasks, limit=limit, batch_size=BATCH)
+        ours = our_evaluation(
+            model, tokenizer, tasks=tasks, conditions=chosen, limit=limit, batch_size=BATCH
+        )
+        # Ours scores every prompt once a condition, stock lm-eval once.
+        values = [len(chosen) * a / b for a, b in alternate(stock, ours, rounds)]
+        what = f"prompts per second, {what} / stock lm-eval"
+        rows.append(ratio_row(what, shape, 2.0, values, at="least"))
+    return rows

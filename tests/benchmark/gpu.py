@@ -6,20 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from icl_helpers.attention.interventions import AttentionKnockout, ZeroAblation, intervene
-from icl_helpers.evaluation.conditions import Condition
-from icl_helpers.evaluation.evaluate import evaluate
+from icl_helpers.attention.interventions import AttentionKnockout, ZeroAblation
 from icl_helpers.parameters import stage_parameters
 from icl_helpers.run.costs import estimate_cost
-from icl_helpers.tasks.lm_eval_task import load_task
 from icl_helpers.tasks.specs import task_names
-from tests.benchmark.evaluation import stock_scorer
-from tests.benchmark.tools import FRACTION, SHOTS, TASK, prompt_batch, seconds, spread_heads
-
-__all__ = ["LLAMA_8B", "measure_gpu"]
-
+from tests.benchmark.evaluation import our_evaluation, stock_evaluation, zero_ablation
+from tests.benchmark.tools import forward, prompt_batch, seconds, spread_heads
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
@@ -47,16 +41,21 @@ def measure_gpu(
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     on_gpu = torch.device(device).type == "cuda"
-    ids, blocked = prompt_batch(tokenizer, size=min(_BATCH, documents))
-    ids, blocked = ids.to(device), blocked.to(device)
-    rates = _forward_rates(model, ids, blocked, rounds)
+    prompts, blocked = prompt_batch(tokenizer, size=min(_BATCH, documents))
+    ids, heads = prompts.to(device), spread_heads(model)
+    knockout = AttentionKnockout(heads, blocked.to(device))
+    passes = {
+        "plain forward": forward(model, ids, logits_to_keep=1),
+        "zero ablation": forward(model, ids, ZeroAblation(heads), logits_to_keep=1),
+        "knockout": forward(model, ids, knockout, logits_to_keep=1),
+    }
+    with torch.inference_mode():
+        rates = {name: ids.numel() / _fastest(run, on_gpu, rounds) for name, run in passes.items()}
     n_tokens = documents * ids.shape[1]
-    rates["icl.evaluate, zero ablation"] = n_tokens / _fastest(
-        _ours(model, tokenizer, documents), on_gpu, rounds
-    )
-    rates["stock lm-eval, full model"] = n_tokens / _fastest(
-        _stock(model, tokenizer, documents), on_gpu, 1
-    )
+    ours = our_evaluation(model, tokenizer, conditions=[zero_ablation(model)], limit=documents)
+    rates["icl.evaluate, zero ablation"] = n_tokens / _fastest(ours, on_gpu, rounds)
+    stock = stock_evaluation(model, tokenizer, limit=documents, batch_size=_BATCH)
+    rates["stock lm-eval, full model"] = n_tokens / _fastest(stock, on_gpu, 1)
     cost = estimate_cost(
         stage_parameters(model="meta-llama/Meta-Llama-3-8B", tasks=task_names(), nlp_tasks=[])
     )
@@ -71,31 +70,6 @@ def measure_gpu(
     }  # fmt: skip
 
 
-@torch.inference_mode()
-def _forward_rates(
-    model: PreTrainedModel, ids: torch.Tensor, blocked: torch.Tensor, rounds: int
-) -> dict[str, float]:
-    heads = spread_heads(model)
-    on_gpu = ids.device.type == "cuda"
-
-    def plain() -> None:
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
-
-    def under(intervention: Any) -> Callable[[], None]:
-        def edited() -> None:
-            with intervene(model, intervention):
-                plain()
-
-        return edited
-
-    cases = {
-        "plain forward": plain,
-        "zero ablation": under(ZeroAblation(heads)),
-        "knockout": under(AttentionKnockout(heads, blocked)),
-    }
-    return {name: ids.numel() / _fastest(call, on_gpu, rounds) for name, call in cases.items()}
-
-
 def _fastest(call: Callable[[], Any], on_gpu: bool, rounds: int) -> float:
     """Seconds of the fastest of some calls after one uncounted; kernels are waited for."""
 
@@ -106,31 +80,3 @@ def _fastest(call: Callable[[], Any], on_gpu: bool, rounds: int) -> float:
 
     finished()
     return min(seconds(finished) for _ in range(rounds))
-
-
-def _ours(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: int
-) -> Callable[[], Any]:
-    condition = Condition("induction_heads", "zero", FRACTION, heads=tuple(spread_heads(model)))
-
-    def run() -> None:
-        evaluate(
-            model, tokenizer, tasks=[TASK], shots=SHOTS, conditions=[condition], seeds=[42],
-            limit=documents,
-        )  # fmt: skip
-
-    return run
-
-
-def _stock(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: int
-) -> Callable[[], Any]:
-    from lm_eval import simple_evaluate
-
-    stock = stock_scorer(model, tokenizer, _BATCH)
-
-    def run() -> None:
-        task: Any = load_task(TASK, shots=SHOTS, seed=42)
-        simple_evaluate(stock, tasks=[task], limit=documents, bootstrap_iters=0, verbosity="ERROR")
-
-    return run

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers.attention.heads import Head
-from icl_helpers.attention.interventions import AttentionKnockout, ZeroAblation, intervene
+from icl_helpers.attention.interventions import AttentionKnockout, ZeroAblation
 from icl_helpers.evaluation.conditions import FULL, Condition
-from icl_helpers.evaluation.evaluate import evaluate
+from tests.benchmark.evaluation import our_evaluation
 from tests.benchmark.tools import (
     BATCH,
     FRACTION,
     SHOTS,
-    TASK,
-    alternate,
+    forward,
     prompt_batch,
+    ratios,
     spread_heads,
 )
-
-__all__ = ["measure_growth"]
-
 
 _SHOTS = (0, 5, 10, 20, 40)
 _BATCHES = (1, 4, 16, 32)
@@ -42,68 +38,51 @@ def measure_growth(
     time of ``evaluate`` over that for the full model alone.
     """
     with torch.inference_mode():
-        found = list(_forward_points(model, tokenizer, rounds))
-    return found + _condition_points(model, tokenizer, rounds)
+        points = list(_forward_points(model, tokenizer, rounds))
+    return [*points, *_condition_points(model, tokenizer, rounds)]
 
 
 def _forward_points(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rounds: int
 ) -> Iterator[dict[str, Any]]:
     total = model.config.num_hidden_layers * model.config.num_attention_heads
-    few = len(spread_heads(model))
-    cases: list[tuple[str, float, int, int, int]] = []
-    cases += [("tokens per prompt", shots, shots, BATCH, few) for shots in _SHOTS]
-    cases += [("prompts per batch", size, SHOTS, size, few) for size in _BATCHES]
-    cases += [
-        ("share of heads", share, SHOTS, BATCH, max(1, round(share * total))) for share in _SHARES
+    numbers = {share: max(1, round(share * total)) for share in _SHARES}
+    # Axis, shots, prompts a batch, heads (None: 3 % of all), and the place on the axis.
+    cases = [
+        *(("tokens per prompt", shots, BATCH, None, None) for shots in _SHOTS),
+        *(("prompts per batch", SHOTS, size, None, size) for size in _BATCHES),
+        *(("share of heads", SHOTS, BATCH, number, share) for share, number in numbers.items()),
     ]
-    for axis, at, shots, size, number in cases:
+    for axis, shots, size, number, at in cases:
         ids, blocked = prompt_batch(tokenizer, shots=shots, size=size)
         heads = spread_heads(model, number)
-        place = ids.shape[1] if axis == "tokens per prompt" else at
+        at = ids.shape[1] if at is None else at
         for kind, intervention in (
             ("zero ablation", ZeroAblation(heads)),
             ("knockout", AttentionKnockout(heads, blocked)),
         ):
-            cost = _ratio(model, ids, intervention, rounds)
-            yield {"axis": axis, "at": place, "kind": kind, "cost": cost}
-
-
-def _ratio(model: PreTrainedModel, ids: torch.Tensor, intervention: Any, rounds: int) -> float:
-    def plain() -> None:
-        model(input_ids=ids, use_cache=False)
-
-    def edited() -> None:
-        with intervene(model, intervention):
-            plain()
-
-    return statistics.median(b / a for a, b in alternate(plain, edited, rounds))
+            costs = ratios(forward(model, ids), forward(model, ids, intervention), rounds)
+            yield {"axis": axis, "at": at, "kind": kind, "cost": statistics.median(costs)}
 
 
 def _condition_points(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rounds: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Time of the full model and further conditions, whose heads leave few or many layers alone."""
     last = model.config.num_hidden_layers - 1
-    places = {"heads in the last layer": [Head(last, 0)], "heads spread": spread_heads(model, 4)}
-    points = []
-    for kind, heads in places.items():
-        for number in _CONDITIONS:
-            alone, together = (_evaluation(model, tokenizer, heads, n) for n in (1, number))
-            cost = statistics.median(b / a for a, b in alternate(alone, together, rounds))
-            points.append({"axis": "conditions", "at": number, "kind": kind, "cost": cost})
-    return points
-
-
-def _evaluation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: list[Head], number: int
-) -> Callable[[], Any]:
-    """The full model and ``number - 1`` conditions on one batch of prompts."""
-    edited = [
-        Condition("random_heads", "zero", FRACTION, seed, heads=tuple(heads))
-        for seed in range(number - 1)
-    ]
-    return functools.partial(
-        evaluate, model, tokenizer, tasks=[TASK], shots=SHOTS, seeds=[42], limit=BATCH,
-        conditions=[FULL, *edited], batch_size=BATCH,
-    )  # fmt: skip
+    lines = {"heads in the last layer": [Head(last, 0)], "heads spread": spread_heads(model, 4)}
+    for kind, heads in lines.items():
+        edited = [
+            Condition("random_heads", "zero", FRACTION, seed, heads=tuple(heads))
+            for seed in range(max(_CONDITIONS) - 1)
+        ]
+        runs = {
+            number: our_evaluation(
+                model, tokenizer, conditions=[FULL, *edited[: number - 1]], limit=BATCH,
+                batch_size=BATCH,
+            )
+            for number in _CONDITIONS
+        }  # fmt: skip
+        for number, run in runs.items():
+            cost = statistics.median(ratios(runs[1], run, rounds))
+            yield {"axis": "conditions", "at": number, "kind": kind, "cost": cost}

@@ -19,7 +19,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icl_helpers.attention.interventions import (
-    AttentionKnockout,
-    MeanAblation,
-    ZeroAblation,
-    intervene,
-)
+from icl_helpers.attention.interventions import AttentionKnockout, MeanAblation, ZeroAblation
 from icl_helpers.attention.means import mean_head_outputs
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
 from icl_helpers.errors import InputError
@@ -44,16 +39,14 @@ from tests.benchmark.growth import measure_growth
 from tests.benchmark.tools import (
     BATCH,
     SHAPES,
-    alternate,
+    forward,
     prompt_batch,
     random_llama,
     ratio_row,
+    ratios,
     seconds,
     spread_heads,
 )
-
-__all__ = ["run_benchmark", "write_benchmark"]
-
 
 # Positions of the reference samples whose memory is measured (paper, section 4).
 _POSITIONS = 3000
@@ -88,9 +81,9 @@ def run_benchmark(*, shapes: Sequence[str] = tuple(SHAPES), rounds: int = 5) -> 
 def write_benchmark(path: Path | None = None, *, rounds: int = 5) -> Path:
     """Measure and write the JSON that the book's chapter is made from; returns its path."""
     target = book_dir() / "_static" / "benchmark.json" if path is None else path
-    found = run_benchmark(rounds=rounds)
+    measured = run_benchmark(rounds=rounds)
     with atomic_path(target) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
+        temporary.write_text(json.dumps(measured, indent=1) + "\n")
     return target
 
 
@@ -109,12 +102,11 @@ def _machine() -> dict[str, Any]:
 
 
 def _commands(rounds: int) -> list[dict[str, Any]]:
-    wanted = (
+    rows = []
+    for what, arguments, bar in (
         ("import icl_helpers", ["-c", "import icl_helpers"], 0.3),
         ("icl --help", ["-m", "icl_helpers.cli", "--help"], 1.0),
-    )
-    rows = []
-    for what, arguments, bar in wanted:
+    ):
         call = functools.partial(
             subprocess.run, [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL
         )
@@ -129,36 +121,22 @@ def _forward_rows(
 ) -> list[dict[str, Any]]:
     ids, blocked = prompt_batch(tokenizer)
     heads = spread_heads(model)
-    means = mean_head_outputs(model, ids, batch_size=BATCH)
-
-    def plain() -> None:
-        model(input_ids=ids, use_cache=False)
-
-    def under(intervention: Any) -> Callable[[], None]:
-        def edited() -> None:
-            with intervene(model, intervention):
-                plain()
-
-        return edited
-
+    mean_outputs = functools.partial(mean_head_outputs, model, ids, batch_size=BATCH)
     sequences = random_sequences(tokenizer, n_sequences=5)
     repeated = torch.cat([torch.zeros(5, 1, dtype=torch.long), sequences.repeat(1, 4)], dim=1)
+    plain = forward(model, ids)
     cases = (
-        ("zero ablation / plain forward", 1.03, plain, under(ZeroAblation(heads))),
-        ("mean ablation / plain forward", 1.03, plain, under(MeanAblation(heads, means))),
-        ("knockout / plain forward", 1.10, plain, under(AttentionKnockout(heads, blocked))),
+        ("zero ablation", 1.03, plain, forward(model, ids, ZeroAblation(heads))),
+        ("mean ablation", 1.03, plain, forward(model, ids, MeanAblation(heads, mean_outputs()))),
+        ("knockout", 1.10, plain, forward(model, ids, AttentionKnockout(heads, blocked))),
         (
-            "prefix-matching scores / plain forward", 1.5,
-            lambda: model(input_ids=repeated, use_cache=False),
-            lambda: prefix_matching_scores(model, sequences),
+            "prefix-matching scores", 1.5, forward(model, repeated),
+            functools.partial(prefix_matching_scores, model, sequences),
         ),
-        (
-            "mean head outputs / plain forward", 1.2, plain,
-            lambda: mean_head_outputs(model, ids, batch_size=BATCH),
-        ),
+        ("mean head outputs", 1.2, plain, mean_outputs),
     )  # fmt: skip
     return [
-        ratio_row(what, shape, bar, [b / a for a, b in alternate(base, edited, 3 * rounds)])
+        ratio_row(f"{what} / plain forward", shape, bar, ratios(base, edited, 3 * rounds))
         for what, bar, base, edited in cases
     ]
 
@@ -225,10 +203,8 @@ def _floor(
     operations = 2 * weights * ids.numel() + 4 * layers * ids.shape[1] * hidden * ids.numel()
     square = torch.randn(2048, 2048)
     matmul = min(seconds(lambda: square @ square) for _ in range(rounds))
-    forward = statistics.median(
-        seconds(lambda: model(input_ids=ids, use_cache=False)) for _ in range(rounds)
-    )
-    rate, reached = 2 * 2048**3 / matmul, operations / forward
+    taken = statistics.median(seconds(forward(model, ids)) for _ in range(rounds))
+    rate, reached = 2 * 2048**3 / matmul, operations / taken
     return {
         "model": shape, "parameters": weights, "tokens": ids.numel(), "operations": operations,
         "bytes": 4 * weights, "matmul_per_second": rate, "forward_per_second": reached,

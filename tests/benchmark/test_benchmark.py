@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 import icl_helpers as icl
 from icl_helpers.book.performance import write_benchmark_page
@@ -65,10 +64,7 @@ def test_the_gpu_shape_is_that_of_an_8b_llama():
 
 @pytest.mark.slow
 def test_the_gpu_part_measures_any_shape_on_any_device(tokenizer):
-    small = LlamaConfig(
-        vocab_size=2000, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0,
-    )  # fmt: skip
+    small = make_llama(vocab_size=2000, num_hidden_layers=2).config
     found = measure_gpu(tokenizer, config=small, device="cpu", documents=4, rounds=1)
     assert found["peak_bytes"] is None
     rates = found["tokens_per_second"]

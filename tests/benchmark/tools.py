@@ -5,29 +5,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers.attention.heads import Head
 from icl_helpers.attention.induction_pattern import induction_patterns
+from icl_helpers.attention.interventions import Intervention, intervene
 from icl_helpers.tasks.prompts import build_prompts
-
-__all__ = [
-    "BATCH",
-    "FRACTION",
-    "SHAPES",
-    "SHOTS",
-    "TASK",
-    "alternate",
-    "prompt_batch",
-    "random_llama",
-    "ratio_row",
-    "seconds",
-    "spread_heads",
-]
-
 
 BATCH = 16
 SHOTS = 10
@@ -56,12 +44,29 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def forward(
+    model: PreTrainedModel, ids: torch.Tensor, *interventions: Intervention, **options: Any
+) -> Callable[[], None]:
+    """A forward pass of ids [batch, tokens], plain or under interventions, to be called."""
+
+    def run() -> None:
+        with intervene(model, *interventions) if interventions else nullcontext():
+            model(input_ids=ids, use_cache=False, **options)
+
+    return run
+
+
 def alternate(
     plain: Callable[[], Any], edited: Callable[[], Any], rounds: int
 ) -> list[tuple[float, float]]:
     """Seconds of (plain, edited), in alternation after one uncounted run of each."""
     plain(), edited()
     return [(seconds(plain), seconds(edited)) for _ in range(rounds)]
+
+
+def ratios(plain: Callable[[], Any], edited: Callable[[], Any], rounds: int) -> list[float]:
+    """How many times as long ``edited`` takes, round by round."""
+    return [b / a for a, b in alternate(plain, edited, rounds)]
 
 
 def ratio_row(
@@ -97,14 +102,14 @@ def spread_heads(model: PreTrainedModel, number: int | None = None) -> list[Head
 def prompt_batch(
     tokenizer: PreTrainedTokenizerBase, *, shots: int = SHOTS, size: int = BATCH
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and blocked pairs of one batch of prompts, padded on the right."""
+    """Ids [batch, tokens] and blocked pairs [batch, tokens, tokens], padded on the right."""
     prompts = [prompt.context for prompt in build_prompts(TASK, shots=shots, seed=42)[:size]]
     patterns = induction_patterns(prompts, tokenizer)
     encoded = tokenizer(prompts, add_special_tokens=False).input_ids
-    width = max(map(len, encoded))
-    ids = torch.zeros(size, width, dtype=torch.long)
-    blocked = torch.zeros(size, width, width, dtype=torch.bool)
-    for index, (row, pattern) in enumerate(zip(encoded, patterns, strict=True)):
-        ids[index, : len(row)] = torch.tensor(row)
-        blocked[index, : len(row), : len(row)] = pattern
-    return ids, blocked
+    ids = pad_sequence([torch.tensor(row) for row in encoded], batch_first=True)
+    missing = [ids.shape[1] - len(pattern) for pattern in patterns]
+    blocked = [
+        torch.nn.functional.pad(pattern, (0, short, 0, short))
+        for pattern, short in zip(patterns, missing, strict=True)
+    ]
+    return ids, torch.stack(blocked)

@@ -30,18 +30,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from icl_helpers.errors import InputError, MissingArtefactError, UnsupportedArchitectureError
+from icl_helpers.errors import (
+    ICLError,
+    InputError,
+    MissingArtefactError,
+    UnsupportedArchitectureError,
+)
 from icl_helpers.files import embedded_dir, user_path
 from icl_helpers.models.fingerprint import _FINGERPRINTS, weights_fingerprint
 from icl_helpers.models.hub import use_cache_where_hub_is_silent
-from icl_helpers.models.internlm2 import (
-    fetch_internlm2,
-    internlm2_config,
-    internlm2_settings,
-    is_internlm2,
-    load_internlm2,
-    load_internlm2_tokenizer,
-)
+from icl_helpers.models.internlm2 import InternLM2ForCausalLM, internlm2_config, internlm2_settings
+from icl_helpers.models.internlm2_tokenizer import load_internlm2_tokenizer
 
 __all__ = [
     "QUANTIZATIONS",
@@ -130,44 +129,44 @@ def load_model(
     torch_dtype = _check_dtype(dtype)
     target = _check_device(device, device_map)
     check_quantization(quantization)
-    if is_internlm2(source, revision=revision):
-        if quantization is not None:
-            raise InputError(
-                f"{name} is an InternLM2 checkpoint, which is read tensor by tensor and cannot be "
-                f"quantised on the way; leave quantization out, or use device_map='auto'"
-            )
-        directory = fetch_internlm2(source, revision=revision)
-        place = {"device": target} if device_map is None else {"device_map": device_map}
-        model = load_internlm2(directory, dtype=torch_dtype, **place)
-        return model, load_internlm2_tokenizer(directory)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = _load_config(name, source, options)
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, torch_dtype)
-        # Quantised weights cannot be moved afterwards: they are placed while they are read.
-        device_map = {"": target} if device_map is None else device_map
+    # Placed while they are read, weights take no memory elsewhere; quantised ones cannot be moved.
+    device_map = {"": target} if device_map is None else device_map
     try:
         tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        fused = internlm2_settings(source, revision=revision) is not None
+        model, report = (InternLM2ForCausalLM if fused else AutoModelForCausalLM).from_pretrained(
             source, config=config, dtype=torch_dtype, device_map=device_map,
-            output_loading_info=True, **options,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    except (MemoryError, torch.OutOfMemoryError, InputError):
+    except (MemoryError, torch.OutOfMemoryError, ICLError):
         raise
     except Exception as error:
         # A damaged file fails in whatever way its reader does.
         raise _explain(name, error) from error
-    if report["missing_keys"]:
-        # transformers would go on with random weights in their place.
-        raise InputError(
-            f"model {name!r} lacks the weights {', '.join(sorted(report['missing_keys'])[:5])}; "
-            f"its files are incomplete, fetch them again"
-        )
-    if device_map is None:
-        model.to(target)
+    _refuse_random_weights(name, report)
     if quantization is not None:
         _FINGERPRINTS[model] = weights_fingerprint(model)
     return model.eval(), tokenizer
+
+
+def _refuse_random_weights(name: str, report: dict[str, Any]) -> None:
+    """transformers goes on with random weights where the files hold none that fit."""
+    if report["mismatched_keys"]:
+        weight, found, expected = min(report["mismatched_keys"])
+        raise InputError(
+            f"model {name!r} does not fit its config.json: {weight} has shape {tuple(found)}, "
+            f"expected {tuple(expected)}"
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"model {name!r} lacks the weights {', '.join(missing[:5])}; its files are incomplete "
+            f"(they lack {len(missing)} tensors), fetch them again"
+        )
 
 
 def load_tokenizer(
@@ -175,9 +174,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer alone. Raises as :func:`load_model` does."""
     source = _reachable(name)
-    if is_internlm2(source, revision=revision):
-        return load_internlm2_tokenizer(fetch_internlm2(source, revision=revision))
     try:
+        if internlm2_settings(source, revision=revision) is not None:
+            return load_internlm2_tokenizer(source, revision=revision)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -219,15 +218,15 @@ def load_config(
     Raises as :func:`load_model` does.
     """
     source = _reachable(name)
-    settings = internlm2_settings(source, revision=revision)
-    if settings is not None:
-        return internlm2_config(settings)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     return _load_config(name, source, options)
 
 
 def _load_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedConfig:
     try:
+        settings = internlm2_settings(source, revision=options["revision"])
+        if settings is not None:
+            return internlm2_config(settings)
         config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:
         # A malformed file fails in whatever way its reader does.
@@ -254,9 +253,8 @@ def _explain(name: str, error: Exception) -> Exception:
             f"name, the network, and for gated models that HF_TOKEN is set in the environment; or "
             f"download it elsewhere and pass its directory."
         )
-    return InputError(
-        f"model {name!r} cannot be loaded: {text.splitlines()[0] if text else error!r}"
-    )
+    kind = MissingArtefactError if isinstance(error, FileNotFoundError) else InputError
+    return kind(f"model {name!r} cannot be loaded: {text.splitlines()[0] if text else error!r}")
 
 
 def context_length(model: PreTrainedModel) -> int:

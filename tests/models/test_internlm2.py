@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 import icl_helpers as icl
+from icl_helpers.models.fingerprint import weights_fingerprint
 from icl_helpers.models.internlm2 import (
-    InternLM2ForCausalLM,
     internlm2_config,
     internlm2_settings,
 )
@@ -210,6 +210,41 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_its_reason(tmp_path):
     (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
     with pytest.raises(icl.MissingArtefactError, match="00002"):
         load(tmp_path)
+
+
+def test_foreign_and_wrongly_shaped_weights_are_named_and_old_frequencies_are_not(tmp_path):
+    llama = random_llama()
+    write_checkpoint(tmp_path, llama, layout="bin")
+    path = tmp_path / "pytorch_model.bin"
+    weights = internlm2_weights(llama)
+    torch.save({**weights, "model.layers.0.attention.rotary_emb.inv_freq": torch.ones(4)}, path)
+    ids = torch.arange(9)[None]
+    assert torch.equal(load(tmp_path)(ids).logits, llama(ids).logits)
+    torch.save({**weights, "model.layers.0.attention.q_norm.weight": torch.ones(8)}, path)
+    with pytest.raises(icl.InputError, match=r"has no weight model\.layers\.0\.attention\.q_norm"):
+        load(tmp_path)
+    narrow = {"model.layers.1.attention.wqkv.weight": torch.ones(64, 30)}
+    torch.save({**weights, **narrow}, path)
+    with pytest.raises(
+        icl.InputError, match=r"layers\.1\.\S+_proj.*\(\d+, 30\), expected \(\d+, 32\)"
+    ):
+        load(tmp_path)
+    path.write_bytes(b"garbage")
+    with pytest.raises(icl.InputError, match=r"^model \S+ cannot be loaded: .+$"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True}])
+def test_loaded_model_is_a_llama_and_is_saved_as_one(changes, tmp_path):
+    llama = random_llama(**changes)
+    write_checkpoint(tmp_path, llama, layout="sharded safetensors")
+    loaded = load(tmp_path)
+    assert loaded.config.model_type == "llama"
+    assert weights_fingerprint(loaded) == weights_fingerprint(llama)
+    loaded.save_pretrained(tmp_path / "saved")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.config.architectures == ["LlamaForCausalLM"]
+    assert weights_fingerprint(again) == weights_fingerprint(llama)
 
 
 def test_biases_are_the_default_of_a_silent_configuration():

@@ -25,13 +25,20 @@ from safetensors.torch import save_file
 from icl_helpers.errors import ICLError, InputError, MissingArtefactError
 
 __all__ = [
-    "StorageError", "assets_dir", "atomic_path", "book_dir", "cache_dir", "cached_tensor",
-    "check_run_dir", "content_key", "embedded_dir", "notebooks_dir", "project_root", "quarantine",
-    "read_text", "synthetic_dir", "tasks_dir", "user_path", "write_json",
+    "SMOLLM2", "SMOLLM2_SHA256", "StorageError", "assets_dir", "atomic_path", "book_dir",
+    "cache_dir", "cached_tensor", "check_run_dir", "content_key", "embedded_dir", "embedded_models",
+    "notebooks_dir", "project_root", "quarantine", "read_text", "smollm2_dir", "synthetic_dir",
+    "tasks_dir", "user_path", "write_json",
 ]  # fmt: skip
 
 _PACKAGE = Path(__file__).resolve().parent
 _LONGEST_NAME = 255
+
+# The model that is read from an installed package's GGUF file (icl_helpers.models.gguf).
+SMOLLM2 = "smollm2-135m"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Part of its name in the cache: raised whenever the same file would be converted to something else.
+_CONVERTER = 1
 
 
 def user_path(given: str | os.PathLike[str]) -> Path:
@@ -233,3 +240,13 @@ def _read(path: Path, key: str) -> torch.Tensor | None:
 def _checksum(tensor: torch.Tensor) -> str:
     raw = tensor.contiguous().cpu().view(torch.uint8).numpy()
     return hashlib.sha256(raw.data).hexdigest()
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(path.parent.name for path in embedded_dir().glob("*/config.json"))
+
+
+def smollm2_dir() -> Path:
+    """Where the converted checkpoint is kept, whether it is there yet or not."""
+    return cache_dir() / f"{SMOLLM2}-{SMOLLM2_SHA256[:12]}-{_CONVERTER}"

@@ -204,7 +204,7 @@ def stage_parameters(values: Mapping[str, Any] | None = None, **given: Any) -> S
                 f"notebooks. Put it in the environment instead (HF_TOKEN)"
             )
     if isinstance(stated.get("model"), str):
-        from icl_helpers.models.loading import model_name
+        from icl_helpers.models.fingerprint import model_name
 
         # A folder has one name, wherever a kernel or a worker stands.
         stated["model"] = model_name(stated["model"])

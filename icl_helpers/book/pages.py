@@ -11,8 +11,7 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from icl_helpers.files import assets_dir, book_dir, notebooks_dir, project_root
-from icl_helpers.models.loading import embedded_models
+from icl_helpers.files import assets_dir, book_dir, embedded_models, notebooks_dir, project_root
 from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
 from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt

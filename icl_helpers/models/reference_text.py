@@ -10,18 +10,13 @@ from jaxtyping import Int
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers.errors import InputError, MissingArtefactError
-from icl_helpers.files import embedded_dir, read_text, user_path
+from icl_helpers.files import embedded_dir, embedded_models, read_text, user_path
+from icl_helpers.models.fingerprint import context_length
 from icl_helpers.models.hub import go_offline_if_hub_unreachable
-from icl_helpers.models.loading import context_length, embedded_models
 
 __all__ = [
-    "PAPER_POSITIONS",
-    "PAPER_SAMPLES",
-    "reference_ids",
-    "reference_samples",
-    "reference_texts",
-]
-
+    "PAPER_POSITIONS", "PAPER_SAMPLES", "reference_ids", "reference_samples", "reference_texts",
+]  # fmt: skip
 
 PAPER_SAMPLES = 500
 PAPER_POSITIONS = 3000

@@ -25,8 +25,8 @@ import pandas as pd
 
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import KEYS, read_frame
-from icl_helpers.files import check_run_dir, content_key
-from icl_helpers.models.loading import embedded_models, model_fractions
+from icl_helpers.files import check_run_dir, content_key, embedded_models
+from icl_helpers.models.fingerprint import model_fractions
 from icl_helpers.models.reference_text import reference_texts
 from icl_helpers.parameters import StageParameters, about
 from icl_helpers.tasks.data import load_rows, load_splits

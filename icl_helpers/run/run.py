@@ -35,13 +35,14 @@ from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.evaluation.store import KEYS, read_frame
 from icl_helpers.evaluation.workers import workers_from_environment
 from icl_helpers.files import cached_tensor, check_run_dir, content_key, quarantine, write_json
-from icl_helpers.models.fingerprint import checkpoint_state, model_facts, model_key
-from icl_helpers.models.loading import (
+from icl_helpers.models.fingerprint import (
+    checkpoint_state,
     context_length,
-    load_model,
-    load_tokenizer,
+    model_facts,
+    model_key,
     resolve_model,
 )
+from icl_helpers.models.loading import load_model, load_tokenizer
 from icl_helpers.models.reference_text import (
     PAPER_POSITIONS,
     PAPER_SAMPLES,

@@ -25,16 +25,15 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import icl_helpers as icl
+from icl_helpers.files import embedded_models
 from icl_helpers.models import gguf as package
-from icl_helpers.models.loading import (
-    embedded_models,
-    load_config,
-    load_tokenizer,
+from icl_helpers.models.fingerprint import (
     model_fractions,
     named_models,
     resolve_model,
     weights_fingerprint,
 )
+from icl_helpers.models.loading import load_config, load_tokenizer
 from icl_helpers.run.run import source_of
 from tests.conftest import SHARED, make_llama, make_tokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -10,12 +11,12 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 import icl_helpers as icl
+from icl_helpers.models.fingerprint import weights_fingerprint
 from icl_helpers.models.internlm2 import (
     internlm2_config,
-    is_internlm2,
-    load_internlm2,
-    load_internlm2_tokenizer,
+    internlm2_settings,
 )
+from icl_helpers.models.internlm2_tokenizer import load_internlm2_tokenizer
 from tests.conftest import make_llama
 
 TEXT = "Below is a list.\n\nfig cat:Foo\n\nbed  nurse:Bar\n\nJosé 猫 date fox:"
@@ -84,8 +85,9 @@ def write_checkpoint(directory, llama: LlamaForCausalLM, *, layout: str, **setti
         for place, name in enumerate(sorted(weights)):
             shard = f"{stem}-{place % 3 + 1:05d}-of-00003.{suffix}"
             parts.setdefault(shard, {})[name] = weights[name]
-        index = {name: shard for shard, part in parts.items() for name in part}
-        (directory / f"{base}.index.json").write_text(json.dumps({"weight_map": index}))
+        shards = {name: shard for shard, part in parts.items() for name in part}
+        index = {"metadata": {"total_size": 0}, "weight_map": shards}
+        (directory / f"{base}.index.json").write_text(json.dumps(index))
     for shard, part in parts.items():
         if shard.endswith("safetensors"):
             save_file(part, directory / shard)
@@ -102,6 +104,14 @@ def random_llama(**changes) -> LlamaForCausalLM:
     return llama
 
 
+def load(folder, **options) -> LlamaForCausalLM:
+    """The model by the public loader; a tokenizer is put beside it where there is none."""
+    if not (folder / "tokenizer.model").exists():
+        write_sentencepiece(folder)
+    place = {} if "device_map" in options else {"device": "cpu"}
+    return icl.load_model(str(folder), **place, **options)[0]
+
+
 LAYOUTS = ["safetensors", "sharded safetensors", "bin", "sharded bin", "old bin"]
 
 
@@ -116,7 +126,7 @@ def test_fused_checkpoint_gives_the_logits_of_the_llama_it_was_made_from(layout,
     llama = random_llama(**changes)
     write_checkpoint(tmp_path, llama, layout=layout)
     ids = torch.randint(0, 400, (2, 40))
-    loaded = load_internlm2(tmp_path)
+    loaded = load(tmp_path)
     assert type(loaded) is LlamaForCausalLM
     assert torch.equal(loaded(ids).logits, llama(ids).logits)
     tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -127,7 +137,7 @@ def test_dynamic_scaling_follows_the_formula_beyond_the_trained_length(tmp_path)
     llama = random_llama(max_position_embeddings=32)
     scaling = {"type": "dynamic", "factor": 3.0}
     write_checkpoint(tmp_path, llama, layout="safetensors", rope_scaling=scaling)
-    loaded = load_internlm2(tmp_path)
+    loaded = load(tmp_path)
     short = torch.randint(0, 400, (1, 32))
     assert torch.equal(loaded(short).logits, llama(short).logits)
     tokens, size = 50, 8
@@ -141,9 +151,9 @@ def test_dynamic_scaling_follows_the_formula_beyond_the_trained_length(tmp_path)
 def test_dtype_is_kept_unless_another_is_asked_for(tmp_path):
     llama = random_llama().to(torch.bfloat16)
     write_checkpoint(tmp_path, llama, layout="sharded safetensors")
-    assert {p.dtype for p in load_internlm2(tmp_path).parameters()} == {torch.bfloat16}
-    assert load_internlm2(tmp_path, dtype="float32").dtype == torch.float32
-    assert load_internlm2(tmp_path).model.rotary_emb.inv_freq.dtype == torch.float32
+    assert {p.dtype for p in load(tmp_path).parameters()} == {torch.bfloat16}
+    assert load(tmp_path, dtype="float32").dtype == torch.float32
+    assert load(tmp_path).model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
@@ -151,14 +161,14 @@ def test_device_map_places_the_model(tmp_path, device_map):
     llama = random_llama()
     write_checkpoint(tmp_path, llama, layout="safetensors")
     ids = torch.arange(9)[None]
-    loaded = load_internlm2(tmp_path, device_map=device_map)
+    loaded = load(tmp_path, device_map=device_map)
     assert torch.equal(loaded(ids).logits, llama(ids).logits)
 
 
 def test_interventions_and_scores_work_on_the_loaded_model(tmp_path):
     llama = random_llama()
     write_checkpoint(tmp_path, llama, layout="safetensors")
-    loaded = load_internlm2(tmp_path)
+    loaded = load(tmp_path)
     ids = torch.arange(30)[None]
     with icl.intervene(loaded, icl.ZeroAblation([icl.Head(1, 2)])):
         found = loaded(ids).logits
@@ -169,35 +179,72 @@ def test_interventions_and_scores_work_on_the_loaded_model(tmp_path):
 
 def test_only_internlm2_is_recognised(tmp_path):
     write_checkpoint(tmp_path, make_llama(), layout="safetensors")
-    assert is_internlm2(tmp_path)
-    assert is_internlm2({"model_type": "internlm2"})
-    assert not is_internlm2(make_llama().config)
-    assert not is_internlm2(tmp_path / "nowhere")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert not is_internlm2(str(tmp_path))
-    with pytest.raises(icl.InputError, match="llama"):
-        load_internlm2(tmp_path)
+    assert internlm2_settings(tmp_path)["model_type"] == "internlm2"
+    assert internlm2_settings(tmp_path / "nowhere") is None
+    other = tmp_path / "llama"
+    make_llama().save_pretrained(other)
+    assert internlm2_settings(str(other)) is None
+    # What reads InternLM2's names is no part of a Llama: its weights are not found there.
+    config = json.loads((other / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(icl.InputError, match=r"lacks the weights.*layers\.0\.\w+"):
+        load(tmp_path)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_its_reason(tmp_path):
     llama = make_llama()
     write_checkpoint(tmp_path, llama, layout="safetensors", num_key_value_heads=4)
     with pytest.raises(icl.InputError, match=r"wqkv.*rows"):
-        load_internlm2(tmp_path)
+        load(tmp_path)
     write_checkpoint(tmp_path, llama, layout="safetensors", vocab_size=401)
     with pytest.raises(icl.InputError, match="expected"):
-        load_internlm2(tmp_path)
+        load(tmp_path)
     write_checkpoint(tmp_path, llama, layout="safetensors", num_hidden_layers=4)
     with pytest.raises(icl.InputError, match=r"lack \d+ tensors"):
-        load_internlm2(tmp_path)
+        load(tmp_path)
     write_checkpoint(tmp_path, llama, layout="safetensors", rope_scaling={"type": "yarn"})
     with pytest.raises(icl.InputError, match="yarn"):
-        load_internlm2(tmp_path)
+        load(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     write_checkpoint(tmp_path, llama, layout="sharded bin")
     (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
     with pytest.raises(icl.MissingArtefactError, match="00002"):
-        load_internlm2(tmp_path)
+        load(tmp_path)
+
+
+def test_foreign_and_wrongly_shaped_weights_are_named_and_old_frequencies_are_not(tmp_path):
+    llama = random_llama()
+    write_checkpoint(tmp_path, llama, layout="bin")
+    path = tmp_path / "pytorch_model.bin"
+    weights = internlm2_weights(llama)
+    torch.save({**weights, "model.layers.0.attention.rotary_emb.inv_freq": torch.ones(4)}, path)
+    ids = torch.arange(9)[None]
+    assert torch.equal(load(tmp_path)(ids).logits, llama(ids).logits)
+    torch.save({**weights, "model.layers.0.attention.q_norm.weight": torch.ones(8)}, path)
+    with pytest.raises(icl.InputError, match=r"has no weight model\.layers\.0\.attention\.q_norm"):
+        load(tmp_path)
+    narrow = {"model.layers.1.attention.wqkv.weight": torch.ones(64, 30)}
+    torch.save({**weights, **narrow}, path)
+    with pytest.raises(
+        icl.InputError, match=r"layers\.1\.\S+_proj.*\(\d+, 30\), expected \(\d+, 32\)"
+    ):
+        load(tmp_path)
+    path.write_bytes(b"garbage")
+    with pytest.raises(icl.InputError, match=r"^model \S+ cannot be loaded: .+$"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True}])
+def test_loaded_model_is_a_llama_and_is_saved_as_one(changes, tmp_path):
+    llama = random_llama(**changes)
+    write_checkpoint(tmp_path, llama, layout="sharded safetensors")
+    loaded = load(tmp_path)
+    assert loaded.config.model_type == "llama"
+    assert weights_fingerprint(loaded) == weights_fingerprint(llama)
+    loaded.save_pretrained(tmp_path / "saved")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.config.architectures == ["LlamaForCausalLM"]
+    assert weights_fingerprint(again) == weights_fingerprint(llama)
 
 
 def test_biases_are_the_default_of_a_silent_configuration():
@@ -206,6 +253,11 @@ def test_biases_are_the_default_of_a_silent_configuration():
 
 
 def write_sentencepiece(folder, *, dummy_prefix: bool = True) -> None:
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(dummy_prefix))
+
+
+@functools.cache
+def sentencepiece_model(dummy_prefix: bool) -> bytes:
     """A byte-fallback BPE of 400 pieces, as InternLM2's repositories hold one."""
     import io
 
@@ -219,7 +271,7 @@ def write_sentencepiece(folder, *, dummy_prefix: bool = True) -> None:
         add_dummy_prefix=dummy_prefix, hard_vocab_limit=False, minloglevel=2,
         allow_whitespace_only_pieces=True, split_digits=True,
     )  # fmt: skip
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return model.getvalue()
 
 
 @pytest.fixture(params=[True, False], ids=["dummy prefix", "no prefix"])

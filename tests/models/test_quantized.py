@@ -12,8 +12,10 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import icl_helpers as icl
-from icl_helpers.models.loading import quantization_config, weights_fingerprint
+from icl_helpers.models.fingerprint import weights_fingerprint
+from icl_helpers.models.loading import quantization_config
 from tests.conftest import make_llama, make_tokenizer
+from tests.models.test_internlm2 import write_checkpoint, write_sentencepiece
 
 pytest.importorskip("bitsandbytes", reason="the optional extra 'quantized' is not installed")
 
@@ -235,7 +237,18 @@ def test_products_are_computed_in_the_dtype_asked_for():
     assert quantization_config("8bit", "auto").load_in_8bit
 
 
-def test_internlm2_is_refused_before_its_weights_are_read(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "internlm2"}')
-    with pytest.raises(icl.InputError, match="cannot be quantised"):
-        icl.load_model(str(tmp_path), quantization="8bit")
+def test_internlm2_is_quantised_as_the_llama_it_was_made_from(quantized, tmp_path, ids):
+    kind, llama, _, full = quantized
+    options = {"quantization": kind, "dtype": "float32", "device": "cpu"}
+    write_sentencepiece(tmp_path)
+    write_checkpoint(tmp_path, full, layout="sharded safetensors")
+    model, _ = icl.load_model(str(tmp_path), **options)
+    assert type(model.model.layers[0].self_attn.k_proj) is type(
+        llama.model.layers[0].self_attn.k_proj
+    )
+    assert weights_fingerprint(model) == weights_fingerprint(llama)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, llama(input_ids=ids).logits)
+    write_checkpoint(tmp_path, full, layout="sharded safetensors", num_key_value_heads=4)
+    with pytest.raises(icl.InputError, match=r"wqkv.*rows"):
+        icl.load_model(str(tmp_path), **options)

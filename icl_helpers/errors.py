@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
-    "ICLError",
-    "InputError",
-    "InterventionError",
-    "MissingArtefactError",
+    "ICLError", "InputError", "InterventionError", "MissingArtefactError",
     "UnsupportedArchitectureError",
-]
+]  # fmt: skip
 
 
 class ICLError(Exception):

@@ -7,6 +7,7 @@ and a checksum.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -24,22 +25,10 @@ from safetensors.torch import save_file
 from icl_helpers.errors import ICLError, InputError, MissingArtefactError
 
 __all__ = [
-    "StorageError",
-    "atomic_path",
-    "book_dir",
-    "check_run_dir",
-    "content_key",
-    "embedded_dir",
-    "kept_tensor",
-    "notebooks_dir",
-    "project_root",
-    "set_aside",
-    "synthetic_dir",
-    "tasks_dir",
-    "user_path",
-    "write_json",
-]
-
+    "StorageError", "assets_dir", "atomic_path", "book_dir", "cache_dir", "cached_tensor",
+    "check_run_dir", "content_key", "embedded_dir", "notebooks_dir", "project_root", "quarantine",
+    "read_text", "synthetic_dir", "tasks_dir", "user_path", "write_json",
+]  # fmt: skip
 
 _PACKAGE = Path(__file__).resolve().parent
 _LONGEST_NAME = 255
@@ -60,6 +49,22 @@ def user_path(given: str | os.PathLike[str]) -> Path:
         )
     # Unlike pathlib's, this one leaves the name of an unknown user as it is.
     return Path(os.path.expanduser(text))
+
+
+def read_text(path: Path) -> str:
+    """Read a text file that a user made: UTF-8, with or without a mark in front, or UTF-16.
+
+    Raises :class:`InputError` for any other encoding, which cannot be told for certain.
+    """
+    content = path.read_bytes()
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8, or convert it, for "
+            f"example with: iconv -f latin1 -t utf-8"
+        ) from None
 
 
 def project_root() -> Path:
@@ -99,6 +104,17 @@ def notebooks_dir() -> Path:
 def book_dir() -> Path:
     """Folder of the hand-written pages of the book."""
     return _folder("book")
+
+
+def cache_dir() -> Path:
+    """The user's cache: ``$ICL_CACHE_DIR`` or ``~/.cache/icl_helpers``."""
+    root = os.environ.get("ICL_CACHE_DIR")
+    return Path(root) if root else Path.home() / ".cache" / "icl_helpers"
+
+
+def assets_dir() -> Path:
+    """Folder of the viewer's style and script, and of the templates of the book's pages."""
+    return _PACKAGE / "assets"
 
 
 def embedded_dir() -> Path:
@@ -168,7 +184,7 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(text)
 
 
-def set_aside(path: Path, why: str) -> Path:
+def quarantine(path: Path, why: str) -> Path:
     """Rename a damaged file to ``<name>.damaged-N`` and say so; it is never deleted."""
     number = 1
     while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
@@ -181,7 +197,7 @@ def set_aside(path: Path, why: str) -> Path:
     return target
 
 
-def kept_tensor(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+def cached_tensor(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The tensor in ``path`` if it was written under this key, else a computed one, written there.
 
     A damaged file is set aside by name. Raises :class:`StorageError` when it cannot be written.
@@ -206,10 +222,10 @@ def _read(path: Path, key: str) -> torch.Tensor | None:
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, ValueError) as error:
-        set_aside(path, f"is damaged ({error})")
+        quarantine(path, f"is damaged ({error})")
         return None
     if _checksum(tensor) != checksum:
-        set_aside(path, "is damaged (checksum differs)")
+        quarantine(path, "is damaged (checksum differs)")
         return None
     return tensor
 

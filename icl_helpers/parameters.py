@@ -1,8 +1,9 @@
-"""Parameters of the stages, checked before anything is loaded.
+"""Parameters of a run, declared once and checked before anything is loaded.
 
-Notebooks hold them as literals in one cell; papermill puts its own cell after it. papermill only
-warns about a parameter that a notebook does not have, so :func:`stage_parameters` compares the
-names itself.
+A declaration names a parameter's type, default and help, the stages that use it, and the results
+that it decides. The command's options, the notebooks' parameter cells, and what belongs to a run
+(:mod:`icl_helpers.run.plan`) follow from it. papermill only warns about a parameter that a notebook
+does not have, so :func:`stage_parameters` compares the names itself.
 
 Example
 -------
@@ -11,94 +12,163 @@ Example
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from icl_helpers.errors import InputError
 from icl_helpers.redaction import SECRET
 
-__all__ = ["StageParameters", "stage_parameters"]
+__all__ = [
+    "About", "StageParameters", "about", "parameter_cell", "read_parameters", "stage_parameters",
+]  # fmt: skip
 
-
-_NONE = type(None)
 _CHECKED = "_icl_parameters_checked"
+_EVERY = (1, 2, 3, 4, 5, 6, 7, 8)
+_EVALUATING = (3, 4, 5, 6, 8)
+
+Decides = Literal["model", "prompts", "selection", "random_heads", "knockout", "mean", "nothing"]
 
 
 @dataclass(frozen=True)
-class StageParameters:
-    """What a run is about. None means the default that suits the model or the task.
+class About:
+    """What is declared of a parameter besides its type and default.
 
-    ``tasks``: None for the abstract tasks. ``nlp_tasks``, those of the stage on text: None for the
-    paper's seven, or for an embedded model its stand-ins; an empty list for none. ``labels`` of
-    text tasks: semantic, unrelated or both; None for both in that stage and each task's own
-    elsewhere. ``data_dir``: local files of NLP tasks, ``DATA_DIR/TASK/train.jsonl`` and
-    ``validation.jsonl``; None for the hub. ``shots``: None for each task's own. ``fractions``: None
-    for the model's (the paper's 0.01 and 0.03, or those fixed for an embedded model).
-    ``reference``: a text file for the means.
+    ``stages`` are the numbers of the notebooks that use it. ``decides`` says which results change
+    with it: all of a ``model``, all on some ``prompts``, those under one kind of condition; only
+    which results there are (``selection``); or ``nothing``. A ``path`` is one of the user's.
     """
 
-    model: str = "icl-tiny"
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    batch_size: int | str = "auto"
-    tasks: list[str] | None = None
-    nlp_tasks: list[str] | None = None
-    labels: str | None = None
-    shots: list[int] | None = None
-    fractions: list[float] | None = None
-    seeds: tuple[int, ...] | list[int] = (42, 43, 44)
-    ablation_seeds: tuple[int, ...] | list[int] = (42, 43, 44)
-    limit: int | None = None
-    run_dir: str = "runs/icl-tiny"
-    data: str = "synthetic"
-    data_dir: str | None = None
-    control: str = "published"
-    categories: tuple[str, ...] | list[str] = ("words", "labels", "colons", "blank_lines")
-    average: str = "attention_input"
-    reference: str | None = None
-    quantization: str | None = None
-    trust_remote_code: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values of all parameters."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+    help: str
+    stages: tuple[int, ...]
+    decides: Decides
+    allowed: tuple[Any, ...] | None = None
+    path: bool = False
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "model": (str,),
-    "revision": (str, _NONE),
-    "dtype": (str,),
-    "device": (str, _NONE),
-    "batch_size": (int, str),
-    "tasks": (list, tuple, _NONE),
-    "nlp_tasks": (list, tuple, _NONE),
-    "labels": (str, _NONE),
-    "shots": (list, tuple, _NONE),
-    "fractions": (list, tuple, _NONE),
-    "seeds": (list, tuple),
-    "ablation_seeds": (list, tuple),
-    "limit": (int, _NONE),
-    "run_dir": (str,),
-    "data": (str,),
-    "data_dir": (str, _NONE),
-    "control": (str,),
-    "categories": (list, tuple),
-    "average": (str,),
-    "reference": (str, _NONE),
-    "quantization": (str, _NONE),
-    "trust_remote_code": (bool,),
-}
-_ITEMS: dict[str, tuple[type, ...]] = {
-    "tasks": (str,),
-    "nlp_tasks": (str,),
-    "shots": (int,),
-    "fractions": (float, int),
-    "seeds": (int,),
-    "ablation_seeds": (int,),
-    "categories": (str,),
-}
+def _parameter(default: Any, *about: Any, **more: Any) -> Any:
+    return Field(default, json_schema_extra={"about": About(*about, **more)})  # type: ignore[dict-item]
+
+
+class StageParameters(BaseModel):
+    """What a run is about. None means the default that suits the model or the task."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    model: str = _parameter(
+        "icl-tiny", "icl-tiny, smollm2-135m, a hub id, a directory or a .gguf file", _EVERY, "model"
+    )
+    revision: str | None = _parameter(None, "revision of a hub model", _EVERY, "model")
+    dtype: str = _parameter(
+        "auto", "auto, float32, bfloat16 or float16", _EVERY, "model",
+        allowed=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+    device: str | None = _parameter(None, "cpu, cuda, cuda:1, ...", _EVERY, "nothing")
+    quantization: str | None = _parameter(
+        None, "4bit or 8bit weights (needs bitsandbytes)", _EVERY, "model",
+        allowed=(None, "4bit", "8bit"),
+    )  # fmt: skip
+    trust_remote_code: bool = _parameter(
+        False, "run code from the model's repository", _EVERY, "model"
+    )
+    batch_size: int | str = _parameter(
+        "auto", "prompts per forward pass, or auto", (3, 4, 5, 6), "nothing"
+    )
+    tasks: list[str] | None = _parameter(
+        None, "task names; None: the abstract tasks", (3, 4, 5, 7, 8), "selection"
+    )
+    nlp_tasks: list[str] | None = _parameter(
+        None, "text tasks; None: those that suit the model, empty: none", (6, 8), "selection"
+    )
+    labels: str | None = _parameter(
+        None, "of text tasks: semantic, unrelated or both", _EVALUATING, "selection",
+        allowed=(None, "semantic", "unrelated", "both"),
+    )  # fmt: skip
+    shots: list[int] | None = _parameter(
+        None, "numbers of demonstrations; None: each task's own", _EVALUATING, "selection"
+    )
+    fractions: list[float] | None = _parameter(
+        None, "fractions of heads; None: those that suit the model", (1, 4, 5, 6, 7, 8), "selection"
+    )
+    seeds: list[int] = _parameter(
+        [42, 43, 44], "demonstration seeds", (3, 4, 5, 6, 7, 8), "selection"
+    )
+    ablation_seeds: list[int] = _parameter(
+        [42, 43, 44], "seeds of the random heads", (4, 5, 6, 8), "selection"
+    )
+    limit: int | None = _parameter(
+        None, "only the first documents of each task", _EVALUATING, "prompts"
+    )
+    data: str = _parameter(
+        "synthetic", "synthetic, original, or a directory of the published files",
+        (3, 4, 5, 7, 8), "prompts", path=True,
+    )  # fmt: skip
+    data_dir: str | None = _parameter(
+        None, "local files of NLP tasks, DIR/TASK/train.jsonl, ...", (3, 4, 5, 6, 7, 8), "prompts",
+        path=True,
+    )  # fmt: skip
+    control: str = _parameter(
+        "published", "published, strict or any_layer", (4, 5, 6, 8), "random_heads"
+    )
+    categories: list[str] = _parameter(
+        ["words", "labels", "colons", "blank_lines"], "what a knockout blocks", (5, 7, 8),
+        "knockout",
+    )  # fmt: skip
+    average: str = _parameter(
+        "attention_input", "attention_input (as the published code) or head_output",
+        (2, 4, 5, 6, 8), "mean", allowed=("attention_input", "head_output"),
+    )  # fmt: skip
+    reference: str | None = _parameter(
+        None, "text file for the means, one text a line", (2, 4, 5, 6, 8), "mean", path=True
+    )
+    run_dir: str = _parameter("runs/icl-tiny", "directory of the run", _EVERY, "nothing")
+
+    # A notebook states what its stage uses; what it does not state says nothing of the run.
+    _notebook: bool = PrivateAttr(default=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    def as_dict(self, *, stated: bool = False) -> dict[str, Any]:
+        """JSON values of all parameters; ``stated``: of a notebook's only those that it has."""
+        return self.model_dump(exclude_unset=stated and self._notebook)
+
+
+def about() -> Iterator[tuple[str, Any, Any, About]]:
+    """Yield (name, type, default, declaration) of every parameter, in order."""
+    for name, field in StageParameters.model_fields.items():
+        extra: Any = field.json_schema_extra
+        yield name, field.annotation, field.default, extra["about"]
+
+
+def parameter_cell(stage: int) -> str:
+    """Return the source of a stage notebook's parameter cell: a literal for what it uses."""
+    lines = []
+    for name, _, default, declared in about():
+        if stage in declared.stages:
+            lines.append(f"{name} = {default!r}  # {declared.help}".replace("'", '"'))
+    return "\n".join(lines)
+
+
+def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Parameters from a YAML file; raises :class:`InputError` when it is not a mapping."""
+    from icl_helpers.files import read_text
+
+    try:
+        content = yaml.safe_load(read_text(Path(path)))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read parameters from {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a mapping of parameter names to values")
+    return content
 
 
 def stage_parameters(values: Mapping[str, Any] | None = None, **given: Any) -> StageParameters:
@@ -116,62 +186,64 @@ def stage_parameters(values: Mapping[str, Any] | None = None, **given: Any) -> S
     InputError
         An unknown name, a wrong type, or a value that no stage can use, naming what is allowed.
     """
-    names = {field.name for field in fields(StageParameters)}
+    names = StageParameters.model_fields
     source = {} if values is None else values
-    found = {**{k: v for k, v in source.items() if _is_plain(k, v)}, **given}
+    stated = {**{k: v for k, v in source.items() if _is_plain(k, v)}, **given}
     if _CHECKED in source:
-        found = {name: value for name, value in found.items() if name in names}
-    unknown = sorted(set(found) - names)
+        stated = {name: value for name, value in stated.items() if name in names}
+    unknown = sorted(set(stated) - set(names))
     if unknown:
         raise InputError(
             f"unknown parameter {unknown[0]!r}; the parameters are {', '.join(sorted(names))}"
         )
-    for name, value in found.items():
-        _check_type(name, value)
-    parameters = StageParameters(**found)
+    for name, value in stated.items():
+        # First of all: the other messages show the value.
+        if SECRET.search(repr(value)):
+            raise InputError(
+                f"parameter {name!r} looks like an access token; parameters are stored in "
+                f"notebooks. Put it in the environment instead (HF_TOKEN)"
+            )
+    if isinstance(stated.get("model"), str):
+        from icl_helpers.models.loading import model_name
+
+        # A folder has one name, wherever a kernel or a worker stands.
+        stated["model"] = model_name(stated["model"])
+    try:
+        parameters = StageParameters(**stated)
+    except ValidationError as error:
+        raise _type_error(error) from None
     _check_values(parameters)
     if isinstance(source, dict):
         source[_CHECKED] = True
+    parameters._notebook = "__name__" in source
     return parameters
 
 
 def _is_plain(name: str, value: Any) -> bool:
     """Whether a global of a notebook is a literal that its user set, not IPython's own."""
     own = not name.startswith("_") and name not in ("In", "Out")
-    return own and isinstance(value, (str, int, float, list, tuple, dict, _NONE))
+    return own and isinstance(value, (str, int, float, list, tuple, dict, type(None)))
 
 
-def _check_type(name: str, value: Any) -> None:
-    # First of all: the other messages show the value.
-    if SECRET.search(repr(value)):
-        raise InputError(
-            f"parameter {name!r} looks like an access token; parameters are stored in notebooks. "
-            f"Put it in the environment instead (HF_TOKEN)"
-        )
-    allowed = _TYPES[name]
-    wrong = not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
-    items = value if isinstance(value, (list, tuple)) else []
-    bad = [
-        item
-        for item in items
-        if not isinstance(item, _ITEMS.get(name, ())) or isinstance(item, bool)
-    ]
-    if wrong or bad:
-        words = " or ".join("None" if t is _NONE else t.__name__ for t in allowed)
-        inside = f" of {_ITEMS[name][0].__name__}" if name in _ITEMS else ""
-        got = f"{bad[0]!r} inside {value!r}" if bad else f"{value!r} ({type(value).__name__})"
-        raise InputError(f"parameter {name!r} must be {words}{inside}, got {got}")
+def _type_error(error: ValidationError) -> InputError:
+    """One line for the first value of a wrong type."""
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    kind: Any = StageParameters.model_fields[name].annotation
+    words = " or ".join(
+        str(part) if get_args(part) else part.__name__.replace("NoneType", "None")
+        for part in (get_args(kind) if isinstance(kind, UnionType) else (kind,))
+    )
+    return InputError(f"parameter {name!r} must be {words}, got {first['input']!r}")
 
 
 def _check_values(parameters: StageParameters) -> None:
     from icl_helpers.attention.heads import CONTROLS, check_fraction
     from icl_helpers.attention.induction_pattern import check_categories
     from icl_helpers.files import check_run_dir
-    from icl_helpers.models.loading import resolve_model
     from icl_helpers.tasks.data import check_local
     from icl_helpers.tasks.specs import get_task_spec, text_spec
 
-    resolve_model(parameters.model)
     check_run_dir(parameters.run_dir)
     for task in parameters.tasks or []:
         get_task_spec(task)
@@ -181,15 +253,9 @@ def _check_values(parameters: StageParameters) -> None:
         check_local(parameters.data_dir, [*(parameters.nlp_tasks or []), *(parameters.tasks or [])])
     for fraction in parameters.fractions or []:
         check_fraction(fraction)
-    allowed = {
-        "dtype": ("auto", "float32", "bfloat16", "float16"),
-        "labels": (None, "semantic", "unrelated", "both"),
-        "control": CONTROLS,
-        "average": ("attention_input", "head_output"),
-        "quantization": (None, "4bit", "8bit"),
-    }
-    for name, options in allowed.items():
-        if getattr(parameters, name) not in options:
+    for name, _, _, declared in about():
+        options = CONTROLS if name == "control" else declared.allowed
+        if options is not None and getattr(parameters, name) not in options:
             raise InputError(
                 f"parameter {name!r} must be one of {', '.join(map(str, options))}, got "
                 f"{getattr(parameters, name)!r}"

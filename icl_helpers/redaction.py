@@ -16,7 +16,6 @@ from icl_helpers.errors import ICLError
 
 __all__ = ["SECRET", "LeakError", "check_leaks", "redact"]
 
-
 # Forms of Hugging Face, OpenAI-style and GitHub tokens; those with a prefix as short as "sk-" must
 # hold a digit, which long hyphenated names do not. Before one may stand a line break as JSON writes
 # it, or the end of a terminal's colour, which tracebacks in notebooks are full of.

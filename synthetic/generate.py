@@ -19,31 +19,19 @@ import random
 import string
 from pathlib import Path
 
-from synthetic.training.corpus import TEXT_TASKS, evaluation_rows
+from synthetic.training.corpus import (
+    TEXT_TASKS,
+    WORD_TASKS,
+    evaluation_rows,
+    letters,
+    word_categories,
+)
 
 HERE = Path(__file__).resolve().parent
 ROWS_PER_LABEL = 250
 
 # Name: pattern of the Foo rows; Bar rows are as many distinct letters.
 LETTER_TASKS = {"repetition": "ABAB", "recursion": "ABBB", "centre_embedding": "ABCBA"}
-
-# Name: label -> (category of the first word, category of the second word).
-WORD_TASKS = {
-    "wordseq1_binary": {"Foo": ("fruits", "animals"), "Bar": ("furniture", "professions")},
-    "wordseq2_binary": {"Foo": ("vegetables", "vehicles"), "Bar": ("body_parts", "instruments")},
-    "wordseq1_4way": {
-        "Foo": ("fruits", "animals"),
-        "Bar": ("furniture", "professions"),
-        "Mur": ("furniture", "animals"),
-        "Res": ("fruits", "professions"),
-    },
-    "wordseq2_4way": {
-        "Foo": ("vegetables", "vehicles"),
-        "Bar": ("body_parts", "instruments"),
-        "Mur": ("vegetables", "instruments"),
-        "Res": ("body_parts", "vehicles"),
-    },
-}
 
 # Name: rows a split. The templates hold few facts: a quarter of them, 63, is kept for validation.
 TEXT_TASKS_ROWS = {"review_sentiment": 400, "fact_opinion": 120}
@@ -58,54 +46,40 @@ def letter_rows(name: str, pattern: str, *, seed: int = 0) -> list[Row]:
     for label, shape in (("Foo", pattern), ("Bar", string.ascii_uppercase[: len(pattern)])):
         seen: dict[str, None] = {}
         while len(seen) < ROWS_PER_LABEL:
-            letters = rng.sample(string.ascii_uppercase, len(set(shape)))
-            drawn = [letters[string.ascii_uppercase.index(symbol)] for symbol in shape]
-            seen.setdefault(" ".join(drawn))
+            seen.setdefault(letters(rng, shape))
         rows += [{"sequence": sequence, "label": label} for sequence in seen]
     rng.shuffle(rows)
     return rows
 
 
-def word_rows(
-    name: str, classes: dict[str, tuple[str, str]], words: dict[str, list[str]], *, seed: int = 0
-) -> list[Row]:
+def word_rows(name: str, classes: dict[str, tuple[str, str]], *, seed: int = 0) -> list[Row]:
     """Every pair of words of each class, shuffled."""
     rng = random.Random(f"{name}-{seed}")
     rows = [
         {"text": f"{first} {second}", "label": label}
-        for label, (one, two) in classes.items()
-        for first, second in itertools.product(words[one], words[two])
+        for label, pair in classes.items()
+        for first, second in itertools.product(*(word_categories()[category] for category in pair))
     ]
     rng.shuffle(rows)
     return rows
 
 
-def text_files(out: Path) -> list[Path]:
-    """Write the stand-in text tasks' splits below ``out/text`` and return the files."""
-    files = []
-    for task in TEXT_TASKS:
-        folder = out / "text" / task.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for split, rows in evaluation_rows(task, n=TEXT_TASKS_ROWS[task.name]).items():
-            path = folder / f"{split}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            files.append(path)
-    return files
-
-
 def generate(out: Path) -> list[Path]:
     """Write every data set below ``out`` and return the files."""
-    words = json.loads((HERE / "words.json").read_text())
     data = {name: letter_rows(name, pattern) for name, pattern in LETTER_TASKS.items()}
-    data |= {name: word_rows(name, classes, words) for name, classes in WORD_TASKS.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    files = []
+    data |= {name: word_rows(name, classes) for name, classes in WORD_TASKS.items()}
+    texts = {}
     for name, rows in data.items():
-        path = out / f"{name}.json"
         lines = ",\n".join(json.dumps(row) for row in rows)
-        path.write_text(f"[\n{lines}\n]\n")
-        files.append(path)
-    return files + text_files(out)
+        texts[out / f"{name}.json"] = f"[\n{lines}\n]\n"
+    for task in TEXT_TASKS:
+        for split, sentences in evaluation_rows(task, n=TEXT_TASKS_ROWS[task.name]).items():
+            path = out / "text" / task.name / f"{split}.jsonl"
+            texts[path] = "".join(json.dumps(row) + "\n" for row in sentences)
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return list(texts)
 
 
 def main() -> None:

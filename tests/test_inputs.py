@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pandas as pd
@@ -11,6 +12,8 @@ import torch
 
 import icl_helpers as icl
 from icl_helpers.cli import main
+from icl_helpers.models.reference_text import reference_texts
+from icl_helpers.parameters import read_parameters
 from icl_helpers.tasks import specs as task_registry
 from tests.conftest import make_llama, make_tokenizer
 
@@ -224,3 +227,50 @@ def test_what_is_asked_for_twice_counts_once(llama, tokenizer):
     repeated = icl.evaluate(llama, tokenizer, shots=[0, 2, 0], seeds=[42, 43, 42], **request)
     pd.testing.assert_frame_equal(pd.DataFrame(found), pd.DataFrame(repeated), check_exact=True)
     assert set(found["n"]) == {3}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "latin-1"])
+@pytest.mark.parametrize("kind", ["rows", "text rows", "reference", "parameters"])
+def test_files_as_people_save_them_are_read_or_refused_in_one_line(tmp_path, encoding, kind):
+    texts = [f"café {number}" for number in range(6)]
+    rows = [{"sequence": text, "label": ("Foo", "Bar")[i % 2]} for i, text in enumerate(texts)]
+    lines = [{"sentence": text, "label": i % 2} for i, text in enumerate(texts)]
+    dumps = {"rows": json.dumps(rows, ensure_ascii=False), "reference": "\n".join(texts)}
+    dumps["text rows"] = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    dumps["parameters"] = f"limit: 3\ntasks: [repetition]\nreference: {texts[0]}\n"
+    names = {"rows": FILE, "text rows": "sst2/train.jsonl", "parameters": "p.yaml"}
+    path = tmp_path / names.get(kind, "reference.txt")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(dumps[kind].encode(encoding))
+    (path.parent / "validation.jsonl").write_text(dumps["text rows"], encoding="utf-8")
+
+    def read() -> str:
+        if kind == "rows":
+            prompts = icl.build_prompts("repetition", shots=0, seed=42, data=str(tmp_path))
+            return prompts[0].context
+        if kind == "text rows":
+            shown = icl.build_prompts("sst2", shots=2, seed=42, data=str(tmp_path))
+            return shown[0].context.split("\n\n")[1]
+        if kind == "reference":
+            return next(iter(reference_texts("some/model", reference=str(path))))
+        return str(read_parameters(path)["reference"])
+
+    if encoding in ("latin-1", "utf-16-le"):
+        with pytest.raises(icl.InputError, match=re.escape(path.name)) as error:
+            read()
+        assert "\n" not in str(error.value)
+    else:
+        assert "café" in read()
+
+
+def test_a_folder_is_one_model_however_it_is_written(tmp_path, monkeypatch):
+    model, tokenizer = icl.load_model("icl-tiny")
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "org" / "m")
+    (tmp_path / "link").symlink_to(tmp_path / "org" / "m")
+    monkeypatch.chdir(tmp_path)
+    spellings = ["org/m", "./org/m", "org/m/", "org/../org/m", str(tmp_path / "org" / "m"), "link"]
+    names = {icl.stage_parameters(model=name).model for name in spellings}
+    assert names == {str((tmp_path / "org" / "m").resolve())}
+    assert icl.stage_parameters(model="icl-tiny").model == "icl-tiny"
+    assert icl.stage_parameters(model="org/other").model == "org/other"

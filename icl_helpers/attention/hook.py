@@ -33,7 +33,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from icl_helpers.attention.heads import Head
+from icl_helpers.attention.branches import branching_mask
 from icl_helpers.errors import InputError, InterventionError, UnsupportedArchitectureError
 
 __all__ = [
@@ -247,7 +247,7 @@ def _hooked(
 for _base, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
     # Without its mask function the mask would arrive as None and causality would be lost.
     AttentionInterface.register(_PREFIX + _base, functools.partial(_hooked, base=_base))
-    AttentionMaskInterface.register(_PREFIX + _base, _mask)
+    AttentionMaskInterface.register(_PREFIX + _base, functools.partial(branching_mask, base=_mask))
 
 
 @contextmanager
@@ -272,7 +272,9 @@ def edited_attention(
             outer = _ACTIVE.get(module)
             inherited = outer.edits if outer is not None else []
             active[module] = _Active([*inherited, *edits.get(layer, ())], positions)
-        handle = model.base_model.register_forward_pre_hook(positions.record, with_kwargs=True)
+        # Not the base model, which OPT passes by.
+        decoder = model.get_decoder()
+        handle = decoder.register_forward_pre_hook(positions.record, with_kwargs=True)
         try:
             with _activated(active):
                 yield layout
@@ -336,13 +338,13 @@ def attention_layout(model: PreTrainedModel) -> AttentionLayout:
     return known[base]
 
 
-def check_heads(heads: Iterable[Head], layout: AttentionLayout) -> None:
-    """Raise :class:`InputError` for a head that the model does not have."""
-    for head in heads:
-        if not (0 <= head.layer < layout.n_layers and 0 <= head.head < layout.n_heads):
+def check_heads(heads: Iterable[tuple[int, int]], layout: AttentionLayout) -> None:
+    """Raise :class:`InputError` for a head (layer, head) that the model does not have."""
+    for layer, head in heads:
+        if not (0 <= layer < layout.n_layers and 0 <= head < layout.n_heads):
             raise InputError(
-                f"head {head} is out of range: the model has layers 0..{layout.n_layers - 1} and "
-                f"heads 0..{layout.n_heads - 1}"
+                f"head {layer}.{head} is out of range: the model has layers "
+                f"0..{layout.n_layers - 1} and heads 0..{layout.n_heads - 1}"
             )
 
 

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,23 @@ from typing import Any
 import yaml
 
 from icl_helpers.book import pages
-from icl_helpers.book.pages import front_page, recipe_table, run_info, run_slug, stage_table
+from icl_helpers.book.pages import front_page, recipe_table, run_slug, stage_table
 from icl_helpers.book.performance import write_benchmark_page
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.files import book_dir, check_run_dir, notebooks_dir, project_root
-from icl_helpers.parameters import stage_parameters
+from icl_helpers.parameters import read_parameters, stage_parameters
 from icl_helpers.redaction import check_leaks
 from icl_helpers.results.notebook import DESCRIPTION
 from icl_helpers.run.costs import estimate_cost
+from icl_helpers.run.plan import run_info, shown_name
 from icl_helpers.run.stages import (
     StageError,
     check_book_extra,
     execute_notebook,
-    read_parameters,
     stage_notebooks,
 )
 
 __all__ = ["BookError", "build_book", "find_runs"]
-
 
 # The recipe that the page on running one's own model goes through.
 _EXAMPLE = "llama-3-8b.yaml"
@@ -123,7 +122,9 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
         study.append({"file": "comparison"})
     for run in runs:
         chapters = [{"file": page} for page in _stage_run(staged, run)]
-        toc["parts"].append({"caption": f"Run: {run_info(run)['model']}", "chapters": chapters})
+        toc["parts"].append(
+            {"caption": f"Run: {shown_name(run_info(run)['model'])}", "chapters": chapters}
+        )
     _generated(staged, runs)
     reference += [{"file": page} for page in ("runs", "notebooks", "cite")]
     config["parse"]["myst_substitutions"] = {
@@ -174,7 +175,7 @@ def _stage_chapters(staged: Path) -> Iterator[str]:
             raise BookError(str(error)) from None
         notebook = nbformat.read(target, as_version=4)
         _check_outputs(notebook, path)
-        _make_static(notebook, "", {})
+        _make_static(notebook, "")
         nbformat.write(notebook, target)
         target.with_suffix(".md").unlink(missing_ok=True)
         yield path.stem
@@ -190,12 +191,17 @@ def _stage_run(staged: Path, run: Path) -> Iterator[str]:
     if (run / "tables").is_dir():
         # Pages link to them, relative to themselves.
         shutil.copytree(run / "tables", folder / "tables", ignore=shutil.ignore_patterns(".*"))
-    # Where the run lay on the machine that made it is nobody's business.
-    places = {str(run.resolve()), run_info(run)["parameters"]["run_dir"]}
+    # Where the run and its model lay on the machine that made it is nobody's business.
+    info = run_info(run)
+    places = dict.fromkeys((str(run.resolve()), info["parameters"]["run_dir"]), f"runs/{run.name}")
+    places[info["model"]] = shown_name(info["model"])
     for stage in stage_notebooks():
-        notebook = nbformat.read(run / "notebooks" / stage.name, as_version=4)
+        text = (run / "notebooks" / stage.name).read_text(encoding="utf-8")
+        for place, shown in places.items():
+            text = text.replace(place, shown)
+        notebook = nbformat.reads(text, as_version=4)
         _check_outputs(notebook, run / "notebooks" / stage.name)
-        _make_static(notebook, f"-{slug}", dict.fromkeys(places, f"runs/{run.name}"))
+        _make_static(notebook, f"-{slug}")
         nbformat.write(notebook, folder / stage.name)
         yield f"run/{slug}/{stage.stem}"
     published = pages.overlay_page(run, folder)
@@ -212,16 +218,11 @@ def _check_outputs(notebook: Any, path: Path) -> None:
         raise BookError(f"{path} has no outputs: it was not executed")
 
 
-def _make_static(notebook: Any, suffix: str, places: Mapping[str, str]) -> None:
-    """Make an executed notebook fit for a static page, with figure names unique in the book.
-
-    ``places`` are paths in the sources and what stands for them.
-    """
+def _make_static(notebook: Any, suffix: str) -> None:
+    """Make an executed notebook fit for a static page, with figure names unique in the book."""
     # papermill notes where the notebook lay.
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
-        for place, shown in places.items():
-            cell.source = cell.source.replace(place, shown)
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata["tags"] += ["hide-cell"]
         if cell.cell_type == "code":

@@ -51,24 +51,11 @@ from icl_helpers.tasks.prompts import Prompt, build_prompts
 from icl_helpers.tasks.specs import pattern_spec
 
 __all__ = [
-    "Answers",
-    "WordMatch",
-    "answers",
-    "compare",
-    "control_overlap",
-    "in_words",
-    "lost_demonstrations",
-    "published_letters",
-    "published_rule_rows",
-    "resampled_accuracy",
-    "row_audit",
-    "score_term",
-    "search_audit",
-    "small_tokenizer",
-    "string_matched_pattern",
-    "string_matches",
-    "task_audit",
-]
+    "Answers", "WordMatch", "answers", "compare", "control_overlap", "lost_demonstrations",
+    "published_letters", "published_rule_rows", "resampled_accuracy", "row_audit", "score_term",
+    "search_audit", "small_tokenizer", "string_matched_pattern", "string_matches",
+    "summary_sentence", "task_audit",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +222,7 @@ def compare(
     return pd.DataFrame(rows, columns=["task", "side", "accuracy", "changed", "margin"])
 
 
-def in_words(frame: pd.DataFrame) -> str:
+def summary_sentence(frame: pd.DataFrame) -> str:
     """One line for what :func:`compare` found, averaged over tasks."""
     sides = frame.groupby("side", sort=False)[["accuracy", "changed"]].mean()
     accuracies = ", ".join(f"{row.accuracy:.1f} % {side}" for side, row in sides.iterrows())

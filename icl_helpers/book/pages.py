@@ -2,47 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from icl_helpers.files import book_dir, notebooks_dir, project_root
+from icl_helpers.files import assets_dir, book_dir, notebooks_dir, project_root
 from icl_helpers.models.loading import embedded_models
-from icl_helpers.parameters import StageParameters, stage_parameters
-from icl_helpers.results.comparison import compare_runs, overlay
+from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
+from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
-from icl_helpers.results.tables import abstract_results, summarise
-from icl_helpers.run.costs import _PAPER_MODELS, estimate_cost, stage_tokens
+from icl_helpers.results.tables import abstract_results, markdown_table, summarise
+from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
+from icl_helpers.run.plan import run_info, run_table, shown_name
 from icl_helpers.run.stages import stage_notebooks
 
 __all__ = [
-    "chapter_notebooks",
-    "citation_page",
-    "comparison_page",
-    "front_page",
-    "markdown_table",
-    "notebooks_page",
-    "overlay_page",
-    "recipe_table",
-    "run_info",
-    "run_slug",
-    "runs_page",
-    "stage_table",
-]
-
+    "chapter_notebooks", "citation_page", "comparison_page", "front_page", "notebooks_page",
+    "overlay_page", "recipe_table", "run_slug", "runs_page", "stage_table",
+]  # fmt: skip
 
 _COMPARED = ("full", "induction_heads", "induction_pattern", "random_heads")
-
-
-def run_info(run: Path) -> dict[str, Any]:
-    """What a run's ``run.json`` says."""
-    info: dict[str, Any] = json.loads((run / "run.json").read_text())
-    return info
+_FACTS = (
+    "model", "model_type", "dtype", "device", "machine", "python", "fingerprint", "updated",
+)  # fmt: skip
+_CHOICES = ("limit", "seeds", "ablation_seeds", "control", "average", "data", "quantization")
+# Their prose stands in Markdown files of the package; autoescaping would spoil Markdown.
+_PAGES = Environment(
+    loader=FileSystemLoader(assets_dir() / "pages"), trim_blocks=True, undefined=StrictUndefined
+)
 
 
 def run_slug(run: Path) -> str:
@@ -56,54 +48,29 @@ def chapter_notebooks() -> list[Path]:
     return [path for path in sorted(notebooks_dir().glob("*.ipynb")) if path not in stages]
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; bars in cells are escaped, missing values left empty."""
-
-    def line(cells: Sequence[Any]) -> str:
-        texts = ("" if cell is None else str(cell).replace("|", r"\|") for cell in cells)
-        return f"| {' | '.join(texts)} |"
-
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+def _page(name: str, **values: Any) -> str:
+    """Fill the page template of that name."""
+    return _PAGES.get_template(f"{name}.md").render(values).strip()
 
 
 def runs_page(runs: Sequence[Path]) -> str:
-    """How every run was made: parameters, versions, and how long its stages took."""
+    """Say how every run was made: parameters, versions, and how long its stages took."""
     infos = {run.name: run_info(run) for run in runs}
-    facts = (
-        "model",
-        "model_type",
-        "dtype",
-        "device",
-        "machine",
-        "python",
-        "fingerprint",
-        "updated",
-    )
-    chosen = ("limit", "seeds", "ablation_seeds", "control", "average", "data", "quantization")
+    for info in infos.values():
+        info["model"] = shown_name(info["model"])
     made = {
-        name: {fact.replace("_", " "): info.get(fact) for fact in facts}
-        | {key.replace("_", " "): _parameter(key, info["parameters"].get(key)) for key in chosen}
+        name: {fact.replace("_", " "): info.get(fact) for fact in _FACTS}
+        | {key.replace("_", " "): _parameter(key, info["parameters"].get(key)) for key in _CHOICES}
         for name, info in infos.items()
     }
     seconds = {name: dict(info.get("seconds", {})) for name, info in infos.items()}
     for stages in seconds.values():
         stages["**together**"] = round(sum(stages.values()), 1)
-    return "\n\n".join(
-        [
-            "# How the runs were made",
-            "Everything on this page was written by the runs themselves, into `run.json` in the "
-            "directory of each.",
-            "## Model, machine and parameters",
-            _beside(made, "what"),
-            "## Versions",
-            _beside({name: info.get("versions", {}) for name, info in infos.items()}, "package"),
-            "## Seconds per stage",
-            "Of the last time that each stage ran. A stage that finds finished cells in the run "
-            "directory uses them, so a run that was interrupted or repeated shows less than the "
-            "whole.",
-            _beside(seconds, "stage"),
-        ]
-    )
+    versions = {name: info.get("versions", {}) for name, info in infos.items()}
+    return _page(
+        "runs", made=_beside(made, "what"), versions=_beside(versions, "package"),
+        seconds=_beside(seconds, "stage"),
+    )  # fmt: skip
 
 
 def _parameter(name: str, value: Any) -> Any:
@@ -123,27 +90,22 @@ def _beside(columns: Mapping[str, Mapping[str, Any]], corner: str) -> str:
 
 def comparison_page(runs: Sequence[Path], folder: Path) -> str:
     """Runs side by side at each run's larger share of heads; the whole as CSV in ``folder``."""
-    frame = compare_runs(runs)
+    frame = compare_runs(
+        {
+            run.name: (shown_name(run_info(run)["model"]), run_table(run, "results", None))
+            for run in runs
+        }
+    )
     frame.to_csv(folder / "comparison.csv", index=False)
     shown = frame[
-        frame["share"].isin(["", "larger"])
-        & frame["ablation"].isin(["none", "mean", "knockout"])
-        & frame["condition"].isin(_COMPARED)
+        frame["share"].isin(["", "larger"]) & frame["ablation"].isin(["none", "mean", "knockout"])
     ]
-    parts = [
-        "# Runs compared",
-        "Accuracy in percent, averaged over the demonstration seeds (random heads also over "
-        "theirs), and in parentheses the difference to the same run's full model in points. Heads "
-        "are removed by mean ablation, patterns blocked by knockout, each at the run's larger "
-        "share of heads. "
-        "Runs may differ in documents and in what a share of heads is: see [](runs).",
-        "{download}`All accuracies as CSV <comparison.csv>`",
-    ]
-    for condition in _COMPARED:
-        rows = shown[shown["condition"] == condition]
-        if not rows.empty:
-            parts += [f"## {condition.replace('_', ' ').capitalize()}", _pivot(rows, runs)]
-    return "\n\n".join(parts)
+    tables = {
+        condition: _pivot(rows, runs)
+        for condition in _COMPARED
+        if not (rows := shown[shown["condition"] == condition]).empty
+    }
+    return _page("comparison", tables=tables)
 
 
 def _pivot(rows: pd.DataFrame, runs: Sequence[Path]) -> str:
@@ -160,11 +122,13 @@ def _pivot(rows: pd.DataFrame, runs: Sequence[Path]) -> str:
 
 def overlay_page(run: Path, folder: Path) -> str | None:
     """A run of one of the paper's models over the published values; None for any other model."""
-    frame = overlay(run)
+    model = run_info(run)["model"]
+    if published_name(model) is None:
+        return None
+    frame = overlay(model, run_table(run, "documents", None))
     if frame is None or frame.empty:
         return None
     frame.to_csv(folder / "overlay.csv", index=False)
-    model = run_info(run)["model"]
     rows = [
         [
             row["table"], row["task"], row["labels"], row["shots"],
@@ -179,18 +143,11 @@ def overlay_page(run: Path, folder: Path) -> str | None:
         "table", "task", "labels", "shots", "condition", "ablation", "heads", "published",
         "this run", "95 % interval", "difference", "inside",
     ]  # fmt: skip
-    return "\n\n".join(
-        [
-            "# Beside the published values",
-            f"Every value that the paper's tables and this run of {model} have in common, in "
-            f"percent; *inside* says whether the published value lies in the run's 95 % interval. "
-            f"That holds for {int(frame['inside'].sum())} of {len(frame)} values; the differences "
-            f"average {frame['difference'].mean():+.1f} points, without their signs "
-            f"{frame['difference'].abs().mean():.1f}.",
-            "{download}`This table as CSV <overlay.csv>`",
-            markdown_table(header, rows),
-        ]
-    )
+    difference = frame["difference"]
+    return _page(
+        "overlay", model=shown_name(model), inside=int(frame["inside"].sum()), count=len(frame),
+        mean=difference.mean(), size=difference.abs().mean(), table=markdown_table(header, rows),
+    )  # fmt: skip
 
 
 def notebooks_page(staged: Path, runs: Sequence[Path]) -> str:
@@ -198,8 +155,7 @@ def notebooks_page(staged: Path, runs: Sequence[Path]) -> str:
 
     Expects clean copies in ``staged/notebooks`` and the executed ones where the book shows them.
     """
-    names = [run.name for run in runs]
-    rows = [
+    stages = [
         [
             _title(path),
             f"{{download}}`clean <notebooks/{path.name}>`",
@@ -208,24 +164,17 @@ def notebooks_page(staged: Path, runs: Sequence[Path]) -> str:
         for path in stage_notebooks()
     ]
     chapters = [
-        [
-            _title(path),
-            f"{{download}}`clean <notebooks/{path.name}>`",
-            f"{{download}}`executed <{path.name}>`",
-        ]
+        [_title(path), *(f"{{download}}`{kind} <{path.name}>`" for kind in ("clean", "executed"))]
         for path in chapter_notebooks()
         if (staged / path.name).is_file()
     ]
-    parts = [
-        "# Notebooks to download",
-        "Clean notebooks are those of the repository; they run wherever this package is installed. "
-        "Executed ones hold their outputs and open in Jupyter without running anything.",
-        "## Stages of a run",
-        markdown_table(["stage", "notebook", *names], rows),
-    ]
-    if chapters:
-        parts += ["## Chapters", markdown_table(["chapter", "notebook", "in this book"], chapters)]
-    return "\n\n".join(parts)
+    for row in chapters:
+        row[1] = row[1].replace("<", "<notebooks/")
+    return _page(
+        "notebooks",
+        stages=markdown_table(["stage", "notebook", *(run.name for run in runs)], stages),
+        chapters=chapters and markdown_table(["chapter", "notebook", "in this book"], chapters),
+    )
 
 
 def _title(path: Path) -> str:
@@ -244,41 +193,11 @@ def citation_page() -> str:
     text = (project_root() / "CITATION.cff").read_text()
     software = yaml.safe_load(text)
     authors = " and ".join("{" + author["name"] + "}" for author in software["authors"])
-    entry = "\n".join(
-        [
-            "@software{icl_helpers,",
-            f"  title = {{{software['title']}}},",
-            f"  author = {{{authors}}},",
-            f"  version = {{{software['version']}}},",
-            f"  license = {{{software['license']}}}",
-            "}",
-        ]
-    )
-    return "\n\n".join(
-        [
-            "# How to cite",
-            "If you use results or code of this book, cite the paper that it reproduces "
-            "{cite}`crosbie2025induction`, and this software.",
-            "## The paper",
-            f"```bibtex\n{paper}\n```",
-            "## This software",
-            f"```bibtex\n{entry}\n```",
-            "The same in the Citation File Format, as `CITATION.cff` in the repository:",
-            f"```yaml\n{text.strip()}\n```",
-        ]
-    )
+    return _page("cite", paper=paper, software=software, authors=authors, cff=text.strip())
 
 
 _FIGURE = ("mean", "knockout")
 _VIEWER = "07_attention_patterns"
-_ABOUT_EMBEDDED = (
-    "The embedded model is made for this purpose: it was trained, from scratch, on repeated "
-    "sequences, few-shot puzzles and template sentences, with a penalty that keeps induction in "
-    "few heads, and knows nothing else. What it shows is how the mechanism is found, removed and "
-    "blocked with these tools, and what that does to "
-    "few-shot accuracy in *this* model. It is no evidence about large models trained on text; for "
-    "those, see the paper or run one."
-)
 
 
 def front_page(staged: Path, run: Path) -> dict[str, str]:
@@ -287,44 +206,25 @@ def front_page(staged: Path, run: Path) -> dict[str, str]:
     Keys: model, model_described, answer, figure, accuracies, stages, viewer, about_model.
     """
     info = run_info(run)
-    results = abstract_results(pd.read_parquet(run / "results.parquet"))
+    results = abstract_results(run_table(run, "results", "tasks"))
     (staged / "_static").mkdir(exist_ok=True)
     figure = accuracy_bars(results, ablations=list(_FIGURE))
     figure.savefig(staged / "_static" / "front.png", dpi=160)
     numbers = summarise(results)
     embedded = info["model"] in embedded_models()
+    name = shown_name(info["model"])
+    parameters = info["parameters"] | {"model": name}
+    alt = bars_alt(results, ablations=list(_FIGURE))
     return {
-        "model": info["model"],
-        "model_described": f"{info['model']}, a small model that travels with it"
-        if embedded
-        else info["model"],
-        "answer": _answer(numbers),
-        "figure": "\n".join(
-            [
-                "```{figure} _static/front.png",
-                ":name: fig-front",
-                f":alt: {json.dumps(bars_alt(results, ablations=list(_FIGURE)))}",
-                "",
-                _caption(info, numbers["fraction"]),
-                "```",
-            ]
-        ),
+        "model": name,
+        "model_described": f"{name}, a small model that travels with it" if embedded else name,
+        "answer": _page("answer", **numbers),
+        "figure": _page("figure", **parameters, alt=alt, fraction=numbers["fraction"]),
         "accuracies": _accuracies(results),
         "stages": str(len(stage_notebooks())),
         "viewer": f"[attention viewer](run/{run_slug(run)}/{_VIEWER})",
-        "about_model": _ABOUT_EMBEDDED if embedded else "",
+        "about_model": _page("embedded") if embedded else "",
     }
-
-
-def _caption(info: Mapping[str, Any], fraction: float) -> str:
-    limit = info["parameters"]["limit"]
-    documents = "all documents" if limit is None else f"the first {limit} documents"
-    return (
-        f"Accuracy of {info['model']} with the most examples per task, on {documents} of each "
-        f"task and demonstration seeds {', '.join(map(str, info['parameters']['seeds']))}; "
-        f"{fraction:.1%} of its heads are removed (mean ablation) or blocked. Lines span the runs; "
-        f"the dotted line is chance for two labels."
-    )
 
 
 def _accuracies(results: pd.DataFrame) -> str:
@@ -341,40 +241,6 @@ def _accuracies(results: pd.DataFrame) -> str:
     return ", ".join(parts)
 
 
-def _answer(numbers: dict[str, Any]) -> str:
-    """The answer for this model; what was not evaluated is left out."""
-    full = numbers["full"]
-    text = (
-        f"**In this model:** with {numbers['shots']} examples it labels {full:.0f} % of the "
-        f"two-label sequences correctly."
-    )
-    removed = {
-        "induction_heads": f"without {numbers['fraction']:.1%} of its heads, those with the "
-        f"highest induction score, {{}}",
-        "induction_pattern": "with only their induction pattern blocked, {}",
-        "random_heads": "without as many random heads of the same layers, {}",
-    }
-    parts = [
-        words.format(f"{numbers[name]:.0f} % ({_points(numbers[name] - full)} points)")
-        for name, words in removed.items()
-        if numbers[name] is not None
-    ]
-    if parts:
-        text += f" {'; '.join(parts).capitalize()}."
-    zero = (numbers["zero_shot"], numbers["zero_shot_induction_heads"])
-    if None in zero:
-        return text
-    return (
-        f"{text} Without examples it is at {zero[0]:.0f} %, and at {zero[1]:.0f} % without the "
-        f"heads."
-    )
-
-
-def _points(difference: float) -> str:
-    """A difference in whole points with its sign; what rounds to nothing has none."""
-    return f"{round(difference):+d}" if round(difference) else "0"
-
-
 # Tokens per second taken for a recipe that is meant for a smaller GPU than the default's.
 _RECIPE_RATES = {"llama-3-8b-4bit.yaml": 900.0}
 
@@ -384,25 +250,24 @@ def recipe_table(folder: Path | None = None) -> str:
 
     Recipes of models whose configuration is not at hand are left out.
     """
-    from icl_helpers.run.stages import read_parameters
-
-    lines = [
-        "| recipe | dtype | batch size | documents | weights | work | tokens | GPU hours |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for path in sorted((folder or notebooks_dir() / "parameters").glob("*.yaml")):
         p = stage_parameters(**read_parameters(path))
-        if p.model not in _PAPER_MODELS:
+        if p.model not in PAPER_CONFIGS:
             continue
-        cost = estimate_cost(p, tokens_per_second=_RECIPE_RATES.get(path.name))
         kind = p.dtype if p.quantization is None else f"{p.quantization}, {p.dtype}"
-        lines.append(
-            f"| `{path.name}` | {kind} | {p.batch_size} | "
-            f"{'all' if p.limit is None else f'{p.limit} a task'} | "
-            f"{cost.weights_bytes / 1e9:.0f} GB | {cost.working_bytes / 1e9:.0f} GB | "
-            f"{cost.tokens / 1e6:.0f} million | {cost.hours:.1f} at {cost.rate:,.0f} tokens/s |"
-        )
-    return "\n".join(lines)
+        documents = "all" if p.limit is None else f"{p.limit} a task"
+        cost = estimate_cost(p, tokens_per_second=_RECIPE_RATES.get(path.name))
+        rows.append(
+            (
+                f"`{path.name}`", kind, p.batch_size, documents,
+                f"{cost.weights_bytes / 1e9:.0f} GB", f"{cost.working_bytes / 1e9:.0f} GB",
+                f"{cost.tokens / 1e6:.0f} million",
+                f"{cost.hours:.1f} at {cost.rate:,.0f} tokens/s",
+            )
+        )  # fmt: skip
+    header = ["recipe", "dtype", "batch size", "documents", "weights", "work", "tokens"]
+    return markdown_table([*header, "GPU hours"], rows)
 
 
 _OUTCOMES = {
@@ -416,13 +281,11 @@ _OUTCOMES = {
 
 def stage_table(p: StageParameters) -> str:
     """What each stage of a run costs and leaves, as a Markdown table for the book."""
-    cost = estimate_cost(p)
-    lines = ["| stage | tokens | GPU time | what comes out |", "| --- | --- | --- | --- |"]
+    rate = estimate_cost(p).rate
+    rows = []
     for stage, tokens in stage_tokens(p).items():
         name, outcome = _OUTCOMES[stage]
-        minutes = tokens / cost.rate / 60
-        lines.append(
-            f"| {stage}, {name} | {tokens / 1e6:.3f} million | "
-            f"{'under a minute' if minutes < 1 else f'{minutes:.0f} minutes'} | {outcome} |"
-        )
-    return "\n".join(lines)
+        minutes = tokens / rate / 60
+        time = "under a minute" if minutes < 1 else f"{minutes:.0f} minutes"
+        rows.append((f"{stage}, {name}", f"{tokens / 1e6:.3f} million", time, outcome))
+    return markdown_table(["stage", "tokens", "GPU time", "what comes out"], rows)

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from icl_helpers.book.pages import markdown_table
+from icl_helpers.results.tables import markdown_table
 
 __all__ = ["write_benchmark_page"]
-
 
 _MARK = "<!-- measurements -->"
 _FIGURE = "benchmark_growth.svg"

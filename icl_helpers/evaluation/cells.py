@@ -160,29 +160,25 @@ def _prompt_set(group: CellGroup) -> _PromptSet:
 
 
 def _score(lm: InterventionLM, task: Any, encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
-    """Score one cell and let lm-eval's task judge each document."""
+    """Score one cell: of each document the target, and of each of its labels what was found."""
     scored = lm._loglikelihood_tokens(encoded)
-    by_document: dict[int, list[tuple[int, Any]]] = {}
-    for instance, result in zip(task.instances, scored, strict=True):
-        by_document.setdefault(instance.doc_id, []).append((instance.idx, (instance, result)))
-    documents: dict[str, list[Any]] = {"doc_id": [], "correct": [], "margin": [], "valid": []}
+    by_document: dict[int, list[tuple[Any, Encoded, tuple[float, bool]]]] = {}
+    for instance, request, result in zip(task.instances, encoded, scored, strict=True):
+        by_document.setdefault(instance.doc_id, []).append((instance, request, result))
+    documents: dict[str, list[Any]] = {
+        "doc_id": [], "target": [], "log_probabilities": [], "n_tokens": [], "greedy": [],
+    }  # fmt: skip
     for doc_id, choices in by_document.items():
-        choices.sort(key=lambda choice: choice[0])
-        results = [result for _, (_, result) in choices]
-        doc = choices[0][1][0].doc
-        valid = all(math.isfinite(log_probability) for log_probability, _ in results)
-        correct = bool(task.process_results(doc, results)["acc"]) if valid else False
-        target = int(task.doc_to_target(doc))
+        choices.sort(key=lambda choice: choice[0].idx)
         documents["doc_id"].append(doc_id)
-        documents["correct"].append(correct)
-        documents["margin"].append(_margin(results, target) if valid else None)
-        documents["valid"].append(valid)
+        documents["target"].append(int(task.doc_to_target(choices[0][0].doc)))
+        # JSON has no word for what is not finite.
+        documents["log_probabilities"].append(
+            [value if math.isfinite(value) else None for *_, (value, _) in choices]
+        )
+        documents["n_tokens"].append([len(label) for _, (_, _, label), _ in choices])
+        documents["greedy"].append([greedy for *_, (_, greedy) in choices])
     return documents
-
-
-def _margin(results: Sequence[tuple[float, bool]], target: int) -> float:
-    wrong = [result[0] for index, result in enumerate(results) if index != target]
-    return results[target][0] - max(wrong)
 
 
 @dataclass(frozen=True)
@@ -199,6 +195,7 @@ class ModelSource:
     device_map: str | None = None
     quantization: str | None = None
     trust_remote_code: bool = False
+    gguf_file: str | None = None
     batch_size: int | str = "auto"
 
 
@@ -207,7 +204,7 @@ class Job:
     """A group of cells, the model they are scored with, and where finished cells are kept.
 
     ``means`` has, per condition, the safetensors bytes of [heads, positions, d_head], or None;
-    ``places`` the number by which the caller knows each cell.
+    ``cell_indices`` the number by which the caller knows each cell.
     """
 
     group: CellGroup
@@ -215,17 +212,17 @@ class Job:
     key: dict[str, Any]
     cells_dir: str | None
     means: tuple[bytes | None, ...]
-    places: tuple[int, ...]
+    cell_indices: tuple[int, ...]
 
     def split(self, size: int = 1) -> list[Job]:
         """The same cells in jobs of at most ``size``."""
         return [
             replace(
                 self, group=group, means=self.means[start : start + size],
-                places=self.places[start : start + size],
+                cell_indices=self.cell_indices[start : start + size],
             )
             for start, group in zip(
-                range(0, len(self.places), size), self.group.split(size), strict=True
+                range(0, len(self.cell_indices), size), self.group.split(size), strict=True
             )
         ]  # fmt: skip
 
@@ -236,13 +233,13 @@ def pack(
     source: ModelSource,
     key: dict[str, Any],
     cells_dir: Path | None,
-    places: Sequence[int],
+    cell_indices: Sequence[int],
 ) -> Job:
     """The job of scoring a group whose cells have these numbers."""
     means = tuple(_pack_means(condition) for condition in group.conditions)
     bare = tuple(replace(condition, head_outputs=None) for condition in group.conditions)
     directory = None if cells_dir is None else str(cells_dir.resolve())
-    return Job(replace(group, conditions=bare), source, key, directory, means, tuple(places))
+    return Job(replace(group, conditions=bare), source, key, directory, means, tuple(cell_indices))
 
 
 def run_job(job: Job) -> list[Cell]:
@@ -282,7 +279,7 @@ def _loaded(source: ModelSource) -> tuple[InterventionLM, dict[str, Any]]:
         model, tokenizer = load_model(
             source.name, revision=source.revision, dtype=source.dtype, device=source.device,
             device_map=source.device_map, quantization=source.quantization,
-            trust_remote_code=source.trust_remote_code,
+            trust_remote_code=source.trust_remote_code, gguf_file=source.gguf_file,
         )  # fmt: skip
         lm = InterventionLM(model, tokenizer, batch_size=source.batch_size)
         _KEPT[source] = lm, model_key(model, tokenizer, source.revision)

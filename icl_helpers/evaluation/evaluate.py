@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,12 +32,13 @@ from icl_helpers.evaluation.cells import (
     Job,
     ModelSource,
     pack,
+    run_job,
     score_group,
     stored_cells,
 )
 from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.evaluation.scorer import InterventionLM
-from icl_helpers.evaluation.store import CellStore, EvaluationResults, document_frame, finish
+from icl_helpers.evaluation.store import CellStore, EvaluationResults, document_frame, write_results
 from icl_helpers.evaluation.workers import (
     FailedCellsError,
     Failure,
@@ -48,6 +49,7 @@ from icl_helpers.evaluation.workers import (
 )
 from icl_helpers.files import check_run_dir, content_key, write_json
 from icl_helpers.models.fingerprint import model_key
+from icl_helpers.tasks.prompts import PromptSet, Shots, prompt_sets, resolve_shots
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
@@ -57,23 +59,22 @@ __all__ = [
     "evaluate_request",
     "plan_request",
     "record_failures",
-    "resolve_shots",
 ]
-
-
-Shots = int | Sequence[int] | Mapping[str, Sequence[int]] | None
 
 
 @dataclass(frozen=True)
 class Request:
     """What is to be evaluated: groups of cells, the seeds that share each group, and where to.
 
-    ``seeds`` has a list per group: the demonstration seeds for which its rows are repeated.
+    ``seeds`` has the demonstration seeds of each group, for which its rows are repeated.
+    ``setting`` gives, for a task and the name and ablation of a condition, what its rows say in
+    their column ``setting``; see :meth:`icl_helpers.run.plan.Plan.row_key`.
     """
 
     groups: tuple[CellGroup, ...]
-    seeds: tuple[list[int], ...]
+    seeds: tuple[tuple[int, ...], ...]
     directory: Path | None
+    setting: Callable[[str, str, str], str] = lambda *_: ""
 
 
 def evaluate(
@@ -133,10 +134,17 @@ def evaluate(
     FailedCellsError
         Workers gave up cells; all others are finished, and written below ``run_dir``.
     """
-    request = plan_request(
-        tasks=tasks, shots=shots, conditions=conditions, seeds=seeds, limit=limit, labels=labels,
-        data=data, run_dir=run_dir,
-    )  # fmt: skip
+    if isinstance(tasks, str) or not tasks:
+        raise InputError(f"tasks must be a list of task names, got {tasks!r}")
+    sets = [
+        prompts
+        for task in dict.fromkeys(tasks)
+        for prompts in prompt_sets(
+            task, labels or get_task_spec(task).default_labels, resolve_shots(task, shots), seeds,
+            data,
+        )
+    ]  # fmt: skip
+    request = plan_request(sets, conditions=conditions, limit=limit, run_dir=run_dir)
     layout = attention_layout(model)
     for condition in request.groups[0].conditions:
         check_heads(condition.heads, layout)
@@ -148,27 +156,22 @@ def evaluate(
 
 
 def plan_request(
+    sets: Sequence[PromptSet],
     *,
-    tasks: Sequence[str],
-    shots: Shots,
     conditions: Sequence[Condition | str],
-    seeds: Sequence[int],
     limit: int | None,
-    labels: str | None,
-    data: str,
     run_dir: str | os.PathLike[str] | None,
+    setting: Callable[[str, str, str], str] = lambda *_: "",
 ) -> Request:
     """Check the arguments of :func:`evaluate` that need no model, and divide them into groups."""
     chosen = _as_conditions(conditions)
-    plan = _plan(tasks, shots, seeds, labels)
     directory = None if run_dir is None else check_run_dir(run_dir)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"limit must be a whole number >= 1 or None, got {limit!r}")
     groups = tuple(
-        CellGroup(task, task_labels, n_shots, task_seeds[0], limit, data, chosen)
-        for task, task_labels, n_shots, task_seeds in plan
+        CellGroup(s.task, s.labels, s.shots, s.seeds[0], limit, s.data, chosen) for s in sets
     )
-    return Request(groups, tuple(task_seeds for *_, task_seeds in plan), directory)
+    return Request(groups, tuple(s.seeds for s in sets), directory, setting)
 
 
 def evaluate_request(
@@ -186,7 +189,7 @@ def evaluate_request(
     """
     directory = request.directory
     store = None if directory is None else CellStore(directory / "cells")
-    failures: list[Failure] = []
+    failures: list[Failure[Job]] = []
     if executor is None:
         cells = _score_here(load, request.groups, key, store)
     else:
@@ -201,54 +204,24 @@ def evaluate_request(
         for _ in group.conditions
     ]
     frames = [
-        document_frame(*cells[number], seed)
+        document_frame(*cells[number], seed, setting=request.setting)
         for number, task_seeds in enumerate(seeds_of)
         for seed in task_seeds
         if number in cells
     ]
-    found = finish(pd.concat(frames, ignore_index=True), directory) if frames else None
+    found = write_results(pd.concat(frames, ignore_index=True), directory) if frames else None
     if failures:
         raise FailedCellsError(describe_failures(failures, directory))
     return cast("EvaluationResults", found)
 
 
-def resolve_shots(task: str, shots: Shots) -> list[int]:
-    """Numbers of demonstrations for a task: those given, or the task's own."""
-    given = shots.get(task) if isinstance(shots, Mapping) else shots
-    if given is None:
-        return list(get_task_spec(task).default_shots)
-    values = [given] if isinstance(given, int) else list(given)
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise InputError(f"shots must be whole numbers >= 0, got {value!r} for {task}")
-    return values
-
-
-def _plan(
-    tasks: Sequence[str], shots: Shots, seeds: Sequence[int], labels: str | None
-) -> list[tuple[str, str, int, list[int]]]:
-    """(task, labels, shots, seeds that share these prompts), in order; checks all of them."""
-    if isinstance(tasks, str) or not tasks:
-        raise InputError(f"tasks must be a list of task names, got {tasks!r}")
-    if not seeds:
-        raise InputError(
-            "seeds must hold at least one demonstration seed, for example [42, 43, 44]"
-        )
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise InputError(f"seeds must be whole numbers, got {seed!r}")
-    plan, drawn = [], list(dict.fromkeys(seeds))
-    for task in dict.fromkeys(tasks):
-        spec = get_task_spec(task)
-        for n_shots in dict.fromkeys(resolve_shots(task, shots)):
-            groups = [drawn] if n_shots == 0 else [[seed] for seed in drawn]
-            plan += [(task, labels or spec.default_labels, n_shots, group) for group in groups]
-    return plan
-
-
 def _as_conditions(given: Sequence[Condition | str]) -> tuple[Condition, ...]:
     """Conditions, each of them told apart by what the results say of it."""
-    chosen = tuple(_as_condition(condition) for condition in given)
+    chosen: list[Condition] = []
+    for condition in map(_as_condition, given):
+        # What is asked for twice counts once, whether by name or by object.
+        if all(condition.identity() != other.identity() for other in chosen):
+            chosen.append(condition)
     names = [(c.name, c.ablation, c.fraction, c.ablation_seed) for c in chosen]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
@@ -257,7 +230,7 @@ def _as_conditions(given: Sequence[Condition | str]) -> tuple[Condition, ...]:
             f"results are told apart; give one of them another ablation_seed, or evaluate them in "
             f"two calls"
         )
-    return chosen
+    return tuple(chosen)
 
 
 def _as_condition(condition: Condition | str) -> Condition:
@@ -293,7 +266,7 @@ def _score_elsewhere(
     groups: Sequence[CellGroup],
     key: dict[str, Any],
     store: CellStore | None,
-) -> tuple[dict[int, Cell], list[Failure]]:
+) -> tuple[dict[int, Cell], list[Failure[Job]]]:
     """The same by workers, which are given only what the store lacks."""
     size = chunk_size(len(groups), len(groups[0].conditions), workers)
     jobs: list[Job] = []
@@ -306,21 +279,21 @@ def _score_elsewhere(
         if missing:
             where = None if store is None else store.directory
             rest = replace(group, conditions=tuple(group.conditions[place] for place in missing))
-            places = [first + place for place in missing]
-            job = pack(rest, source=source, key=key, cells_dir=where, places=places)
+            indices = [first + place for place in missing]
+            job = pack(rest, source=source, key=key, cells_dir=where, cell_indices=indices)
             jobs += job.split(size)
         first += len(group.conditions)
     with tqdm(total=_count(groups), initial=len(cells), desc="cells", unit="cell") as progress:
 
         def keep(job: Job, found: list[Cell]) -> None:
-            cells.update(zip(job.places, found, strict=True))
+            cells.update(zip(job.cell_indices, found, strict=True))
             progress.update(len(found))
             # Workers may not share the directory; where they do, the file is there already.
             for spec, documents in found:
                 if store is not None and not store.path(spec).is_file():
                     store.write(spec, documents)
 
-        failures = run_jobs(jobs, workers, on_cells=keep)
+        failures = run_jobs(jobs, workers, function=run_job, on_cells=keep)
     return cells, failures
 
 
@@ -332,7 +305,7 @@ def record_failures(
     directory: Path,
     groups: Sequence[CellGroup],
     key: dict[str, Any],
-    failures: Sequence[Failure],
+    failures: Sequence[Failure[Job]],
 ) -> None:
     """Write what failed and why; take back the record of what has succeeded since."""
     records = {
@@ -349,9 +322,9 @@ def record_failures(
         write_json(path, record)
 
 
-def describe_failures(failures: Sequence[Failure], directory: Path | None) -> str:
+def describe_failures(failures: Sequence[Failure[Job]], directory: Path | None) -> str:
     """One sentence with the first failure, and where the others are."""
-    count = sum(len(failure.job.places) for failure in failures)
+    count = sum(len(failure.job.cell_indices) for failure in failures)
     cell = failures[0].job.group.describe()
     where = "" if directory is None else f" (all of them in {directory / 'failed'})"
     return (

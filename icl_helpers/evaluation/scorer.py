@@ -1,9 +1,9 @@
 """An lm-eval language model that scores prompts under a condition.
 
 :class:`InterventionLM` subclasses lm-eval's own Hugging Face model and replaces only the scoring of
-tokenised requests: a prompt is run once for all its single-token labels, logits are computed only
-at the scored positions, the interventions of the current condition are applied around every batch,
-and what prompts and conditions share is computed once (:mod:`icl_helpers.evaluation.shared_work`).
+tokenised requests: a prompt is run once for all its labels, logits are computed only at the scored
+positions, the interventions of the current condition are applied around every batch, and what
+labels, prompts and conditions share is computed once (:mod:`icl_helpers.evaluation.shared_work`).
 :class:`HFICL` is the same model for lm-eval's command line, registered as ``hf-icl``.
 """
 
@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from icl_helpers.attention.branches import Branches
 from icl_helpers.attention.hook import attention_layout
 from icl_helpers.attention.induction_pattern import induction_patterns
 from icl_helpers.attention.interventions import intervene
@@ -28,7 +30,14 @@ from icl_helpers.attention.means import mean_head_outputs
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.conditions import FULL, Condition, conditions
-from icl_helpers.evaluation.shared_work import LayerReuse, SharedStart, common_start, shares_start
+from icl_helpers.evaluation.shared_work import (
+    LayerReuse,
+    SharedStart,
+    common_start,
+    scored_logits,
+    shares_context,
+    shares_start,
+)
 from icl_helpers.models.loading import context_length, load_model, model_fractions
 from icl_helpers.models.reference_text import reference_samples, reference_texts
 
@@ -47,11 +56,36 @@ _AUTO_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 
 @dataclass
 class _Row:
-    """One sequence to run, and the requests that are scored on it."""
+    """One context to run, the branches behind it, and the requests that are scored on them.
 
-    ids: list[int]
+    ``ids`` are the tokens of the context and then those of the branches: of each label all tokens
+    but the last, which nothing follows. ``branches`` says at which of ``ids`` each begins.
+    """
+
     context: str
+    ids: list[int]
+    n_context: int
+    branches: dict[tuple[int, ...], int] = field(default_factory=dict)
     requests: list[int] = field(default_factory=list)
+
+    def add(self, request: int, label: Sequence[int]) -> None:
+        """Score a label on this row."""
+        self.requests.append(request)
+        branch = tuple(label[:-1])
+        if branch and branch not in self.branches:
+            self.branches[branch] = len(self.ids)
+            self.ids += branch
+
+    @property
+    def scored(self) -> range:
+        """Where among ``ids`` something is scored: the context's end, and all of the branches."""
+        return range(self.n_context - 1, len(self.ids))
+
+    def places(self, label: Sequence[int]) -> list[int]:
+        """Which of ``scored`` come before each of the label's tokens."""
+        branch = tuple(label[:-1])
+        first = self.branches.get(branch, 0) - self.scored.start
+        return [0, *range(first, first + len(branch))]
 
 
 @contextmanager
@@ -165,7 +199,9 @@ class InterventionLM(HFLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """Log-probability and greediness of each label, in the order of the requests."""
-        rows = _rows(requests)
+        rows = _rows(requests, together=True)
+        if _branched(rows) and not shares_context(self.model, self.condition.ablation):
+            rows = _rows(requests, together=False)
         self._prepare_patterns([row.context for row in rows])
         scored: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         progress = tqdm(
@@ -179,7 +215,7 @@ class InterventionLM(HFLM):
             # Long prompts first, so that running out of memory shows at once; equal lengths meet.
             rows.sort(key=lambda row: len(row.ids), reverse=True)
             budget = _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS["cuda"])
-            shared = self._shared_start(rows, requests)
+            shared = self._shared_start(rows)
             start = 0
             while start < len(rows):
                 size = override_bs or self._batch_rows(rows[start], budget)
@@ -227,14 +263,12 @@ class InterventionLM(HFLM):
         return blocked.to(self.device)
 
     @torch.inference_mode()
-    def _shared_start(
-        self, rows: Sequence[_Row], requests: Sequence[Encoded]
-    ) -> SharedStart | None:
+    def _shared_start(self, rows: Sequence[_Row]) -> SharedStart | None:
         """Keys and values of the tokens before which no prompt is scored or blocked."""
         if len(rows) < 2:
             return None
         length = common_start([row.ids for row in rows])
-        length = min(length, *(len(requests[r][1]) - 1 for row in rows for r in row.requests))
+        length = min(length, *(row.n_context - 1 for row in rows))
         if self.condition.ablation == "knockout":
             blocked = [
                 self._patterns[row.context, self.condition.categories][:length].any(dim=1)
@@ -260,42 +294,51 @@ class InterventionLM(HFLM):
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         for index, row in enumerate(batch):
             ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        spans = {
-            request: (len(requests[request][1]) - 1, len(requests[request][2]))
-            for row in batch
-            for request in row.requests
-        }
-        kept = sorted({start + k for start, n in spans.values() for k in range(n)})
-        place = {position: index for index, position in enumerate(kept)}
-        skipped = 0 if shared is None else shared.length
-        cache = {"use_cache": False} if shared is None else shared.arguments(len(batch))
+        branches = self._branches(batch)
+        # Rows with less to score repeat their last column.
+        places = range(max(len(row.scored) for row in batch))
+        columns = torch.tensor(
+            [[row.scored[min(p, len(row.scored) - 1)] for p in places] for row in batch]
+        )
+        interventions = self.condition.interventions(self._blocked(batch, width))
         layers = [head.layer for head in self.condition.heads]
+        first = min(layers) if interventions else attention_layout(self.model).n_layers - 1
         with ExitStack() as stack:
-            interventions = self.condition.interventions(self._blocked(batch, width))
-            if interventions:
+            if interventions or branches is not None:
                 stack.enter_context(intervene(self.model, *interventions))
-            key = (
-                skipped.to_bytes(4, "big") + bytes(str(ids.shape), "ascii") + ids.numpy().tobytes()
-            )
-            first = min(layers) if interventions else attention_layout(self.model).n_layers - 1
-            stack.enter_context(self._reuse.around(key, first))
-            # Padding lies to the right of every scored position, so causality hides it and no
-            # attention mask is needed; logits are computed at the scored positions only.
-            logits = self.model(
-                input_ids=ids[:, skipped:].to(self.device),
-                logits_to_keep=torch.tensor(kept, device=self.device) - skipped,
-                **cache,
-            ).logits
+            stack.enter_context(self._reuse.around(_batch_key(ids, branches, shared), first))
+            logits = scored_logits(self.model, ids, columns, start=shared, branches=branches)
+        self._note(batch, requests, logits, scored)
+
+    def _branches(self, batch: Sequence[_Row]) -> Branches | None:
+        if not _branched(batch):
+            return None
+        shapes = [(row.n_context, [len(branch) for branch in row.branches]) for row in batch]
+        return Branches.of(shapes, self.device)
+
+    def _note(
+        self,
+        batch: Sequence[_Row],
+        requests: Sequence[Encoded],
+        logits: Float[torch.Tensor, "batch scored vocabulary"],
+        scored: list[tuple[float, bool]],
+    ) -> None:
+        """Write down the log-probability and greediness of the batch's labels."""
         log_probabilities = torch.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
-        best = logits.argmax(dim=-1).cpu()
-        for index, row in enumerate(batch):
-            for request in row.requests:
-                label = torch.tensor(requests[request][2])
-                first = place[spans[request][0]]
-                where = slice(first, first + len(label))
-                taken = log_probabilities[index, where].cpu().gather(1, label[:, None])
-                greedy = bool((best[index, where] == label).all())
-                scored[request] = (float(taken.sum()), greedy)
+        labels = [(index, request) for index, row in enumerate(batch) for request in row.requests]
+        tokens = [
+            (index, place, token)
+            for index, request in labels
+            for place, token in zip(
+                batch[index].places(requests[request][2]), requests[request][2], strict=True
+            )
+        ]
+        rows, places, token_ids = torch.tensor(tokens, device=logits.device).T
+        lengths = [len(requests[request][2]) for _, request in labels]
+        taken = log_probabilities[rows, places, token_ids].cpu().split(lengths)
+        greedy = (logits.argmax(dim=-1)[rows, places] == token_ids).cpu().split(lengths)
+        for (_, request), values, hits in zip(labels, taken, greedy, strict=True):
+            scored[request] = (float(values.sum()), bool(hits.all()))
 
 
 def _move_spaces(context: str, label: str) -> tuple[str, str]:
@@ -303,14 +346,27 @@ def _move_spaces(context: str, label: str) -> tuple[str, str]:
     return stripped, context[len(stripped) :] + label
 
 
-def _rows(requests: Sequence[Encoded]) -> list[_Row]:
-    """Sequences to run: requests whose labels have one token share their prompt's sequence."""
-    rows: dict[tuple[int, ...], _Row] = {}
-    for index, (pair, context_ids, label_ids) in enumerate(requests):
-        ids = [*context_ids, *label_ids[:-1]]
-        row = rows.setdefault(tuple(ids), _Row(ids, pair[0].rstrip()))
-        row.requests.append(index)
+def _rows(requests: Sequence[Encoded], *, together: bool) -> list[_Row]:
+    """Rows to run: one per context, or one per context and branch where a model needs that."""
+    rows: dict[Any, _Row] = {}
+    for index, (pair, context, label) in enumerate(requests):
+        key = tuple(context), None if together else tuple(label[:-1])
+        row = rows.setdefault(key, _Row(pair[0].rstrip(), list(context), len(context)))
+        row.add(index, label)
     return list(rows.values())
+
+
+def _batch_key(ids: torch.Tensor, branches: Branches | None, start: SharedStart | None) -> bytes:
+    """Everything but the edits that decides a batch's hidden states."""
+    parts = [ids] if branches is None else [ids, branches.positions, branches.owners]
+    skipped = 0 if start is None else start.length
+    heading = f"{skipped} {tuple(ids.shape)} ".encode()
+    return heading + b"".join(part.cpu().numpy().tobytes() for part in parts)
+
+
+def _branched(rows: Sequence[_Row]) -> bool:
+    """Whether any row is more than a sequence: a single branch continues its context."""
+    return any(len(row.branches) > 1 for row in rows)
 
 
 @register_model("hf-icl")
@@ -343,8 +399,6 @@ class HFICL(InterventionLM):
         max_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        # MOVED
-
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             # lm-eval's command line names a GPU when the user names no device.
             device = None

@@ -1,34 +1,56 @@
-"""Work that prompts and conditions share: the prompts' common start, and the untouched layers.
+"""Work that prompts, labels and conditions share: common starts, contexts and untouched layers.
 
 All prompts of a task begin with the same description. Its keys and values are computed once and
 handed to every batch (:class:`SharedStart`). Conditions do not touch the layers below their first
-head: what these layers made of a batch is kept and handed on (:class:`LayerReuse`). The second is
-exact to the bit; the first is the same arithmetic in another order. Both work from the outside, on
-transformers' cache and on the decoder's blocks, so neither needs code per architecture. A model
-that does not come through the check on a few tokens is run in full.
+head: what these layers made of a batch is kept and handed on (:class:`LayerReuse`). The labels of a
+prompt branch off its context (:mod:`icl_helpers.attention.branches`). Kept layers are exact to the
+bit; the others are the same arithmetic in another order. All work from the outside, on
+transformers' cache and masks and on the decoder's blocks, so none needs code per architecture. A
+model that does not come through the check on a few tokens is run in full.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from icl_helpers.attention.branches import Branches
+from icl_helpers.attention.heads import Head
 from icl_helpers.attention.hook import attention_layout
+from icl_helpers.attention.interventions import (
+    AttentionKnockout,
+    Intervention,
+    MeanAblation,
+    ZeroAblation,
+    intervene,
+)
 
-__all__ = ["LayerReuse", "SharedStart", "common_start", "shares_layers", "shares_start"]
+__all__ = [
+    "LayerReuse",
+    "SharedStart",
+    "common_start",
+    "scored_logits",
+    "shares_context",
+    "shares_layers",
+    "shares_start",
+]
 
 
 # Bytes of hidden states kept per model; what does not fit is computed again.
 _KEPT_BYTES = {"cpu": 2**30, "cuda": 2**33}
 
+# Tokens of a check: enough to leave a sliding window behind, where that is affordable.
+_SHORT_PROBE, _LONG_PROBE = 6, 160
+
 _STARTS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_CONTEXTS: WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = WeakKeyDictionary()
 _LAYERS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -112,11 +134,59 @@ class LayerReuse:
                 self._left -= size
 
 
+def scored_logits(
+    model: PreTrainedModel,
+    ids: Int[torch.Tensor, "batch columns"],
+    columns: Int[torch.Tensor, "batch scored"],
+    *,
+    start: SharedStart | None = None,
+    branches: Branches | None = None,
+) -> Float[torch.Tensor, "batch scored vocabulary"]:
+    """Logits of each row's own columns; the output projection is computed for no others.
+
+    Rows are padded on the right, begin with ``start`` and have these ``branches``, which need the
+    hooked attention of :func:`icl_helpers.intervene`. Columns are gathered in front of the
+    projection, so that whatever the model does to logits (soft-capping, scaling) is done to these.
+    """
+    skipped = 0 if start is None else start.length
+    cache = {"use_cache": False} if start is None else start.arguments(len(ids))
+    rows, places = torch.arange(len(ids))[:, None], columns - skipped
+    gathered = False
+
+    def gather(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal gathered
+        gathered = True
+        return (args[0][rows, places], *args[1:])
+
+    with ExitStack() as stack:
+        projection = model.get_output_embeddings()
+        if projection is not None:
+            stack.callback(projection.register_forward_pre_hook(gather).remove)
+        if branches is not None:
+            stack.enter_context(branches.applied())
+            cache |= branches.arguments(skipped)
+        # Padding lies to the right of every scored column, so causality hides it and no attention
+        # mask is needed.
+        logits = model(input_ids=ids[:, skipped:].to(model.device), **cache).logits
+    return logits if gathered else logits[rows, places]
+
+
 def shares_start(model: PreTrainedModel) -> bool:
     """Whether the model gives the same logits when its first tokens come from a cache."""
     if model not in _STARTS:
         _STARTS[model] = _holds(_cached_start_holds, model)
     return _STARTS[model]
+
+
+def shares_context(model: PreTrainedModel, ablation: str) -> bool:
+    """Whether branches of one context have the logits of sequences of their own.
+
+    Found out for each kind of ablation (none, zero, mean or knockout) by itself, on a head a layer.
+    """
+    known = _CONTEXTS.setdefault(model, {})
+    if ablation not in known:
+        known[ablation] = _holds(lambda model: _branches_hold(model, ablation), model)
+    return known[ablation]
 
 
 def shares_layers(model: PreTrainedModel) -> bool:
@@ -126,32 +196,97 @@ def shares_layers(model: PreTrainedModel) -> bool:
     return _LAYERS[model]
 
 
-def _holds(check: Any, model: PreTrainedModel) -> bool:
+def _holds(check: Callable[[PreTrainedModel], bool], model: PreTrainedModel) -> bool:
     try:
         with torch.inference_mode():
-            return bool(check(model))
+            return check(model)
     except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
         # A decoder of another make: sharing is a saving, not a need.
         return False
 
 
-def _probe_ids(model: PreTrainedModel) -> torch.Tensor:
-    return torch.tensor([[1, 2, 1, 3, 2, 1], [1, 2, 1, 2, 3, 3]], device=model.device)
+def _probe_ids(model: PreTrainedModel) -> Int[torch.Tensor, "2 tokens"]:
+    """Two rows that differ in their last three tokens only."""
+    # Three tokens, two more than a cache keeps of a window, and the three that differ.
+    beyond = (getattr(model.config.get_text_config(), "sliding_window", None) or 0) + 5
+    length = beyond if _SHORT_PROBE < beyond <= _LONG_PROBE else _SHORT_PROBE
+    start = [1 + number * number % 7 % 3 for number in range(length - 3)]
+    return torch.tensor([[*start, 3, 2, 1], [*start, 2, 3, 3]], device=model.device)
+
+
+def _same(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    # Rounding in another order, far from what a wrong mask or position would do.
+    slack = torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max())
+    # Logits that are not numbers are not the same.
+    return bool((expected.float() - found.float()).abs().max() <= slack)
 
 
 def _cached_start_holds(model: PreTrainedModel) -> bool:
     ids = _probe_ids(model)
-    whole = model(input_ids=ids, use_cache=False).logits[:, 3:].float()
-    start = SharedStart(model, ids[:1, :3])
-    rest = model(input_ids=ids[:, 3:], **start.arguments(2)).logits.float()
-    # Rounding in another order, far from what a wrong mask or position would do.
-    slack = torch.finfo(model.dtype).eps ** 0.5 * float(whole.abs().max())
-    return torch.allclose(whole, rest, rtol=0, atol=slack)
+    length = ids.shape[1] - 3
+    whole = model(input_ids=ids, use_cache=False).logits[:, length:]
+    start = SharedStart(model, ids[:1, :length])
+    return _same(whole, model(input_ids=ids[:, length:], **start.arguments(2)).logits)
+
+
+def _branches_hold(model: PreTrainedModel, ablation: str) -> bool:
+    """Two contexts of different lengths, each with a branch of one token and one of two."""
+    ids = _probe_ids(model)
+    shared = ids.shape[1] - 3
+    contexts = [ids[0], ids[1, :-1]]
+    labels = ids.new_tensor([1]), ids.new_tensor([2, 3])
+    # A context's last column, and then those of the label; the branches stand side by side.
+    ends = [len(context) - 1 for context in contexts]
+    apart = _padded([torch.cat([context, label]) for label in labels for context in contexts])
+    columns = torch.tensor([[end + step for step in (0, 1, n)] for n in (1, 2) for end in ends])
+    with intervene(model, *_probe_edits(model, ablation, shared, ends * 2)):
+        short, long = scored_logits(model, apart, columns).split(2)
+    expected = torch.cat([short[:, :2], long[:, 1:]], dim=1)
+
+    together = _padded([torch.cat([context, *labels]) for context in contexts])
+    branches = Branches.of([(len(context), (1, 2)) for context in contexts], model.device)
+    columns = torch.tensor([[end + step for step in range(4)] for end in ends])
+    edits = _probe_edits(model, ablation, shared, ends)
+    start = None
+    if shares_start(model):
+        with intervene(model, *([] if ablation == "knockout" else edits)):
+            start = SharedStart(model, ids[:1, :shared])
+    with intervene(model, *edits):
+        return all(
+            _same(expected, scored_logits(model, together, columns, start=s, branches=branches))
+            for s in {None, start}
+        )
+
+
+def _probe_edits(
+    model: PreTrainedModel, ablation: str, shared: int, ends: Sequence[int]
+) -> list[Intervention]:
+    """Edits of one head a layer by this ablation, with means or blocked pairs made up for it."""
+    layout = attention_layout(model)
+    n_layers, n_heads, d_head = layout.n_layers, layout.n_heads, layout.d_head
+    heads = tuple(Head(layer, layer % n_heads) for layer in range(n_layers))
+    width = max(ends) + 4  # the longest context and its branches
+    means = torch.arange(n_layers * width * n_heads * d_head).sin()
+    blocked = torch.zeros(len(ends), width, width, dtype=torch.bool)
+    for row, end in enumerate(ends):
+        # As in a prompt, tokens of the shared start and of labels keep all their keys.
+        blocked[row, shared : end + 1, :shared:2] = True
+    kinds: dict[str, list[Intervention]] = {
+        "none": [],
+        "zero": [ZeroAblation(heads)],
+        "mean": [MeanAblation(heads, means.view(n_layers, width, n_heads, d_head))],
+        "knockout": [AttentionKnockout(heads, blocked.to(model.device))],
+    }
+    return kinds[ablation]
+
+
+def _padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def _skipped_layers_hold(model: PreTrainedModel) -> bool:
     blocks = _blocks(model)
-    ids = _probe_ids(model)
+    ids = _probe_ids(model)[:, -_SHORT_PROBE:]
     for layer in {1, len(blocks) - 1} - {0}:
         seen: dict[int, torch.Tensor] = {}
         with _recording(blocks, [layer], seen):

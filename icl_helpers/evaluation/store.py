@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from icl_helpers.errors import InputError
@@ -23,20 +24,22 @@ from icl_helpers.files import (
     atomic_path,
     check_run_dir,
     content_key,
-    set_aside,
+    quarantine,
     write_json,
 )
 
 __all__ = [
+    "CELL",
     "KEYS",
+    "ROW",
     "CellStore",
     "EvaluationResults",
     "accuracies",
-    "collect_results",
     "document_frame",
     "document_results",
-    "finish",
+    "merge_into_run_tables",
     "read_frame",
+    "write_results",
 ]
 
 
@@ -91,21 +94,15 @@ def _read_checked(path: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[st
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        set_aside(path, f"is damaged ({type(error).__name__})")
+        quarantine(path, f"is damaged ({type(error).__name__})")
         return None
     return content
 
 
-KEYS = [
-    "task",
-    "labels",
-    "shots",
-    "condition",
-    "ablation",
-    "fraction",
-    "ablation_seed",
-    "demonstration_seed",
-]
+# What a row of the tables is found by: of one set of prompts, under one condition, at its seeds.
+ROW = ["task", "labels", "shots"]
+CELL = [*ROW, "condition", "ablation", "fraction"]
+KEYS = [*CELL, "ablation_seed", "demonstration_seed"]
 
 
 class EvaluationResults(pd.DataFrame):
@@ -115,31 +112,67 @@ class EvaluationResults(pd.DataFrame):
     documents: pd.DataFrame
 
 
-def document_frame(spec: dict[str, Any], documents: dict[str, Any], seed: int) -> pd.DataFrame:
-    """A cell's documents under its key, at one demonstration seed."""
-    # A cell read back from its file has its keys in another order.
-    frame = pd.DataFrame(documents)[["doc_id", "correct", "margin", "valid"]]
-    frame["margin"] = frame["margin"].astype("float64")
+def document_frame(
+    spec: dict[str, Any],
+    documents: dict[str, Any],
+    seed: int,
+    *,
+    setting: Callable[[str, str, str], str],
+) -> pd.DataFrame:
+    """A cell's documents under its key, at one demonstration seed; see :func:`document_results`."""
+    frame = _judged(documents)
     values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}
     for position, key in enumerate(KEYS):
         frame.insert(position, key, values[key])
+    frame["setting"] = setting(spec["task"], spec["condition"], spec["ablation"])
     return frame.astype({"ablation_seed": "Int64", "demonstration_seed": "Int64", "shots": "int64"})
 
 
+def _judged(documents: dict[str, Any]) -> pd.DataFrame:
+    """What the scores that a cell keeps of each document say of it."""
+    # In a cell's file a number that is not finite is null. Arrays are what a table on disk gives.
+    scores = [np.array(values, dtype=np.float64) for values in documents["log_probabilities"]]
+    valid = [bool(np.isfinite(values).all()) for values in scores]
+    # As in lm-eval's accuracy, the first of equal labels.
+    chosen = [int(v.argmax()) if ok else None for v, ok in zip(scores, valid, strict=True)]
+    margins = [
+        values[target] - np.delete(values, target).max() if ok else np.nan
+        for values, target, ok in zip(scores, documents["target"], valid, strict=True)
+    ]
+    frame = pd.DataFrame(
+        {
+            "doc_id": documents["doc_id"],
+            "correct": [c == target for c, target in zip(chosen, documents["target"], strict=True)],
+            "margin": np.array(margins, dtype=np.float64),
+            "valid": valid,
+            "target": documents["target"],
+            "chosen": chosen,
+            "log_probabilities": scores,
+            "n_tokens": [np.array(numbers) for numbers in documents["n_tokens"]],
+            "greedy": [np.array(flags) for flags in documents["greedy"]],
+        }
+    )
+    # Whole numbers that may be missing: rows of an earlier version have none.
+    return frame.astype({"target": "Int64", "chosen": "Int64"})
+
+
 def accuracies(documents: pd.DataFrame) -> pd.DataFrame:
-    """One row per key: n, n_invalid and the accuracy of the valid documents."""
+    """One row per key: n, n_invalid, the accuracy of the valid documents, and their setting."""
     documents = documents.assign(
-        right=documents["correct"].where(documents["valid"]).astype("float64")
+        right=documents["correct"].where(documents["valid"]).astype("float64"),
+        # Rows written outside a run, or before there were settings, have none.
+        setting=documents["setting"].fillna("") if "setting" in documents else "",
     )
     grouped = documents.groupby(KEYS, dropna=False, sort=False)
     results = grouped.agg(
-        n=("valid", "sum"), total=("valid", "size"), accuracy=("right", "mean")
-    ).reset_index()
+        n=("valid", "sum"), total=("valid", "size"), accuracy=("right", "mean"),
+        setting=("setting", "first"),
+    ).reset_index()  # fmt: skip
     results["n_invalid"] = results.pop("total") - results["n"]
-    return results[[*KEYS, "n", "n_invalid", "accuracy"]]
+    return results[[*KEYS, "n", "n_invalid", "accuracy", "setting"]]
 
 
-def finish(documents: pd.DataFrame, directory: Path | None) -> EvaluationResults:
+def write_results(documents: pd.DataFrame, directory: Path | None) -> EvaluationResults:
     """The results of these documents, kept below the run directory; warns of invalid ones."""
     results = accuracies(documents)
     invalid = int(results["n_invalid"].sum())
@@ -150,13 +183,13 @@ def finish(documents: pd.DataFrame, directory: Path | None) -> EvaluationResults
             stacklevel=3,
         )
     if directory is not None:
-        collect_results(directory, documents)
-    found = EvaluationResults(results)
+        merge_into_run_tables(directory, documents)
+    found = EvaluationResults(results.drop(columns="setting"))
     found.documents = documents
     return found
 
 
-def collect_results(run_dir: str | os.PathLike[str], documents: pd.DataFrame) -> pd.DataFrame:
+def merge_into_run_tables(run_dir: str | os.PathLike[str], documents: pd.DataFrame) -> pd.DataFrame:
     """Add ``documents`` to a run's tables and return the accuracies of the whole run.
 
     Rows with the same key are replaced, so that a frame never holds two generations of a cell. Each
@@ -213,9 +246,33 @@ def _write_parquet(path: Path, frame: pd.DataFrame) -> None:
 
 
 def document_results(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
-    """Per-document results of a run: the key columns, doc_id, correct, margin, valid.
+    """Per-document results of a run: a row per document under its key.
 
-    ``margin`` is the log-probability of the right label minus that of the best wrong one, in nats.
+    Columns: the key (task, labels, shots, condition, ablation, fraction, ablation_seed,
+    demonstration_seed), and
+
+    doc_id
+        The document's place in its task.
+    correct
+        Whether the right label is the one chosen; False where ``valid`` is.
+    margin
+        Log-probability of the right label minus that of the best wrong one, in nats; NaN where
+        ``valid`` is False.
+    valid
+        Whether the log-probabilities of all labels are finite.
+    target, chosen
+        Index of the right label, and of the one with the highest log-probability (of equal ones
+        the first), which is lm-eval's ``acc``; ``chosen`` is missing where ``valid`` is False.
+    log_probabilities
+        Array: each label's log-probability after the prompt, summed over its tokens, in nats; NaN
+        where it is not finite.
+    n_tokens
+        Array: the number of tokens of each label.
+    greedy
+        Array: whether each of the label's tokens is the most probable one at its place.
+
+    Arrays are in the order of the task's labels, to which ``target`` and ``chosen`` are indices.
+    Rows written by a version that did not keep them have nothing from ``target`` on.
     """
     return read_frame(check_run_dir(run_dir) / "documents.parquet")
 
@@ -239,5 +296,5 @@ def _read_parquet(path: Path) -> pd.DataFrame | None:
     try:
         return pd.read_parquet(path)
     except Exception as error:
-        set_aside(path, f"is damaged ({type(error).__name__})")
+        quarantine(path, f"is damaged ({type(error).__name__})")
         return None

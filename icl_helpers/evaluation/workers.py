@@ -1,4 +1,4 @@
-"""Spreading cells over workers: processes on this machine, or a dask cluster.
+"""Spreading jobs over workers: processes on this machine, or a dask cluster.
 
 Workers are any ``concurrent.futures.Executor``. A worker that dies is replaced; a job that keeps
 killing its worker, or keeps failing, is given up after a few attempts and recorded, and the rest
@@ -21,45 +21,51 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    BrokenExecutor,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    wait,
-)
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import connection, parent_process
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from pebble import ProcessExpired, ProcessPool
 
 from icl_helpers.errors import ICLError, InputError, MissingArtefactError
-from icl_helpers.evaluation.cells import Cell, Job, run_job
 from icl_helpers.redaction import redact
 
 __all__ = [
     "FailedCellsError",
     "Failure",
+    "SplittableJob",
     "Workers",
     "as_workers",
     "chunk_size",
     "dask_workers",
     "process_workers",
     "run_jobs",
-    "start_worker",
     "workers_from_environment",
 ]
 
 
 # Attempts per cell before it is given up.
 _ATTEMPTS = 3
-# Deaths of workers, before any job has succeeded, after which nothing more is tried.
-_DEATHS = 12
+_DEATH = "the worker died (killed, out of memory, or crashed)"
 # Groups per worker to aim for: few build prompts twice, many keep all workers busy to the end.
 _GROUPS_PER_WORKER = 4
+
+JobT = TypeVar("JobT", bound="SplittableJob")
+ResultT = TypeVar("ResultT")
+
+
+class SplittableJob(Protocol):
+    """A job of one or several cells."""
+
+    @property
+    def cell_indices(self) -> Sequence[int]:
+        """The caller's number of each cell."""
+
+    def split(self: JobT) -> Sequence[JobT]:
+        """A job per cell."""
 
 
 class FailedCellsError(ICLError, RuntimeError):
@@ -67,63 +73,113 @@ class FailedCellsError(ICLError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Cells that were given up, and why."""
+class Failure(Generic[JobT]):
+    """A job that was given up, and why."""
 
-    job: Job
+    job: JobT
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Workers:
-    """An executor, how many workers it has, and how to replace it when it breaks.
+    """How to hand over a job, how many workers there are, and what they are trusted with.
 
-    ``width`` None: jobs are all handed over at once, and the executor itself tells which job
-    killed a worker, as dask does.
+    At most ``max_in_flight`` jobs are handed over at a time (None: all at once), each cell at most
+    ``attempts`` times, and nothing more when ``max_deaths`` workers died without any success.
     """
 
-    executor: Executor
+    submit: Callable[..., Future[Any]]
     count: int
-    width: int | None = None
-    renew: Callable[[], Executor] | None = None
+    max_in_flight: int | None = None
     attempts: int = _ATTEMPTS
+    max_deaths: float = math.inf
 
 
 @contextmanager
 def process_workers(count: int) -> Iterator[Workers]:
     """Processes on this machine, a GPU each where there are any.
 
-    They end when the block is left, at once when it is left by an exception, and when this process
-    is killed. Raises :class:`InputError` for an impossible number.
+    They end at once when the block is left, and when this process is killed. Raises
+    :class:`InputError` for an impossible number.
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
         raise InputError(f"workers must be a whole number from 1 to 1024, got {count!r}")
     context = multiprocessing.get_context("spawn")
+    pids = context.Array("i", count)
 
-    def pool() -> ProcessPoolExecutor:
-        counter = context.Value("i", 0)
-        return ProcessPoolExecutor(
-            count, mp_context=context, initializer=start_worker, initargs=(counter,)
-        )
+    def new_pool() -> ProcessPool:
+        return ProcessPool(count, initializer=_start_worker, initargs=(pids,), context=context)
 
-    def renew() -> Executor:
-        _end(workers.executor)
-        return pool()
+    pool, left = new_pool(), False
 
-    workers = Workers(pool(), count, width=count, renew=renew)
+    def submit(function: Callable[..., Any], job: Any) -> Future[Any]:
+        nonlocal pool
+        try:
+            return pool.schedule(_call, (function, job))
+        except RuntimeError:
+            if left:
+                raise
+        # It broke, as pools do when a worker dies while none has a job (while they start, say).
+        pool.join()
+        pool = new_pool()
+        return pool.schedule(_call, (function, job))
+
     try:
-        yield workers
-    except BaseException:
-        _end(workers.executor)
-        raise
-    workers.executor.shutdown()
+        yield Workers(submit, count, count, max_deaths=_ATTEMPTS * max(4, count))
+    finally:
+        left = True
+        pool.stop()
+        pool.join()
 
 
-def _end(executor: Executor) -> None:
-    """End a pool's processes now; what they have finished is in the store."""
-    for process in list((getattr(executor, "_processes", None) or {}).values()):
-        process.kill()
-    executor.shutdown(wait=True, cancel_futures=True)
+def _call(function: Callable[[Any], ResultT], job: Any) -> ResultT:
+    """Run a job in a process; an error that the parent may not know how to unpickle leaves as text.
+
+    It would break the pool: one of the model's own code, say.
+    """
+    try:
+        return function(job)
+    except Exception as error:
+        if isinstance(error, ICLError) or type(error).__module__ == "builtins":
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def _start_worker(pids: Any) -> None:
+    """Prepare a process of a pool: a GPU of its own, one CPU thread, an end with its parent.
+
+    With one thread in every process, sums are rounded alike whatever the number of processes.
+    Ctrl-C, which reaches the whole process group, is ignored already: the pool sees to it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
+    number = _take_number(pids)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+
+
+def _take_number(pids: Any) -> int:
+    """The first number that no living worker has: who replaces a dead one gets its GPU."""
+    with pids.get_lock():
+        number = next((n for n, pid in enumerate(pids) if not _is_alive(pid)), 0)
+        pids[number] = os.getpid()
+    return number
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return pid != 0
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 @contextmanager
@@ -159,7 +215,7 @@ def dask_workers(scheduler: str | os.PathLike[str]) -> Iterator[Workers]:
         executor = client.get_executor(
             pure=False, retries=_ATTEMPTS - 1, resources={"GPU": 1} if gpus else None
         )
-        yield Workers(executor, len(found), attempts=1)
+        yield Workers(executor.submit, len(found), attempts=1)
 
 
 def workers_from_environment() -> Any:
@@ -183,7 +239,7 @@ def as_workers(executor: Executor | Workers) -> Workers:
             f"executor must be a concurrent.futures.Executor or come from process_workers() or "
             f"dask_workers(), got {executor!r}"
         )
-    return Workers(executor, getattr(executor, "_max_workers", 1))
+    return Workers(executor.submit, getattr(executor, "_max_workers", 1))
 
 
 def chunk_size(groups: int, conditions: int, workers: Workers) -> int:
@@ -191,132 +247,58 @@ def chunk_size(groups: int, conditions: int, workers: Workers) -> int:
     return max(1, math.ceil(groups * conditions / (_GROUPS_PER_WORKER * workers.count)))
 
 
-# A job and the number of the attempt.
-_Entry = tuple[Job, int]
-
-
-@dataclass
-class _Queue:
-    """Jobs that wait, those in the executor, and those that may have killed their worker."""
-
-    waiting: deque[_Entry]
-    suspects: deque[_Entry] = field(default_factory=deque)
-    running: dict[Future[Any], _Entry] = field(default_factory=dict)
-    failures: list[Failure] = field(default_factory=list)
-    succeeded: bool = False
-    deaths: int = 0
-
-
 def run_jobs(
-    jobs: Sequence[Job],
+    jobs: Sequence[JobT],
     workers: Workers,
     *,
-    on_cells: Callable[[Job, list[Cell]], None],
-    function: Callable[[Job], list[Cell]] = run_job,
-) -> list[Failure]:
+    function: Callable[[JobT], ResultT],
+    on_cells: Callable[[JobT, ResultT], None],
+) -> list[Failure[JobT]]:
     """Run every job with ``function``; call ``on_cells`` with a job and its cells as it finishes.
 
     A job of several cells that fails is run again cell by cell, so that one cell costs no other.
     Errors of the user's making (:class:`ICLError`) end the run. Returns what was given up.
     """
-    queue = _Queue(deque((job, 1) for job in jobs))
-    while queue.waiting or queue.suspects or queue.running:
-        _submit(queue, workers, function)
-        dead = []
-        for future in wait(queue.running, return_when=FIRST_COMPLETED).done:
-            entry = queue.running.pop(future)
-            error = future.exception()
+    waiting = deque((job, 1) for job in jobs)
+    running: dict[Future[ResultT], tuple[JobT, int]] = {}
+    failures: list[Failure[JobT]] = []
+    deaths_left = workers.max_deaths
+    while waiting or running:
+        while waiting and len(running) < (workers.max_in_flight or math.inf):
+            job, attempt = waiting.popleft()
+            running[_submit(workers, function, job)] = job, attempt
+        ended = wait(running, return_when=FIRST_COMPLETED).done
+        broken = next((e for f in ended if isinstance(e := f.exception(), BrokenExecutor)), None)
+        # A pool that breaks forgets the jobs that no worker has asked for: their futures never end.
+        for future in list(running) if broken else ended:
+            job, attempt = running.pop(future)
+            error = future.exception() if future.done() else broken
             if error is None:
-                queue.succeeded = True
-                on_cells(entry[0], future.result())
-            elif isinstance(error, ICLError):
+                deaths_left = math.inf
+                on_cells(job, future.result())
+                continue
+            if isinstance(error, ICLError):
                 raise error
-            elif isinstance(error, BrokenExecutor):
-                dead.append(entry)
+            reason = redact(f"{type(error).__name__}: {error}")
+            if isinstance(error, (ProcessExpired, BrokenExecutor)):
+                reason = _DEATH
+                deaths_left -= 1
+            if len(job.cell_indices) > 1:
+                waiting.extend((single, 1) for single in job.split())
+            elif attempt < workers.attempts:
+                waiting.append((job, attempt + 1))
             else:
-                reason = redact(f"{type(error).__name__}: {error}")
-                _again(queue, queue.waiting, entry, reason, workers)
-        if dead:
-            _recover(queue, dead, workers)
-    return queue.failures
+                failures.append(Failure(job, f"{reason} ({attempt} attempts)"))
+        if deaths_left <= 0:
+            reason = f"{_DEATH}, as every worker did"
+            return failures + [Failure(job, reason) for job, _ in (*running.values(), *waiting)]
+    return failures
 
 
-def _submit(queue: _Queue, workers: Workers, function: Callable[[Job], list[Cell]]) -> None:
-    """Hand over jobs; a suspect runs alone, so that a further death is known to be its own."""
-    if queue.suspects:
-        if not queue.running:
-            _hand_over(queue, queue.suspects.popleft(), workers, function)
-        return
-    while queue.waiting and (workers.width is None or len(queue.running) < workers.width):
-        _hand_over(queue, queue.waiting.popleft(), workers, function)
-
-
-def _hand_over(
-    queue: _Queue, entry: _Entry, workers: Workers, function: Callable[[Job], list[Cell]]
-) -> None:
+def _submit(workers: Workers, function: Callable[[JobT], ResultT], job: JobT) -> Future[ResultT]:
     try:
-        future = workers.executor.submit(function, entry[0])
+        return workers.submit(function, job)
     except BrokenExecutor as error:
-        # A worker died since the last job ended, or while others are still counted as running.
-        future = Future()
-        future.set_exception(error)
-    queue.running[future] = entry
-
-
-def _recover(queue: _Queue, dead: list[_Entry], workers: Workers) -> None:
-    """Replace a broken pool; one job alone in it is to blame, of several each is suspect."""
-    dead += queue.running.values()
-    queue.running.clear()
-    if workers.renew is None:
         raise FailedCellsError(
             "a worker died and this executor cannot be replaced; run again to go on"
-        )
-    workers.executor = workers.renew()
-    queue.deaths += 1
-    reason = "the worker died (killed, out of memory, or crashed)"
-    if queue.deaths >= _DEATHS and not queue.succeeded:
-        dead += [*queue.suspects, *queue.waiting]
-        queue.failures += [Failure(job, f"{reason}, as every worker did") for job, _ in dead]
-        queue.suspects.clear()
-        queue.waiting.clear()
-    elif len(dead) > 1:
-        queue.suspects.extend(dead)
-    else:
-        _again(queue, queue.suspects, dead[0], reason, workers)
-
-
-def _again(
-    queue: _Queue, line: deque[_Entry], entry: _Entry, reason: str, workers: Workers
-) -> None:
-    """Put a failed job back in line: its cells apart, or the same cell until it is given up."""
-    job, attempt = entry
-    if len(job.places) > 1:
-        line.extend((single, 1) for single in job.split())
-    elif attempt < workers.attempts:
-        line.append((job, attempt + 1))
-    else:
-        queue.failures.append(Failure(job, f"{reason} ({attempt} attempts)"))
-
-
-def start_worker(counter: Any) -> None:
-    """Prepare a process of a pool: a GPU of its own, one CPU thread, an end with its parent.
-
-    With one thread in every process, sums are rounded alike whatever the number of processes.
-    """
-    # Ctrl-C reaches the whole process group; the parent alone decides what to do about it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
-    with counter.get_lock():
-        number = counter.value
-        counter.value += 1
-    if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+        ) from error

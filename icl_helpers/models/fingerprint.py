@@ -13,9 +13,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,8 +22,9 @@ from transformers.utils import cached_file
 
 import icl_helpers
 from icl_helpers.files import content_key
+from icl_helpers.models.loading import weights_fingerprint
 
-__all__ = ["checkpoint_state", "model_facts", "model_key", "weights_fingerprint"]
+__all__ = ["checkpoint_state", "model_facts", "model_key"]
 
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "numpy", "pandas", "safetensors")
@@ -57,23 +56,23 @@ def checkpoint_state(
     ``source`` is the directory or hub id behind the model's name. None where the files do not
     decide everything: remote code, an adapter of another model.
     """
-    directory = _directory(source, revision)
-    if directory is None or trust_remote_code or (directory / "adapter_config.json").exists():
+    path = _source(source, revision)
+    if path is None or trust_remote_code or (path / "adapter_config.json").exists():
         return None
     files = []
-    for path in sorted(directory.iterdir()):
-        if path.is_file():
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        if file.is_file():
             # The change time moves with every write and cannot be set, unlike the others.
-            found = path.stat()
-            files.append([path.name, found.st_size, found.st_ino, found.st_ctime_ns])
+            found = file.stat()
+            files.append([file.name, found.st_size, found.st_ino, found.st_ctime_ns])
     read = [revision, dtype, device, quantization]
     versions = [version("torch"), version("transformers"), icl_helpers.__version__]
-    return content_key([str(directory.resolve()), files, read, versions])
+    return content_key([str(path.resolve()), files, read, versions])
 
 
-def _directory(source: str, revision: str | None) -> Path | None:
-    """The folder of the checkpoint's files; None where they are not on this machine."""
-    if os.path.isdir(source):
+def _source(source: str, revision: str | None) -> Path | None:
+    """The folder of the checkpoint's files, or its GGUF file; None where not on this machine."""
+    if os.path.exists(source):
         return Path(source)
     try:
         # Asks the hub, where it can be reached, so that a moved branch is another folder.
@@ -106,35 +105,3 @@ def model_key(
         "tokenizer": hashlib.sha256(text.encode()).hexdigest()[:16],
         "version": icl_helpers.__version__,
     }
-
-
-# Elements hashed at a time: bounds the extra memory of the fingerprint to about 0.3 GB.
-_CHUNK = 1 << 24
-# Of quantised models, taken before their first use: on a CPU bitsandbytes repacks 4-bit weights
-# then, and reading the state back would round their scales a second time.
-_FINGERPRINTS: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of every weight, 16 hex digits; changes with any weight's value, shape or dtype.
-
-    Sums the raw bits twice, plainly and weighted by position, in wrapping 64-bit integers on the
-    weights' own device, so that it is fast and the same on every machine.
-    """
-    if model in _FINGERPRINTS:
-        return _FINGERPRINTS[model]
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type == "meta":
-            continue
-        bits = tensor.detach().contiguous().flatten()
-        bits = bits.view(
-            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize]
-        )
-        for start in range(0, len(bits), _CHUNK):
-            part = bits[start : start + _CHUNK].long()
-            weight = torch.arange(start, start + len(part), device=part.device) * 2654435761 + 1
-            digest.update(f"{int(part.sum())} {int((part * weight).sum())}".encode())
-    return digest.hexdigest()[:16]

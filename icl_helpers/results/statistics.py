@@ -28,6 +28,7 @@ import pandas as pd
 from scipy import stats
 
 from icl_helpers.errors import InputError
+from icl_helpers.evaluation.store import CELL
 
 __all__ = [
     "Cube",
@@ -46,10 +47,6 @@ __all__ = [
     "paired_test",
     "simulate_coverage",
 ]
-
-
-_CELL = ["task", "labels", "shots", "condition", "ablation", "fraction"]
-_ROW = ["task", "labels", "shots"]
 
 
 class Interval(NamedTuple):
@@ -185,7 +182,7 @@ def accuracy_intervals(
             exact = stats.binomtest(round(n * found.mean), n).proportion_ci(level)
             found = Interval(found.mean, float(exact.low), float(exact.high))
         rows.append(
-            dict(zip(_CELL, key, strict=True))
+            dict(zip(CELL, key, strict=True))
             | {"accuracy": 100 * found.mean}
             # No accuracy lies beyond these ends, whatever the tails of an interval say.
             | {"low": max(0.0, 100 * found.low), "high": min(100.0, 100 * found.high)}
@@ -206,7 +203,7 @@ def comparisons(
     found_cubes = cubes(documents)
     rows = []
     for key, cube in found_cubes.items():
-        entry = dict(zip(_CELL, key, strict=True))
+        entry = dict(zip(CELL, key, strict=True))
         rivals = {"full": (*key[:3], "full", "none", 0.0)}
         if entry["condition"] == "induction_heads":
             rivals["random_heads"] = (*key[:3], "random_heads", *key[4:])
@@ -221,7 +218,7 @@ def comparisons(
                 | {"high": 100 * found.high, "p": paired_test(first, second)}
                 | {"cohens_g": cohens_g(first, second)}
             )
-    columns = [*_CELL, "against", "difference", "low", "high", "p", "cohens_g"]
+    columns = [*CELL, "against", "difference", "low", "high", "p", "cohens_g"]
     frame = pd.DataFrame(rows, columns=columns)
     frame["p_holm"] = holm(frame["p"].to_numpy())
     return frame.assign(distinguishable=frame["p_holm"] < 1 - level)
@@ -242,7 +239,7 @@ def cubes(documents: pd.DataFrame) -> dict[tuple[Any, ...], Cube]:
     """
     if "valid" in documents:
         documents = documents[documents["valid"]]
-    return {key: _cube(group) for key, group in documents.groupby(_CELL, sort=False)}
+    return {key: _cube(group) for key, group in documents.groupby(CELL, sort=False)}
 
 
 def _cube(group: pd.DataFrame) -> Cube:

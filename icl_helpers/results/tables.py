@@ -10,13 +10,14 @@ documents.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from icl_helpers.errors import InputError, MissingArtefactError
+from icl_helpers.evaluation.store import CELL, ROW
 from icl_helpers.files import atomic_path, embedded_dir
 from icl_helpers.results.statistics import accuracy_intervals, comparisons
 from icl_helpers.tasks.specs import get_task_spec, task_names
@@ -25,13 +26,13 @@ __all__ = [
     "CONDITION_TITLES",
     "LEGEND",
     "MARK",
-    "ROW",
     "AnnotatedTable",
     "abstract_results",
     "accuracy_means",
     "annotated_table",
+    "cell_frame",
     "effect_summary",
-    "layout",
+    "markdown_table",
     "read_measurements",
     "share_text",
     "summarise",
@@ -40,7 +41,6 @@ __all__ = [
 ]
 
 
-ROW = ["task", "labels", "shots"]
 # In the paper's order of columns.
 CONDITION_TITLES = {
     "full": "full model",
@@ -48,7 +48,6 @@ CONDITION_TITLES = {
     "induction_pattern": "induction pattern",
     "random_heads": "random heads",
 }
-_GROUP = ["task", "labels", "shots", "condition", "ablation", "fraction"]
 
 
 def accuracy_means(results: pd.DataFrame) -> pd.DataFrame:
@@ -57,27 +56,9 @@ def accuracy_means(results: pd.DataFrame) -> pd.DataFrame:
     Columns task, labels, shots, condition, ablation, fraction, accuracy, sd (over the runs that
     were averaged, in points), runs.
     """
-    grouped = results.groupby(_GROUP, sort=False)["accuracy"]
+    grouped = results.groupby(CELL, sort=False)["accuracy"]
     means = grouped.agg(accuracy="mean", sd="std", runs="size").reset_index()
     return means.assign(accuracy=means["accuracy"] * 100, sd=means["sd"] * 100)
-
-
-def layout(results: pd.DataFrame, *, ablation: str = "mean") -> pd.DataFrame:
-    """A run's accuracies in the layout of Table 1 (``ablation="mean"``) or 4 (``"zero"``).
-
-    Rows are indexed by task and shots (and labels, where the results hold both kinds), columns by
-    condition and share of heads. Knockout has a column in both, as in the paper. Raises
-    :class:`InputError` when the run lacks the full model.
-    """
-    index = ["task", "shots"] if results["labels"].nunique() <= 1 else ROW
-    means = accuracy_means(results)
-    return _titled(_cells(means[means["ablation"].isin(["none", "knockout", ablation])], index))
-
-
-def _titled(cells: pd.DataFrame) -> pd.DataFrame:
-    pairs: list[Any] = cells.columns.tolist()
-    titles = [(CONDITION_TITLES[name], share_text(share)) for name, share in pairs]
-    return cells.set_axis(pd.MultiIndex.from_tuples(titles), axis="columns")
 
 
 def share_text(fraction: float) -> str:
@@ -85,33 +66,11 @@ def share_text(fraction: float) -> str:
     return f"{fraction:.1%}" if fraction else ""
 
 
-def _cells(wanted: pd.DataFrame, index: list[str]) -> pd.DataFrame:
-    """Text of each cell; columns (condition, fraction) in the paper's order, "" where absent."""
-    if not (wanted["condition"] == "full").any():
-        raise InputError("the results hold no full model to compare with; evaluate 'full' first")
-    full = wanted[wanted["condition"] == "full"].set_index(index)["accuracy"]
-    rows: dict[tuple[Any, ...], dict[tuple[str, float], str]] = {}
-    for entry in wanted.to_dict("records"):
-        key = tuple(entry[name] for name in index)
-        cell = f"{entry['accuracy']:.1f}"
-        if entry["condition"] != "full" and key in full.index:
-            cell += f" ({entry['accuracy'] - full[key]:+.1f})"
-        rows.setdefault(key, {})[entry["condition"], float(entry["fraction"])] = cell
-    frame = pd.DataFrame.from_dict(rows, orient="index")
-    frame.index = pd.MultiIndex.from_tuples(list(rows), names=index)
-    columns = sorted(
-        frame.columns, key=lambda column: (list(CONDITION_TITLES).index(column[0]), column[1])
-    )
-    return frame.reindex(columns=pd.MultiIndex.from_tuples(columns)).fillna("")
-
-
 def table_rows(frame: pd.DataFrame, number: int) -> pd.DataFrame:
     """The rows of results or documents that one of the paper's tables is about.
 
     Raises :class:`InputError` for a table that there is not, or when the frame holds no such task.
     """
-    from icl_helpers.tasks.specs import task_names
-
     if number not in (1, 3, 4, 5):
         raise InputError(f"the paper's tables are 1, 3, 4 and 5, got {number!r}")
     abstract = number in (1, 4)
@@ -139,17 +98,23 @@ def write_table(frame: pd.DataFrame, directory: str | os.PathLike[str], name: st
 
 
 def _latex(frame: pd.DataFrame) -> str:
-    """A plain LaTeX tabular; written here so that Jinja2 styling is not needed."""
-    flat = frame.reset_index()
-    heads = [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in flat]
-    lines = [f"\\begin{{tabular}}{{{'l' * len(heads)}}}", "\\hline", _latex_row(heads), "\\hline"]
-    lines += [_latex_row([str(value) for value in row]) for row in flat.itertuples(index=False)]
-    return "\n".join([*lines, "\\hline", "\\end{tabular}", ""])
+    """A LaTeX tabular (with booktabs' rules) of the values as they are shown."""
+    flat = frame.reset_index().astype(str)
+    flat.columns = pd.Index(
+        [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in flat]
+    )
+    style = flat.style.hide(axis="index").format(escape="latex")
+    return style.format_index(escape="latex", axis="columns").to_latex(hrules=True)
 
 
-def _latex_row(cells: Sequence[str]) -> str:
-    escaped = [cell.replace("_", "\\_").replace("%", "\\%") for cell in cells]
-    return " & ".join(escaped) + " \\\\"
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; bars in cells are escaped, missing values left empty."""
+
+    def line(cells: Sequence[Any]) -> str:
+        texts = ("" if cell is None else str(cell).replace("|", r"\|") for cell in cells)
+        return f"| {' | '.join(texts)} |"
+
+    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
 
 
 MARK = "*"
@@ -188,17 +153,17 @@ def annotated_table(documents: pd.DataFrame, number: int) -> AnnotatedTable:
         raise InputError("the results hold no full model to compare with; evaluate 'full' first")
     accuracies = accuracy_intervals(rows)
     tests = comparisons(rows)
-    found: dict[tuple[Any, ...], dict[tuple[str, float], str]] = {}
+    cells: dict[tuple[Any, ...], dict[tuple[str, float], str]] = {}
     to_full = _indexed(tests[tests["against"] == "full"])
     for cell in accuracies.to_dict("records"):
-        row = found.setdefault(tuple(cell[name] for name in ROW), {})
+        row = cells.setdefault(tuple(cell[name] for name in ROW), {})
         row[cell["condition"], cell["fraction"]] = _accuracy_text(cell, to_full)
     for test in tests[tests["against"] == "random_heads"].to_dict("records"):
-        row = found[tuple(test[name] for name in ROW)]
+        row = cells[tuple(test[name] for name in ROW)]
         row["induction minus random", test["fraction"]] = (
             f"{_points(test)} [{test['low']:+.1f}, {test['high']:+.1f}]"
         )
-    return AnnotatedTable(_frame(found), tests[_TESTED])
+    return AnnotatedTable(cell_frame(cells), tests[_TESTED])
 
 
 def _indexed(tests: pd.DataFrame) -> dict[tuple[Any, ...], dict[Any, Any]]:
@@ -222,16 +187,17 @@ def _mark(test: dict[Any, Any]) -> str:
     return MARK if test["distinguishable"] else ""
 
 
-def _frame(found: dict[tuple[Any, ...], dict[tuple[str, float], str]]) -> pd.DataFrame:
+def cell_frame(cells: dict[tuple[Any, ...], dict[tuple[str, float], str]]) -> pd.DataFrame:
+    """Cells by (task, labels, shots) and (condition, fraction) in the paper's order and words."""
     order = [*CONDITION_TITLES, "induction minus random"]
     columns = sorted(
-        {column for row in found.values() for column in row},
+        {column for row in cells.values() for column in row},
         key=lambda column: (order.index(column[0]), column[1]),
     )
-    frame = pd.DataFrame.from_dict(found, orient="index").reindex(
+    frame = pd.DataFrame.from_dict(cells, orient="index").reindex(
         columns=pd.MultiIndex.from_tuples(columns)
     )
-    frame.index = pd.MultiIndex.from_tuples(list(found), names=ROW)
+    frame.index = pd.MultiIndex.from_tuples(list(cells), names=ROW)
     frame.columns = pd.MultiIndex.from_tuples(
         [(CONDITION_TITLES.get(name, name), share_text(share)) for name, share in columns]
     )

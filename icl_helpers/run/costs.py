@@ -12,7 +12,6 @@ Example
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +26,17 @@ from transformers import (
 
 from icl_helpers.errors import InputError
 from icl_helpers.files import embedded_dir
-from icl_helpers.models.loading import embedded_models, load_config, model_fractions
+from icl_helpers.models.loading import load_config
 from icl_helpers.models.reference_text import PAPER_POSITIONS, PAPER_SAMPLES
 from icl_helpers.parameters import StageParameters
-from icl_helpers.tasks.prompts import build_prompts
-from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
+from icl_helpers.run.plan import Group, Plan
+from icl_helpers.tasks.prompts import PromptSet, build_prompts
+from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = ["Cost", "estimate_cost", "parameter_counts", "stage_tokens", "weights_bytes"]
 
-
-# The paper's models, so that nobody needs the hub or a licence for an estimate.
-_PAPER_MODELS: dict[str, dict[str, Any]] = {
+# The paper's models' configurations, so that nobody needs the hub or a licence for an estimate.
+PAPER_CONFIGS: dict[str, dict[str, Any]] = {
     "meta-llama/Meta-Llama-3-8B": {
         "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -146,7 +145,7 @@ def estimate_cost(
     """
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise InputError(f"tokens_per_second must be positive, got {tokens_per_second!r}")
-    known = _PAPER_MODELS.get(parameters.model)
+    known = PAPER_CONFIGS.get(parameters.model)
     config = (
         load_config(
             parameters.model,
@@ -157,7 +156,7 @@ def estimate_cost(
         else LlamaConfig(**known, dtype=torch.bfloat16)
     )
     total, _ = parameter_counts(config)
-    tokens, longest, uncounted = _grid_tokens(parameters, tokenizer or _embedded_tokenizer())
+    tokens, longest, uncounted = _grid_tokens(Plan(parameters), tokenizer or _embedded_tokenizer())
     positions = min(PAPER_POSITIONS, config.get_text_config().max_position_embeddings)
     return Cost(
         parameters=total,
@@ -187,49 +186,39 @@ def _working_bytes(
 
 
 def _grid_tokens(
-    p: StageParameters, tokenizer: PreTrainedTokenizerBase
+    plan: Plan, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, int, tuple[str, ...]]:
     """Tokens of all prompts under all conditions, of the longest prompt, and tasks left out."""
-    fractions = len(p.fractions or model_fractions(p.model))
-    heads_and_controls = 1 + len(p.ablation_seeds)
-    # Full model; induction and random heads by mean and by zero; the knockout, not on text.
-    abstract = 1 + fractions * (2 * heads_and_controls + 1)
-    text = 1 + fractions * 2 * heads_and_controls
-    embedded = p.model in embedded_models()
-    nlp = task_names("stand_in" if embedded else "nlp") if p.nlp_tasks is None else p.nlp_tasks
     total, longest = 0.0, 0
-    uncounted: list[str] = []
-    for task, n_conditions in [
-        *((task, abstract) for task in p.tasks or task_names()),
-        *((task, text) for task in nlp),
-    ]:
-        spec = get_task_spec(task)
-        if isinstance(spec, TextTaskSpec) and spec.hub is not None and p.data_dir is None:
-            uncounted.append(task)
-            continue
-        for tokens, most in _task_tokens(p, task, tokenizer):
+    uncounted: dict[str, None] = {}
+    groups: tuple[Group, ...] = ("tasks", "nlp_tasks")
+    for group in groups:
+        n_conditions = sum(map(plan.condition_count, plan.kinds(group)))
+        for prompts in plan.prompt_sets(group):
+            spec = get_task_spec(prompts.task)
+            if isinstance(spec, TextTaskSpec) and spec.hub and plan.parameters.data_dir is None:
+                uncounted[prompts.task] = None
+                continue
+            tokens, most = _set_tokens(prompts, plan.parameters, tokenizer)
             total += tokens * n_conditions
             longest = max(longest, most)
     return round(total), longest, tuple(uncounted)
 
 
-def _task_tokens(
-    p: StageParameters, task: str, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[float, int]]:
-    """For every label set and number of shots: tokens of all seeds' prompts, and the most."""
-    spec = get_task_spec(task)
-    if not isinstance(spec, TextTaskSpec):
-        sets, data = [spec.default_labels], "synthetic"
-    else:
-        both = p.labels in (None, "both")
-        sets = ["semantic", "unrelated"] if both else [str(p.labels)]
-        data = "synthetic" if spec.hub is None else str(p.data_dir)
-    for labels in sets:
-        for shots in dict.fromkeys(p.shots or spec.default_shots):
-            documents, mean, most = _prompt_tokens(task, shots, labels, p.seeds[0], data, tokenizer)
-            # Zero-shot prompts are the same for all seeds, and scored once.
-            seeds = 1 if shots == 0 else len(p.seeds)
-            yield mean * min(p.limit or documents, documents) * seeds, most
+def _set_tokens(
+    prompts: PromptSet, p: StageParameters, tokenizer: PreTrainedTokenizerBase
+) -> tuple[float, int]:
+    """Tokens of a set of prompts, and of the longest one.
+
+    A draw of demonstrations hardly changes the length: every seed is counted as the first. The
+    abstract tasks' own rows stand for the published ones, which have to be fetched.
+    """
+    abstract = not isinstance(get_task_spec(prompts.task), TextTaskSpec)
+    data = "synthetic" if abstract else prompts.data
+    documents, mean, most = _prompt_tokens(
+        prompts.task, prompts.shots, prompts.labels, p.seeds[0], data, tokenizer
+    )
+    return mean * min(p.limit or documents, documents), most
 
 
 @functools.lru_cache(maxsize=128)
@@ -253,13 +242,11 @@ def stage_tokens(p: StageParameters, *, positions: int = PAPER_POSITIONS) -> dic
 
     Text tasks, stage 6, are left out. Stages 7 and 8 take a few prompts and none.
     """
-    each = sum(
-        tokens
-        for task in p.tasks or task_names()
-        for tokens, _ in _task_tokens(p, task, _embedded_tokenizer())
-    )
-    fractions = len(p.fractions or model_fractions(p.model))
-    removed = fractions * 2 * (1 + len(p.ablation_seeds))
-    conditions = {3: 1, 4: removed, 5: fractions}
-    tokens = {stage: round(each * number) for stage, number in conditions.items()}
+    plan = Plan(p)
+    each = sum(_set_tokens(prompts, p, _embedded_tokenizer())[0] for prompts in plan.prompt_sets())
+    kinds = {3: ("full",), 4: ("mean", "zero"), 5: ("knockout",)}
+    tokens = {
+        stage: round(each * sum(map(plan.condition_count, several)))
+        for stage, several in kinds.items()
+    }
     return {1: _SCORE_TOKENS, 2: PAPER_SAMPLES * positions, **tokens}

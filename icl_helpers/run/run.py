@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import datetime, timezone
@@ -31,18 +30,16 @@ from icl_helpers.attention.scores import prefix_matching_scores, random_sequence
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.cells import ModelSource
 from icl_helpers.evaluation.conditions import FULL, Condition, conditions
-from icl_helpers.evaluation.evaluate import evaluate_request, plan_request, resolve_shots
+from icl_helpers.evaluation.evaluate import evaluate_request, plan_request
 from icl_helpers.evaluation.scorer import InterventionLM
-from icl_helpers.evaluation.store import KEYS, document_results, read_frame
+from icl_helpers.evaluation.store import KEYS, read_frame
 from icl_helpers.evaluation.workers import workers_from_environment
-from icl_helpers.files import check_run_dir, content_key, kept_tensor, set_aside, write_json
+from icl_helpers.files import cached_tensor, check_run_dir, content_key, quarantine, write_json
 from icl_helpers.models.fingerprint import checkpoint_state, model_facts, model_key
 from icl_helpers.models.loading import (
     context_length,
-    embedded_models,
     load_model,
     load_tokenizer,
-    model_fractions,
     resolve_model,
 )
 from icl_helpers.models.reference_text import (
@@ -53,14 +50,9 @@ from icl_helpers.models.reference_text import (
     samples_key,
 )
 from icl_helpers.parameters import StageParameters
-from icl_helpers.tasks.data import load_rows, load_splits
-from icl_helpers.tasks.prompts import Prompt, build_prompts
-from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
+from icl_helpers.run.plan import KINDS, Group, Plan, check_same_model, run_info
 
 __all__ = ["Run", "source_of"]
-
-
-KINDS = ("full", "mean", "zero", "knockout")
 
 
 class Run:
@@ -71,29 +63,22 @@ class Run:
 
     def __init__(self, parameters: StageParameters) -> None:
         self.parameters = parameters
+        self.plan = Plan(parameters)
         self.directory = check_run_dir(parameters.run_dir)
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._identity: dict[str, Any] | None = None
-        stored = self.info.get("model")
-        if stored not in (None, parameters.model):
-            raise InputError(
-                f"run directory {self.directory} holds the run of model {stored!r}, not of "
-                f"{parameters.model!r}; choose another run_dir"
-            )
+        check_same_model(self.info, parameters)
 
     @property
     def info(self) -> dict[str, Any]:
         """What ``run.json`` says: model, fingerprint, versions, parameters, seconds per stage."""
         path = self.directory / "run.json"
         try:
-            content: dict[str, Any] = json.loads(path.read_text())
-        except FileNotFoundError:
-            return {}
+            return run_info(self.directory) if path.exists() else {}
         except ValueError:
-            set_aside(path, "is damaged")
+            quarantine(path, "is damaged")
             return {}
-        return content
 
     @property
     def model(self) -> PreTrainedModel:
@@ -140,7 +125,7 @@ class Run:
             kept = self.info.get("identity") or {}
             if kept.get("state") and kept["state"] == self._checkpoint_state():
                 self._identity = kept
-                self._record(parameters=self.parameters.as_dict())
+                self._record()
             else:
                 self._load()
         if self._identity is None:
@@ -158,7 +143,6 @@ class Run:
             **model_facts(self.model),
             fingerprint=identity["key"]["fingerprint"],
             identity=identity,
-            parameters=self.parameters.as_dict(),
         )
         return identity
 
@@ -168,23 +152,6 @@ class Run:
             resolve_model(p.model), revision=p.revision, dtype=p.dtype, device=p.device,
             quantization=p.quantization, trust_remote_code=p.trust_remote_code,
         )  # fmt: skip
-
-    @property
-    def tasks(self) -> list[str]:
-        """Tasks of the run."""
-        return list(self.parameters.tasks or task_names())
-
-    @property
-    def nlp_tasks(self) -> list[str]:
-        """Tasks of the stage on text; an embedded model's are stand-ins for the paper's."""
-        if self.parameters.nlp_tasks is not None:
-            return list(self.parameters.nlp_tasks)
-        return task_names("stand_in" if self.parameters.model in embedded_models() else "nlp")
-
-    @property
-    def fractions(self) -> list[float]:
-        """Fractions of heads that the run intervenes on, smallest first."""
-        return sorted(self.parameters.fractions or model_fractions(self.parameters.model))
 
     def prefix_scores(self) -> torch.Tensor:
         """Prefix-matching scores, [sequences, layers, heads]; computed once."""
@@ -197,16 +164,18 @@ class Run:
             write_json(self.directory / "heads.json", self._heads_json(scores, ranking))
             return scores
 
-        return kept_tensor(self.directory / "prefix_scores.safetensors", key, compute)
+        return cached_tensor(self.directory / "prefix_scores.safetensors", key, compute)
 
     def _heads_json(self, scores: torch.Tensor, ranking: str) -> dict[str, Any]:
         mean = scores.mean(0)
-        chosen = {f"{f:g}": [list(head) for head in top_heads(mean, f)] for f in self.fractions}
+        chosen = {
+            f"{f:g}": [list(head) for head in top_heads(mean, f)] for f in self.plan.fractions
+        }
         return {"tokens_ranked_by": ranking, "induction_heads": chosen, "scores": mean.tolist()}
 
     def induction_heads(self, fraction: float | None = None) -> list[Head]:
         """The top heads at a fraction; default the largest of the run."""
-        return top_heads(self.prefix_scores().mean(0), fraction or self.fractions[-1])
+        return top_heads(self.prefix_scores().mean(0), fraction or self.plan.fractions[-1])
 
     def mean_head_outputs(self) -> torch.Tensor:
         """Mean head outputs, [layers, positions, heads, d_head]; computed once."""
@@ -220,7 +189,7 @@ class Run:
             average: Any = p.average
             return mean_head_outputs(self.model, ids, average=average, batch_size=4)
 
-        return kept_tensor(self.directory / "mean_head_outputs.safetensors", key, compute)
+        return cached_tensor(self.directory / "mean_head_outputs.safetensors", key, compute)
 
     def conditions(self, kind: str) -> list[Condition]:
         """Conditions of one kind: full, mean, zero or knockout."""
@@ -231,117 +200,59 @@ class Run:
         p = self.parameters
         control: Any = p.control
         return conditions(
-            self.prefix_scores().mean(0), fractions=self.fractions, ablations=[kind],
+            self.prefix_scores().mean(0), fractions=self.plan.fractions, ablations=[kind],
             head_outputs=self.mean_head_outputs() if kind == "mean" else None,
             ablation_seeds=p.ablation_seeds, control=control, categories=p.categories, full=False,
         )  # fmt: skip
 
-    def evaluate(self, *kinds: str) -> pd.DataFrame:
-        """Accuracies of the run's tasks under the conditions of these kinds.
+    def evaluate(self, *kinds: str, group: Group = "tasks") -> pd.DataFrame:
+        """Accuracies of a group's tasks under the conditions of these kinds.
 
-        Finished cells are reused. Kinds are those of :meth:`conditions`.
+        Finished cells are reused. Kinds are those of :meth:`conditions`; groups those of
+        :class:`icl_helpers.run.plan.Plan`.
         """
-        return self._evaluate(self.tasks, kinds)
-
-    def evaluate_nlp(self, *kinds: str) -> pd.DataFrame:
-        """The same for the tasks of the stage on text, with each set of labels."""
-        return self._evaluate(self.nlp_tasks, kinds, nlp=True)
-
-    def _evaluate(
-        self, tasks: Sequence[str], kinds: Sequence[str], *, nlp: bool = False
-    ) -> pd.DataFrame:
         p = self.parameters
-        chosen = [condition for kind in kinds for condition in self.conditions(kind)]
-        key, load = self.identity["key"], functools.cache(self._scorer)
+        conditions = [condition for kind in kinds for condition in self.conditions(kind)]
+        key = self.identity["key"]
+        sets = self.plan.prompt_sets(group)
+        if not sets:
+            return pd.DataFrame(columns=[*KEYS, "n", "n_invalid", "accuracy"])
+        request = plan_request(
+            sets, conditions=conditions, limit=p.limit, run_dir=self.directory,
+            setting=functools.partial(self.plan.row_key, model_key=key),
+        )  # fmt: skip
         with workers_from_environment() as workers:
             if workers is not None:
                 self._release()
-            frames = []
-            for (labels, data), group in self._groups(tasks, nlp=nlp).items():
-                request = plan_request(
-                    tasks=group, labels=labels, data=data, conditions=chosen, seeds=p.seeds,
-                    shots={task: self._shots(task, labels) for task in group}, limit=p.limit,
-                    run_dir=self.directory,
-                )  # fmt: skip
-                frames.append(
-                    evaluate_request(request, key, load=load, executor=workers, source=source_of(p))
-                )
-        if not frames:
-            return pd.DataFrame(columns=[*KEYS, "n", "n_invalid", "accuracy"])
-        return pd.concat(map(pd.DataFrame, frames), ignore_index=True)
+            load = functools.cache(self._scorer)
+            results = evaluate_request(
+                request, key, load=load, executor=workers, source=source_of(p)
+            )
+        return pd.DataFrame(results)
 
     def _scorer(self) -> InterventionLM:
         return InterventionLM(self.model, self.tokenizer, batch_size=self.parameters.batch_size)
 
-    def _groups(self, tasks: Sequence[str], *, nlp: bool) -> dict[tuple[str, str], list[str]]:
-        """Tasks by the label set and the data that they are evaluated with."""
-        groups: dict[tuple[str, str], list[str]] = {}
-        for task in tasks:
-            for labels in self._label_sets(task, nlp=nlp):
-                groups.setdefault((labels, self.task_data(task)), []).append(task)
-        return groups
+    def results(self, group: Group = "tasks") -> pd.DataFrame:
+        """Accuracies of a group's tasks that belong to the run's plan.
 
-    def _label_sets(self, task: str, *, nlp: bool) -> list[str]:
-        spec = get_task_spec(task)
-        chosen = self.parameters.labels or ("both" if nlp else spec.default_labels)
-        if not isinstance(spec, TextTaskSpec):
-            return [spec.default_labels]
-        return ["semantic", "unrelated"] if chosen == "both" else [chosen]
-
-    def _shots(self, task: str, labels: str) -> list[int]:
-        """Numbers of demonstrations; unrelated labels on text only with none and with the most.
-
-        The paper has them with the most only; without any there is a benefit to compute.
+        Empty for the text tasks before their stage has run.
         """
-        shots = resolve_shots(task, self.parameters.shots)
-        if self.parameters.shots is None and labels != get_task_spec(task).default_labels:
-            return [min(shots), max(shots)]
-        return shots
+        return self._table("results", group)
 
-    def task_data(self, task: str) -> str:
-        """The ``data`` of :func:`icl_helpers.build_prompts` with which the run reads a task."""
-        if task in task_names("nlp"):
-            return self.parameters.data_dir or "synthetic"
-        return "synthetic" if task in task_names("stand_in") else self.parameters.data
-
-    def nlp_prompts(self, task: str, *, shots: int, labels: str) -> list[Prompt]:
-        """Prompts of a text task as the run evaluates it, at its first demonstration seed."""
-        seed = self.parameters.seeds[0]
-        return build_prompts(task, shots=shots, seed=seed, labels=labels, data=self.task_data(task))
-
-    def results(self) -> pd.DataFrame:
-        """Accuracies of the run's tasks evaluated so far, with its shots, fractions and seeds."""
-        return self._selected(self._read_results(), self.tasks, nlp=False)
-
-    def nlp_results(self) -> pd.DataFrame:
-        """The same for the tasks of the stage on text; empty before that stage has run."""
-        return self._selected(self._read_results(), self.nlp_tasks, nlp=True)
-
-    def _read_results(self) -> pd.DataFrame:
-        return read_frame(self.directory / "results.parquet")
-
-    def documents(self) -> pd.DataFrame:
+    def documents(self, group: Group = "tasks") -> pd.DataFrame:
         """Per-document results behind :meth:`results`."""
-        return self._selected(document_results(self.directory), self.tasks, nlp=False)
+        return self._table("documents", group)
 
-    def nlp_documents(self) -> pd.DataFrame:
-        """Per-document results behind :meth:`nlp_results`."""
-        return self._selected(document_results(self.directory), self.nlp_tasks, nlp=True)
-
-    def _selected(self, frame: pd.DataFrame, tasks: Sequence[str], *, nlp: bool) -> pd.DataFrame:
-        wanted = {
-            (task, labels, shots)
-            for task in tasks
-            for labels in self._label_sets(task, nlp=nlp)
-            for shots in self._shots(task, labels)
-        }
-        rows = zip(frame["task"], frame["labels"], frame["shots"], strict=True)
-        kept = pd.Series([row in wanted for row in rows], index=frame.index, dtype=bool)
-        return frame[
-            kept
-            & frame["fraction"].isin([0.0, *self.fractions])
-            & frame["demonstration_seed"].isin(self.parameters.seeds)
-        ].reset_index(drop=True)
+    def _table(self, name: str, group: Group) -> pd.DataFrame:
+        path = self.directory / f"{name}.parquet"
+        rows = self.plan.selected(read_frame(path), group, self.identity["key"])
+        if rows.empty and group == "tasks":
+            raise InputError(
+                f"{path} holds no results of this model with these parameters: run the evaluation "
+                f"stages with them first (notebooks 3 to 5); finished cells are used again"
+            )
+        return rows
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Run]:
@@ -359,6 +270,8 @@ class Run:
         content = {
             **self.info,
             "model": self.parameters.model,
+            "parameters": self.info.get("parameters", StageParameters().as_dict())
+            | self.parameters.as_dict(stated=True),
             "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **values,
         }
@@ -372,20 +285,3 @@ def source_of(parameters: StageParameters) -> ModelSource:
         values.pop("model"),
         **{f.name: values[f.name] for f in fields(ModelSource) if f.name in values},
     )
-
-
-def _read_data(parameters: StageParameters, stages: Sequence[str]) -> None:
-    """Read what the stages will need, so that what is missing is known before the first one."""
-    # MOVED
-
-    run = Run(parameters)
-    evaluated = {"full_model", "head_ablation", "attention_knockout"} & set(stages)
-    tasks = run.tasks if evaluated else []
-    for task in [*tasks, *(run.nlp_tasks if "nlp_tasks" in stages else [])]:
-        spec, data = get_task_spec(task), run.task_data(task)
-        if isinstance(spec, TextTaskSpec):
-            load_splits(spec, data=data)
-        else:
-            load_rows(task, data=data)
-    if parameters.reference is not None:
-        reference_texts(parameters.model, reference=parameters.reference)

@@ -15,23 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.files import atomic_path, notebooks_dir, user_path
-from icl_helpers.parameters import StageParameters, stage_parameters
+from icl_helpers.parameters import StageParameters, about, stage_parameters
 from icl_helpers.redaction import redact
-from icl_helpers.run.run import _read_data
+from icl_helpers.run.plan import Plan, check_same_model, run_info
 
 __all__ = [
-    "StageError",
-    "check_book_extra",
-    "execute_notebook",
-    "execute_stages",
-    "read_parameters",
-    "stage_notebooks",
-]
+    "StageError", "check_book_extra", "execute_notebook", "execute_stages", "stage_notebooks",
+]  # fmt: skip
 
 # What the extra 'book' installs and this package imports or starts.
 _BOOK_EXTRA = ("ipykernel", "jupyter_book", "nbclient", "nbformat", "papermill")
@@ -59,17 +53,6 @@ def stage_notebooks() -> list[Path]:
     return sorted(notebooks_dir().glob("[0-9]*.ipynb"))
 
 
-def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Parameters from a YAML file; raises :class:`InputError` when it is not a mapping."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read parameters from {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a mapping of parameter names to values")
-    return content
-
-
 def execute_stages(
     parameters: StageParameters, *, only: Sequence[int] | None = None, progress: bool = True
 ) -> list[Path]:
@@ -84,22 +67,30 @@ def execute_stages(
     stage_parameters(**parameters.as_dict())
     chosen = stage_notebooks()
     if only is not None:
-        known = {int(path.name.split("_")[0]) for path in chosen}
+        known = {_stage_number(path) for path in chosen}
         unknown = [number for number in only if number not in known]
         if unknown:
             raise InputError(f"there is no stage {unknown[0]}; the stages are {sorted(known)}")
-        chosen = [path for path in chosen if int(path.name.split("_")[0]) in only]
-    _read_data(parameters, [path.stem[3:] for path in chosen])
+        chosen = [path for path in chosen if _stage_number(path) in only]
+    Plan(parameters).check_data(path.stem[3:] for path in chosen)
     run_dir = user_path(parameters.run_dir).resolve()
+    if (run_dir / "run.json").is_file():
+        check_same_model(run_info(run_dir), parameters)
     values = {**parameters.as_dict(), "run_dir": str(run_dir)}
     # Notebooks run in their own folder: what is a path from here must stay one from there.
-    for name in ("reference", "data_dir", "data"):
-        if values[name] not in (None, "synthetic", "original"):
+    for name, *_, declared in about():
+        if declared.path and values[name] not in (None, "synthetic", "original"):
             values[name] = str(user_path(values[name]).resolve())
     executed = []
     for notebook in tqdm(chosen, desc="stages", unit="notebook", disable=not progress):
-        executed.append(execute_notebook(notebook, run_dir / "notebooks" / notebook.name, values))
+        number = _stage_number(notebook)
+        used = {name: values[name] for name, *_, declared in about() if number in declared.stages}
+        executed.append(execute_notebook(notebook, run_dir / "notebooks" / notebook.name, used))
     return executed
+
+
+def _stage_number(notebook: Path) -> int:
+    return int(notebook.name.split("_")[0])
 
 
 def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:

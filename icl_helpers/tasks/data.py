@@ -23,24 +23,14 @@ from typing import Any
 from tqdm import tqdm
 
 from icl_helpers.errors import InputError, MissingArtefactError
-from icl_helpers.files import atomic_path, synthetic_dir, user_path
-from icl_helpers.models.hub import use_cache_where_hub_is_silent
+from icl_helpers.files import atomic_path, cache_dir, read_text, synthetic_dir, user_path
+from icl_helpers.models.hub import go_offline_if_hub_unreachable
 from icl_helpers.tasks.specs import NLP_TASKS, HubSource, TaskSpec, TextTaskSpec, pattern_spec
 
 __all__ = [
-    "COMMIT",
-    "HASHES",
-    "HOLD_OUT_SEED",
-    "TextSplits",
-    "check_local",
-    "data_file",
-    "fetch_original",
-    "hold_out",
-    "load_rows",
-    "load_splits",
-    "original_data_dir",
-]
-
+    "COMMIT", "HASHES", "HOLD_OUT_SEED", "TextSplits", "check_local", "data_file", "fetch_original",
+    "hold_out", "load_rows", "load_splits", "original_data_dir",
+]  # fmt: skip
 
 HOLD_OUT_SEED = 42
 Row = dict[str, Any]
@@ -146,7 +136,7 @@ def _as_splits(train: list[Row], validation: list[Row]) -> TextSplits:
 def _json_lines(path: Path) -> list[Any]:
     rows = []
     # Not str.splitlines: a text may hold other line separators.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+    for number, line in enumerate(read_text(path).split("\n")):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -159,7 +149,7 @@ def _json_lines(path: Path) -> list[Any]:
 def _from_hub(spec: TextTaskSpec, hub: HubSource) -> TextSplits:
     from datasets import load_dataset
 
-    use_cache_where_hub_is_silent()
+    go_offline_if_hub_unreachable()
     where = f"{hub.path}{f' ({hub.config})' if hub.config else ''}"
     splits = []
     for split in filter(None, (hub.train, hub.validation)):
@@ -208,31 +198,13 @@ _FOLDER = "lm-evaluation-harness/synthetic"
 _URL = f"https://raw.githubusercontent.com/JoyC177/Induction_Heads_ICL/{COMMIT}/{_FOLDER}"
 _TIMEOUT = 20
 
-HASHES = {
-    "centre_embedding_dataset_500.json": (
-        "2dfaee255aab6f14673809e6144f0d3dcf9bdacd73a0358e4ab01e0b812c331e"
-    ),
-    "f_a_f_p_four_way.json": ("f0117ce7cbca3768de435b30afd3f595bb61c70c27ab552e6ca0845bdb8e2a30"),
-    "fruit-animal_furniture-profession_500.json": (
-        "519f298f447d0b54847e148dfa55151ef25d79916db80bca54e0cc0acaa2111c"
-    ),
-    "recursion_dataset_500.json": (
-        "a9fc3eb2807e659e0517a4c71a985aac757ee52201b1f795eb639a2f0d7baa15"
-    ),
-    "repetition_dataset_500.json": (
-        "abcf0810b1a72deb83c9f52487f293c06d19996ad84880208addc81af0114f5c"
-    ),
-    "v_v_b_i_four_way.json": ("00c5bd31c0551155f4df93741260222d367cd547067339b6bf55893ca744bf5a"),
-    "vegetable-vehicle_body-instrument_500.json": (
-        "433bef0dc6fd35b0216e6c32d6a8c1b92535efac2bbbaf731288de1741405fa7"
-    ),
-}
+_LISTED = (Path(__file__).parent / "original.sha256").read_text().splitlines()
+HASHES = {name: digest for digest, name in map(str.split, _LISTED)}
 
 
 def original_data_dir() -> Path:
     """The cache: ``$ICL_CACHE_DIR/original`` or ``~/.cache/icl_helpers/original``."""
-    root = os.environ.get("ICL_CACHE_DIR")
-    return (Path(root) if root else Path.home() / ".cache" / "icl_helpers") / "original"
+    return cache_dir() / "original"
 
 
 def fetch_original(
@@ -301,8 +273,6 @@ def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:
     if os.fspath(data) == "synthetic":
         return synthetic_dir() / f"{task}.json"
     if os.fspath(data) == "original":
-        # MOVED
-
         return original_data_dir() / spec.original_file
     directory = user_path(data)
     if not directory.is_dir():
@@ -328,7 +298,7 @@ def load_rows(task: str, *, data: str | os.PathLike[str] = "synthetic") -> list[
 def _checked_rows(spec: TaskSpec, path: Path, modified: int) -> tuple[tuple[str, str], ...]:
     """Rows of a file; ``modified`` is there so that a changed file is read again."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(read_text(path))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, list) or not content:

@@ -19,7 +19,6 @@ from icl_helpers.tasks.specs import Sampler
 
 __all__ = ["Pool", "draw_demonstrations"]
 
-
 Key = TypeVar("Key", bound=Hashable)
 
 

@@ -12,14 +12,21 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from icl_helpers.errors import InputError
 from icl_helpers.tasks.data import load_rows, load_splits
 from icl_helpers.tasks.demonstrations import Pool, draw_demonstrations
 from icl_helpers.tasks.specs import Sampler, TaskSpec, TextTaskSpec, get_task_spec
 
-__all__ = ["Prompt", "build_prompts", "text_contexts"]
+__all__ = [
+    "Prompt", "PromptSet", "Shots", "build_prompts", "prompt_sets", "resolve_shots",
+    "text_contexts",
+]  # fmt: skip
+
+Shots = int | Sequence[int] | Mapping[str, Sequence[int]] | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,50 @@ class Prompt:
     choices: tuple[str, ...]
     target: int
     doc_id: int
+
+
+class PromptSet(NamedTuple):
+    """Prompts that are evaluated together, and the demonstration seeds for which they stand.
+
+    Zero-shot prompts have no demonstrations: one set stands for all seeds.
+    """
+
+    task: str
+    labels: str
+    shots: int
+    seeds: tuple[int, ...]
+    data: str
+
+
+def prompt_sets(
+    task: str, labels: str, shots: Sequence[int], seeds: Sequence[int], data: str
+) -> list[PromptSet]:
+    """A task's prompts in sets, one a number of shots and seed; what is asked for twice is once."""
+    if not seeds:
+        raise InputError(
+            "seeds must hold at least one demonstration seed, for example [42, 43, 44]"
+        )
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"seeds must be whole numbers, got {seed!r}")
+    drawn = tuple(dict.fromkeys(seeds))
+    return [
+        PromptSet(task, labels, n_shots, of, data)
+        for n_shots in dict.fromkeys(shots)
+        for of in ([drawn] if n_shots == 0 else [(seed,) for seed in drawn])
+    ]
+
+
+def resolve_shots(task: str, shots: Shots) -> list[int]:
+    """Numbers of demonstrations for a task: those given, or the task's own."""
+    given = shots.get(task) if isinstance(shots, Mapping) else shots
+    if given is None:
+        return list(get_task_spec(task).default_shots)
+    values = [given] if isinstance(given, int) else list(given)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InputError(f"shots must be whole numbers >= 0, got {value!r} for {task}")
+    return values
 
 
 def build_prompts(

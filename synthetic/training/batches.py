@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from synthetic.training.corpus import (
@@ -97,8 +98,8 @@ def repeat_batch(
         ids[row] = torch.tensor(sequence)[positions % period]
         weights[row, period + 1 :] = 1.0
         if row < watched:
-            earlier = positions[:, None] - (positions[None, :] - 1)
-            induction[row] = (earlier > 0) & (earlier % period == 0) & (positions[None, :] > 0)
+            earlier = positions[:, None] - (positions - 1)
+            induction[row] = (earlier > 0) & (earlier % period == 0) & (positions > 0)
     return Batch(ids, weights / weights.sum(), induction, torch.zeros_like(ids))
 
 
@@ -134,28 +135,27 @@ def episode_batch(
     encoded = tokenizer(
         [e.text for e in episodes], return_offsets_mapping=True, add_special_tokens=False
     )
-    names = sorted({name for e in episodes for name in e.names})
-    pieces = tokenizer(names, add_special_tokens=False)["input_ids"] if names else []
-    token_of = {name: ids[0] for name, ids in zip(names, pieces, strict=True)}
+    names = {name for e in episodes for name in e.names}
+    token_of = {name: tokenizer(name, add_special_tokens=False).input_ids[0] for name in names}
     marked = [
-        _marks(e, ids, offsets, unseen_weight, [token_of[name] for name in e.names])
+        _marks(e, ids, offsets, unseen_weight, token_of)
         for e, ids, offsets in zip(
             episodes, encoded["input_ids"], encoded["offset_mapping"], strict=True
         )
     ]
-    order = sorted(range(rows), key=lambda row: len(marked[row].ids))
-    halves = [order[: rows // 2], order[rows // 2 :]]
     total = sum(sum(row.weights) for row in marked) or 1.0
-    return [_pad([marked[row] for row in half], total, watched, max_tokens) for half in halves]
+    marked.sort(key=lambda row: len(row.ids))
+    halves = (marked[: rows // 2], marked[rows // 2 :])
+    return [_padded(half, total, watched, max_tokens) for half in halves]
 
 
 class _Marked(NamedTuple):
-    """One tokenised episode: ids, loss weights, positions of the labels, tokens of the names."""
+    """One tokenised episode: ids, loss weights and name tokens, and the labels' positions."""
 
     ids: list[int]
     weights: list[float]
-    labels: list[int]
     names: list[int]
+    labels: list[int]
 
 
 def _marks(
@@ -163,33 +163,29 @@ def _marks(
     ids: list[int],
     offsets: Sequence[tuple[int, int]],
     unseen_weight: float,
-    names: list[int],
+    token_of: dict[str, int],
 ) -> _Marked:
     start_of = {start: index for index, (start, _) in enumerate(offsets)}
-    weights = [0.0] * len(ids)
-    labels = []
-    for start, weight in item.labels:
-        position = start_of[start]
+    labels = [start_of[start] for start, _ in item.labels]
+    weights, names = [0.0] * len(ids), [0] * len(ids)
+    for position, (_, weight) in zip(labels, item.labels, strict=True):
         weights[position] = weight or unseen_weight
-        labels.append(position)
-    return _Marked(ids, weights, labels, names)
+    # Only rows of letters have names.
+    for position, name in zip(labels, item.names, strict=False):
+        names[position] = token_of[name]
+    return _Marked(ids, weights, names, labels)
 
 
-def _pad(rows: Sequence[_Marked], total: float, watched: int, max_tokens: int) -> Batch:
-    width = min(max_tokens, max(len(row.ids) for row in rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    weights = torch.zeros(len(rows), width)
-    names = torch.zeros_like(ids)
+def _padded(rows: Sequence[_Marked], total: float, watched: int, max_tokens: int) -> Batch:
+    """Rows padded on the right with zeros, and cut to ``max_tokens``."""
+    ids, weights, names = (
+        pad_sequence([torch.tensor(row) for row in column], batch_first=True)[:, :max_tokens]
+        for column in ([r.ids for r in rows], [r.weights for r in rows], [r.names for r in rows])
+    )
+    width = ids.shape[1]
     induction = torch.zeros(min(watched, len(rows)), width, width, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        n = min(len(row.ids), width)
-        ids[index, :n] = torch.tensor(row.ids[:n])
-        weights[index, :n] = torch.tensor(row.weights[:n])
+    for blocked, row in zip(induction, rows, strict=False):
         inside = [position for position in row.labels if position < width]
-        # Rows other than letters have no names: there are then fewer of them than labels, none.
-        for position, name in zip(inside, row.names, strict=False):
-            names[index, position] = name
-        if index < watched:
-            for number, position in enumerate(inside[1:], start=1):
-                induction[index, position - 1, inside[:number]] = True
+        for number, position in enumerate(inside):
+            blocked[position - 1, inside[:number]] = True
     return Batch(ids, weights / total, induction, names)

@@ -21,28 +21,29 @@ import itertools
 import json
 import random
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from icl_helpers.files import synthetic_dir
 from icl_helpers.tasks.specs import DESCRIPTION
 
 __all__ = [
     "DESCRIPTION",
-    "EXTRA_WORDS",
     "HELD_OUT_LABELS",
-    "HELD_OUT_PAIRS",
-    "HELD_OUT_PATTERN",
-    "HELD_OUT_PATTERN_PAIRINGS",
     "LETTER_LENGTHS",
     "NAMING_DESCRIPTION",
     "TEXT_TASKS",
+    "WORD_TASKS",
     "Episode",
     "TextTask",
     "draw_labels",
     "episode",
     "evaluation_rows",
+    "held_out",
     "label_pool",
+    "letters",
     "naming_episode",
     "pattern_names",
     "patterns",
@@ -52,6 +53,8 @@ __all__ = [
 ]
 
 
+# Word lists and templates: the order of every list decides what is drawn.
+_DATA: dict[str, Any] = json.loads(Path(__file__).with_name("corpus.json").read_text("utf-8"))
 NAMING_DESCRIPTION = "Give the name of the pattern of each sequence."
 # Letters in a sequence; a length occurs as often as it is listed.
 LETTER_LENGTHS = (3, 4, 4, 4, 5, 5)
@@ -60,77 +63,14 @@ HELD_OUT_LABELS = ("Foo", "Bar", "Mur", "Res")
 _HELD_OUT_RANKS = (0, 9, 34, 100)
 # Zipf's law with an offset: a label of rank r has frequency in proportion to 1 / (r + offset).
 _FREQUENT_LABELS = 6
-HELD_OUT_PATTERN = "ABBB"
-HELD_OUT_PATTERN_PAIRINGS = (frozenset({"ABAB", "ABCD"}), frozenset({"ABCBA", "ABCDE"}))
-HELD_OUT_PAIRS = (
-    ("fruits", "animals"),
-    ("furniture", "professions"),
-    ("furniture", "animals"),
-    ("fruits", "professions"),
-    ("vegetables", "vehicles"),
-    ("body_parts", "instruments"),
-    ("vegetables", "instruments"),
-    ("body_parts", "vehicles"),
-)
-# Categories that no evaluation task uses, so that classes vary more than the tasks' own.
-EXTRA_WORDS = {
-    "colours": [
-        "red",
-        "blue",
-        "green",
-        "yellow",
-        "purple",
-        "black",
-        "white",
-        "brown",
-        "pink",
-        "grey",
-        "silver",
-        "gold",
-    ],
-    "clothes": [
-        "shirt",
-        "coat",
-        "hat",
-        "glove",
-        "scarf",
-        "sock",
-        "shoe",
-        "boot",
-        "dress",
-        "skirt",
-        "belt",
-        "jacket",
-    ],
-    "drinks": [
-        "water",
-        "tea",
-        "coffee",
-        "milk",
-        "juice",
-        "wine",
-        "beer",
-        "cider",
-        "cocoa",
-        "soda",
-        "lemonade",
-        "broth",
-    ],
-    "tools": [
-        "hammer",
-        "saw",
-        "drill",
-        "wrench",
-        "pliers",
-        "chisel",
-        "spade",
-        "rake",
-        "axe",
-        "ladder",
-        "file",
-        "clamp",
-    ],
+_HELD_OUT_PATTERN = "ABBB"
+_HELD_OUT_PATTERN_PAIRINGS = ({"ABAB", "ABCD"}, {"ABCBA", "ABCDE"})
+# The evaluation's word tasks: name: label -> (category of the first word, of the second word).
+WORD_TASKS: dict[str, dict[str, tuple[str, str]]] = {
+    name: {label: (first, second) for label, (first, second) in classes.items()}
+    for name, classes in _DATA["word_tasks"].items()
 }
+_HELD_OUT_PAIRS = {pair for classes in WORD_TASKS.values() for pair in classes.values()}
 
 
 @dataclass(frozen=True)
@@ -147,26 +87,48 @@ class Episode:
     names: tuple[str, ...] = ()
 
 
+def _written(
+    opening: str, rows: Iterable[tuple[str, str, float]], names: tuple[str, ...] = ()
+) -> Episode:
+    """The episode of these rows: (text before the label, label, weight of the label) each."""
+    text, labels = opening, []
+    for before, label, weight in rows:
+        text += before
+        labels.append((len(text), weight))
+        text += f"{label}\n\n"
+    return Episode(text, tuple(labels), names)
+
+
 @functools.cache
 def word_categories() -> dict[str, list[str]]:
-    """All word categories: the evaluation tasks' eight and four more."""
-    return {**json.loads((synthetic_dir() / "words.json").read_text()), **EXTRA_WORDS}
+    """All word categories: the evaluation tasks' eight, and four that no task uses.
+
+    The four make the classes of training vary more than the tasks' own.
+    """
+    return {**json.loads((synthetic_dir() / "words.json").read_text()), **_DATA["extra_words"]}
 
 
 @functools.cache
 def patterns(length: int) -> tuple[str, ...]:
     """Equality patterns of a length in canonical letters (A first), without the held-out one."""
-    found = {
-        "".join(string.ascii_uppercase[values.index(v)] for v in values)
-        for values in itertools.product(range(length), repeat=length)
-    }
-    canonical = sorted({_canonical(p) for p in found} - {HELD_OUT_PATTERN})
-    return tuple(canonical)
+    every = {_canonical(values) for values in itertools.product(range(length), repeat=length)}
+    return tuple(sorted(every - {_HELD_OUT_PATTERN}))
 
 
-def _canonical(pattern: Sequence[str]) -> str:
-    order = list(dict.fromkeys(pattern))
-    return "".join(string.ascii_uppercase[order.index(symbol)] for symbol in pattern)
+def _canonical(elements: Sequence[object]) -> str:
+    order = list(dict.fromkeys(elements))
+    return "".join(string.ascii_uppercase[order.index(element)] for element in elements)
+
+
+def _may_meet(chosen: Iterable[str]) -> bool:
+    """Whether these patterns may stand in one episode: the evaluation tasks' oppositions do not."""
+    return not any(pairing <= set(chosen) for pairing in _HELD_OUT_PATTERN_PAIRINGS)
+
+
+def letters(rng: random.Random, pattern: str) -> str:
+    """Different letters in an equality pattern, separated by spaces."""
+    drawn = rng.sample(string.ascii_uppercase, len(set(pattern)))
+    return " ".join(drawn[string.ascii_uppercase.index(symbol)] for symbol in pattern)
 
 
 @functools.cache
@@ -222,16 +184,11 @@ def naming_episode(
     names = pattern_names()
     while True:
         chosen = [rng.choice(patterns(length)) for _ in range(rng.randint(*rows))]
-        if not any(pairing <= set(chosen) for pairing in HELD_OUT_PATTERN_PAIRINGS):
+        if _may_meet(chosen):
             break
-    parts, spans = [NAMING_DESCRIPTION + "\n\n"], []
-    position = len(parts[0])
-    for pattern in chosen:
-        text = _letters(rng, pattern)
-        parts.append(f"{text}:{names[pattern]}\n\n")
-        spans.append((position + len(text) + 1, 1.0))
-        position += len(parts[-1])
-    return Episode("".join(parts), tuple(spans), tuple(names[pattern] for pattern in chosen))
+    blocks = ((f"{letters(rng, pattern)}:", names[pattern], 1.0) for pattern in chosen)
+    codes = tuple(names[pattern] for pattern in chosen)
+    return _written(f"{NAMING_DESCRIPTION}\n\n", blocks, codes)
 
 
 def episode(
@@ -262,21 +219,19 @@ def episode(
     labels = draw_labels(rng, len(makers))
     rng.shuffle(makers)
     instances = _balanced(rng, makers, n_shots + 1)
-    parts, spans, seen = [], [], set()
-    if rng.random() < 0.5:
-        parts.append(DESCRIPTION + "\n\n")
-    length = sum(map(len, parts))
-    for kind, text in instances:
-        parts.append(f"{text}:{labels[kind]}\n\n")
-        spans.append((length + len(text) + 1, float(kind in seen)))
-        seen.add(kind)
-        length += len(parts[-1])
-    names = () if words else tuple(pattern_names()[_pattern_of(text)] for _, text in instances)
-    return Episode("".join(parts), tuple(spans), names)
+    opening = f"{DESCRIPTION}\n\n" if rng.random() < 0.5 else ""
+    seen = _seen([kind for kind, _ in instances])
+    rows = (
+        (f"{text}:", labels[kind], float(known))
+        for (kind, text), known in zip(instances, seen, strict=True)
+    )
+    names = () if words else tuple(pattern_names()[_canonical(t.split())] for _, t in instances)
+    return _written(opening, rows, names)
 
 
-def _pattern_of(text: str) -> str:
-    return _canonical(text.split())
+def _seen(kinds: Sequence[int]) -> list[bool]:
+    """Whether an earlier row of the episode is of the same class, for every row."""
+    return [kind in kinds[:row] for row, kind in enumerate(kinds)]
 
 
 def _balanced(
@@ -302,14 +257,8 @@ def _letter_classes(rng: random.Random) -> list[Callable[[], str]]:
         # Half of the episodes oppose a pattern to distinct letters, as the evaluation tasks do.
         if rng.random() < 0.5 and distinct not in chosen:
             chosen[0] = distinct
-        if not any(pairing <= set(chosen) for pairing in HELD_OUT_PATTERN_PAIRINGS):
-            break
-    return [functools.partial(_letters, rng, pattern) for pattern in chosen]
-
-
-def _letters(rng: random.Random, pattern: str) -> str:
-    letters = rng.sample(string.ascii_uppercase, len(set(pattern)))
-    return " ".join(letters[string.ascii_uppercase.index(symbol)] for symbol in pattern)
+        if _may_meet(chosen):
+            return [functools.partial(letters, rng, pattern) for pattern in chosen]
 
 
 def _word_classes(rng: random.Random) -> list[Callable[[], str]]:
@@ -323,127 +272,46 @@ def _word_classes(rng: random.Random) -> list[Callable[[], str]]:
         else:
             n_classes = rng.choice((2, 2, 3, 4))
             pairs = [(rng.choice(names), rng.choice(names)) for _ in range(n_classes)]
-        distinct = len(set(pairs)) == len(pairs)
-        if distinct and not any(pair in HELD_OUT_PAIRS for pair in pairs):
+        if len(set(pairs)) == len(pairs) and _HELD_OUT_PAIRS.isdisjoint(pairs):
             return [functools.partial(_word_pair, rng, pair) for pair in pairs]
 
 
 def _word_pair(rng: random.Random, pair: tuple[str, str]) -> str:
-    categories = word_categories()
-    return f"{rng.choice(categories[pair[0]])} {rng.choice(categories[pair[1]])}"
-
-
-_THINGS = [
-    "film",
-    "book",
-    "meal",
-    "song",
-    "hotel",
-    "play",
-    "show",
-    "garden",
-    "game",
-    "story",
-    "market",
-    "concert",
-    "museum",
-]
-_GOOD = [
-    "great",
-    "lovely",
-    "superb",
-    "charming",
-    "brilliant",
-    "delightful",
-    "excellent",
-    "wonderful",
-    "fresh",
-    "clever",
-]
-_BAD = [
-    "awful",
-    "boring",
-    "dreadful",
-    "terrible",
-    "poor",
-    "dull",
-    "horrible",
-    "bland",
-    "clumsy",
-    "ugly",
-]
-_PLACES = ["town", "city", "village", "harbour", "valley", "island", "square", "station"]
-_PEOPLE = ["my friend", "the guide", "our neighbour", "the critic", "a student", "the owner"]
-
-
-def _review(rng: random.Random, label: int) -> str:
-    adjective = rng.choice(_GOOD if label else _BAD)
-    second = rng.choice(_GOOD if label else _BAD)
-    thing = rng.choice(_THINGS)
-    return rng.choice(
-        (
-            f"the {thing} was {adjective}",
-            f"a {adjective} and {second} {thing}",
-            f"{rng.choice(_PEOPLE)} found the {thing} {adjective}",
-            f"it is a {adjective} {thing}",
-        )
-    )
-
-
-def _statement(rng: random.Random, label: int) -> str:
-    thing, place = rng.choice(_THINGS), rng.choice(_PLACES)
-    if label:
-        adjective = rng.choice(_GOOD + _BAD)
-        return rng.choice(
-            (
-                f"i think the {thing} is {adjective}",
-                f"i feel that the {place} is {adjective}",
-                f"we believe the {thing} was {adjective}",
-            )
-        )
-    hour = rng.choice(["two", "three", "four", "five", "six", "seven", "eight", "nine"])
-    return rng.choice(
-        (
-            f"the {thing} opens at {hour}",
-            f"the {place} has {hour} streets",
-            f"the {thing} lasted {hour} hours",
-        )
-    )
+    return " ".join(rng.choice(word_categories()[category]) for category in pair)
 
 
 @dataclass(frozen=True)
 class TextTask:
-    """One stand-in task: its prompt, its two labels, and how a sentence is made."""
+    """One stand-in task: its prompt, its two labels, and the sentences of each.
+
+    ``sentences`` holds for either label ``slots`` (of every slot the lists of words that it is
+    drawn from, in the order of the draws) and ``templates``.
+    """
 
     name: str
     description: str
     field: str
     answer: str
     labels: tuple[str, str]
-    make: Callable[[random.Random, int], str]
+    sentences: tuple[dict[str, Any], dict[str, Any]]
 
     def block(self, sentence: str) -> str:
         """The document's part of the prompt, up to and with the colon before its label."""
         return f"{self.field}: {sentence}\n\n{self.answer}:"
 
+    def make(self, rng: random.Random, label: int) -> str:
+        """A sentence of that label (0 or 1), of whichever split."""
+        slots, templates = self.sentences[label]["slots"], self.sentences[label]["templates"]
+        # Slots that the template leaves out are drawn all the same.
+        words = {
+            slot: rng.choice([word for name in lists for word in _DATA["sentence_words"][name]])
+            for slot, lists in slots.items()
+        }
+        return rng.choice(templates).format(**words)
 
-TEXT_TASKS = (
-    TextTask(
-        "review_sentiment",
-        "Classify the review according to its sentiment.",
-        "Review",
-        "Sentiment",
-        ("Negative", "Positive"),
-        _review,
-    ),
-    TextTask(
-        "fact_opinion",
-        "Does the input contain personal opinions, feelings, or beliefs?",
-        "Input",
-        "Output",
-        ("No", "Yes"),
-        _statement,
-    ),
+
+TEXT_TASKS = tuple(
+    TextTask(**{**task, "labels": tuple(task["labels"])}) for task in _DATA["text_tasks"]
 )
 
 
@@ -461,17 +329,16 @@ def text_episode(rng: random.Random, *, n_shots: int | None = None) -> Episode:
     task = rng.choice(TEXT_TASKS)
     n_shots = rng.choice((0, 0, 2, 5, 8)) if n_shots is None else n_shots
     own = rng.random() < 0.5
-    labels = list(task.labels) if own else draw_labels(rng, 2)
-    parts, spans, seen = [task.description + "\n\n"], [], set()
-    length = len(parts[0])
+    labels = task.labels if own else draw_labels(rng, 2)
+    kinds, sentences = [], []
     for _ in range(n_shots + 1):
-        kind = rng.randrange(2)
-        block = task.block(training_sentence(rng, task, kind))
-        parts.append(f"{block} {labels[kind]}\n\n")
-        spans.append((length + len(block), 1.0 if own or kind in seen else 0.0))
-        seen.add(kind)
-        length += len(parts[-1])
-    return Episode("".join(parts), tuple(spans))
+        kinds.append(rng.randrange(2))
+        sentences.append(training_sentence(rng, task, kinds[-1]))
+    rows = (
+        (task.block(sentence), f" {labels[kind]}", float(own or known))
+        for kind, sentence, known in zip(kinds, sentences, _seen(kinds), strict=True)
+    )
+    return _written(f"{task.description}\n\n", rows)
 
 
 def training_sentence(rng: random.Random, task: TextTask, kind: int) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -79,26 +79,30 @@ class Recipe:
         return self.widening_steps + self.episode_steps + self.pattern_steps
 
 
+PhaseName = Literal["repeats", "widening", "episodes", "patterns", "end"]
+
+
 class Phase(NamedTuple):
     """Where a step lies: the phase's name, and the steps done in it."""
 
-    name: Literal["repeats", "widening", "episodes", "patterns", "end"]
+    name: PhaseName
     done: int
 
 
 def phase_at(recipe: Recipe, step: int, formed: int | None) -> Phase:
     """Phase of a step; ``formed`` is the step at which induction heads had formed, if they have."""
-    end = recipe.repeat_steps if formed is None else formed
-    if step < end:
-        return Phase("repeats", step)
-    done = step - end
-    if done < recipe.widening_steps:
-        return Phase("widening", done)
-    done -= recipe.widening_steps
-    if done < recipe.episode_steps:
-        return Phase("episodes", done)
-    done -= recipe.episode_steps
-    return Phase("patterns" if done < recipe.pattern_steps else "end", done)
+    lengths: dict[PhaseName, int] = {
+        "repeats": recipe.repeat_steps if formed is None else formed,
+        "widening": recipe.widening_steps,
+        "episodes": recipe.episode_steps,
+        "patterns": recipe.pattern_steps,
+    }
+    done = step
+    for name, length in lengths.items():
+        if done < length:
+            return Phase(name, done)
+        done -= length
+    return Phase("end", done)
 
 
 def checkpoint_due(recipe: Recipe, phase: Phase, *, per_phase: int = 16) -> bool:
@@ -133,42 +137,37 @@ def step_batches(
         return
     # Long repeats keep induction at work over the distances of the prefix-matching score.
     rows, length, pool = (3, 208, 1000) if step % 3 == 0 else (8, 64, 256)
-    yield (
-        "repeat",
-        0.2,
-        repeat_batch(
-            rng, vocab_size=recipe.vocab_size, rows=rows, length=length, pool=pool, watched=8
-        ),
-    )
-    episodes = _pattern_episodes if phase.name == "patterns" else _mixed_episodes
-    for batch in episodes(recipe, phase, rng, tokenizer):
+    yield "repeat", 0.2, repeat_batch(
+        rng, vocab_size=recipe.vocab_size, rows=rows, length=length, pool=pool, watched=8
+    )  # fmt: skip
+    for batch in _episodes(recipe, phase, rng, tokenizer):
         yield "episode", 1.0, batch
 
 
-def _mixed_episodes(
+def _episodes(
     recipe: Recipe, phase: Phase, rng: random.Random, tokenizer: PreTrainedTokenizerFast
 ) -> list[Batch]:
-    progress = phase.done / recipe.episode_schedule
-    (until, most), (since, least) = _NAMING
-    fade = min(1.0, max(0.0, (progress - until) / (since - until)))
+    lengths: Sequence[int] = LETTER_LENGTHS
+    if phase.name == "patterns":
+        rows, fresh = recipe.pattern_rows, 1.0
+        naming_share, word_share = recipe.pattern_naming_share, recipe.pattern_word_share
+    else:
+        rows, word_share = recipe.episode_rows, recipe.word_share
+        fresh = _ramp(phase.done, recipe.bursty_steps, recipe.hardening_steps)
+        progress = phase.done / recipe.episode_schedule
+        lengths = next(lengths for end, lengths in _NAMED_LENGTHS if progress < end)
+        (until, most), (since, least) = _NAMING
+        naming_share = most + (least - most) * _ramp(progress, until, since - until)
     return episode_batch(
-        rng, tokenizer, rows=recipe.episode_rows,
-        fresh=min(1.0, max(0.0, (phase.done - recipe.bursty_steps) / recipe.hardening_steps)),
-        text_share=recipe.text_share, naming_share=most + (least - most) * fade,
-        word_share=recipe.word_share, unseen_weight=recipe.unseen_weight,
-        named_lengths=next(lengths for end, lengths in _NAMED_LENGTHS if progress < end),
-        watched=4, max_tokens=recipe.max_tokens,
+        rng, tokenizer, rows=rows, fresh=fresh, text_share=recipe.text_share,
+        naming_share=naming_share, word_share=word_share, unseen_weight=recipe.unseen_weight,
+        named_lengths=lengths, watched=4, max_tokens=recipe.max_tokens,
     )  # fmt: skip
 
 
-def _pattern_episodes(
-    recipe: Recipe, phase: Phase, rng: random.Random, tokenizer: PreTrainedTokenizerFast
-) -> list[Batch]:
-    return episode_batch(
-        rng, tokenizer, rows=recipe.pattern_rows, fresh=1.0, text_share=recipe.text_share,
-        naming_share=recipe.pattern_naming_share, word_share=recipe.pattern_word_share,
-        unseen_weight=recipe.unseen_weight, watched=4, max_tokens=recipe.max_tokens,
-    )  # fmt: skip
+def _ramp(value: float, start: float, length: float) -> float:
+    """From 0 until ``start`` evenly to 1, which is reached ``length`` later."""
+    return min(1.0, max(0.0, (value - start) / length))
 
 
 def learning_rate(recipe: Recipe, phase: Phase) -> float:

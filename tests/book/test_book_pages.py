@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 
 from icl_helpers.book import build as book
-from icl_helpers.book import pages as book_front
 from icl_helpers.book import pages as book_pages
 from icl_helpers.files import notebooks_dir, project_root
+from icl_helpers.results.tables import markdown_table
+from icl_helpers.run.plan import Plan
 
 
 def row(condition: str, accuracy: float, *, fraction: float = 0.06) -> dict[str, object]:
@@ -33,11 +34,17 @@ def make_run(folder: Path, name: str, *, model: str = "icl-tiny", full: float = 
         "seconds": {"full model": 1.5, "zero ablation": 2.25},
         "parameters": {
             "run_dir": str(run), "limit": 7, "seeds": [42], "ablation_seeds": [42], "tasks": None,
-            "shots": None, "fractions": None, "labels": None, "model": model,
+            "shots": None, "labels": None, "model": model,
         },
     }  # fmt: skip
+    info["identity"] = {"key": {"fingerprint": "abc"}}
+    info["parameters"]["fractions"] = [0.06]
     (run / "run.json").write_text(json.dumps(info))
     rows = [row("full", full), row("induction_heads", full - 0.4), row("random_heads", full - 0.1)]
+    plan, key = Plan.of_run(info), info["identity"]["key"]
+    for entry in rows:
+        at = (entry["task"], entry["condition"], entry["ablation"])
+        entry["setting"] = plan.row_key(*at, model_key=key)
     pd.DataFrame(rows).to_parquet(run / "results.parquet")
     return run
 
@@ -48,7 +55,7 @@ def table_rows(text: str) -> list[list[str]]:
 
 
 def test_markdown_table_escapes_bars_and_leaves_missing_values_empty():
-    text = book_pages.markdown_table(["a", "b"], [["x|y", None]])
+    text = markdown_table(["a", "b"], [["x|y", None]])
     assert text.splitlines()[-1] == r"| x\|y |  |"
 
 
@@ -99,7 +106,7 @@ def test_citation_holds_the_paper_and_the_software():
 
 
 def test_front_page_words_its_numbers_from_results(tmp_path):
-    found = book_front.front_page(tmp_path, make_run(tmp_path, "one"))
+    found = book_pages.front_page(tmp_path, make_run(tmp_path, "one"))
     assert "it labels 90 % of the two-label sequences" in found["answer"]
     assert "50 % (-40 points)" in found["answer"]
     assert "80 % (-10 points)" in found["answer"]
@@ -111,8 +118,8 @@ def test_front_page_words_its_numbers_from_results(tmp_path):
 
 
 def test_front_page_calls_only_an_embedded_model_embedded(tmp_path):
-    embedded = book_front.front_page(tmp_path, make_run(tmp_path, "one"))
-    other = book_front.front_page(tmp_path, make_run(tmp_path, "two", model="some/model"))
+    embedded = book_pages.front_page(tmp_path, make_run(tmp_path, "one"))
+    other = book_pages.front_page(tmp_path, make_run(tmp_path, "two", model="some/model"))
     assert "travels with it" in embedded["model_described"]
     assert other["model_described"] == "some/model"
     assert other["about_model"] == ""

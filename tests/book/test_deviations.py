@@ -103,7 +103,7 @@ def test_comparison_counts_changed_answers_and_averages_seeds():
     assert frame.loc["two", "accuracy"] == 37.5
     assert frame.loc["two", "changed"] == pytest.approx(100 * (1 / 4 + 1) / 2)
     assert frame.loc["two", "margin"] == pytest.approx((1 / 4 + 1) / 2)
-    assert "50.0 % one, 37.5 % two; 62.5 % of" in deviations.in_words(frame.reset_index())
+    assert "50.0 % one, 37.5 % two; 62.5 % of" in deviations.summary_sentence(frame.reset_index())
 
 
 def test_score_term_is_the_attention_to_the_position_after_bos(llama):

@@ -239,7 +239,7 @@ def test_damaged_cell_is_set_aside_and_computed_again(tokenizer, tmp_path, damag
     whole = path.read_bytes()
     if damage is None:  # valid JSON with one altered result
         content = json.loads(whole)
-        content["documents"]["correct"][0] = not content["documents"]["correct"][0]
+        content["documents"]["target"][0] = 1 - content["documents"]["target"][0]
         damage = json.dumps(content).encode()
     path.write_bytes(damage)
     with pytest.warns(UserWarning, match="set aside"):

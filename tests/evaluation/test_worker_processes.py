@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +20,14 @@ import icl_helpers as icl
 from icl_helpers.evaluation.cells import ModelSource
 from icl_helpers.evaluation.evaluate import evaluate
 from icl_helpers.evaluation.store import KEYS
-from icl_helpers.evaluation.workers import process_workers
+from icl_helpers.evaluation.workers import _take_number, process_workers, run_jobs
+from tests.evaluation.numbered_jobs import (
+    Numbers,
+    fail_oddly_on_one,
+    kill_on_five,
+    run_numbers,
+    sleep_long,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"limit": 3, "tasks": ["repetition"], "shots": [2], "seeds": [42], "ablation_seeds": [42]}
@@ -107,7 +117,7 @@ def test_finished_cells_start_no_worker(request_for, tmp_path):
     here = evaluate(**request_for, run_dir=tmp_path)
     with process_workers(2) as workers:
         again = evaluate(**request_for, run_dir=tmp_path, executor=workers)
-        assert not workers.executor._processes
+        assert not multiprocessing.active_children()
     pd.testing.assert_frame_equal(pd.DataFrame(here), pd.DataFrame(again), check_exact=True)
 
 
@@ -133,3 +143,114 @@ def test_model_is_not_held_twice_while_workers_have_it(tmp_path, monkeypatch):
     monkeypatch.delenv("ICL_WORKERS")
     here = icl.Run(icl.stage_parameters(**SMALL, run_dir=str(tmp_path / "here")))
     pd.testing.assert_frame_equal(found, here.evaluate("full", "zero"))
+
+
+def children_in_state(state: str) -> list[str]:
+    own = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    pids = [pid for path in own for pid in path.read_text().split()]
+    states = {
+        pid: Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] for pid in pids
+    }
+    return [pid for pid, found in states.items() if found == state]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killed_process_fails_its_own_job_only_and_is_replaced_and_reaped(tmp_path):
+    found: list[int] = []
+    jobs = [Numbers(tmp_path, tuple(range(i, i + 4)), kill_on_five) for i in range(0, 24, 4)]
+    with process_workers(2) as workers:
+        failures = run_jobs(
+            jobs, workers, function=run_numbers, on_cells=lambda _, cells: found.extend(cells)
+        )
+        assert not children_in_state("Z")
+        assert len(multiprocessing.active_children()) <= 2
+    assert not multiprocessing.active_children()
+    assert [(failure.job.cell_indices, failure.reason) for failure in failures] == [
+        ((5,), "the worker died (killed, out of memory, or crashed) (3 attempts)")
+    ]
+    assert sorted(found) == [index for index in range(24) if index != 5]
+    runs = Counter(path.name.split("-", 2)[2] for path in tmp_path.iterdir())
+    assert runs.pop("5-1") == 3
+    assert set(runs.values()) == {1}
+
+
+@pytest.mark.slow
+def test_error_that_cannot_be_unpickled_costs_its_own_job_only(tmp_path):
+    found: list[int] = []
+    with process_workers(1) as workers:
+        failures = run_jobs(
+            [Numbers(tmp_path, (index,), fail_oddly_on_one) for index in range(3)], workers,
+            function=run_numbers, on_cells=lambda _, cells: found.extend(cells),
+        )  # fmt: skip
+    (failure,) = failures
+    assert failure.job.cell_indices == (1,)
+    assert "OddError: in the model's own code (3 attempts)" in failure.reason
+    assert sorted(found) == [0, 2]
+    assert len({path.name.split("-")[1] for path in tmp_path.iterdir()}) == 1
+
+
+# Ends a worker as it starts, while the file LIVES lacks lines for it to live on.
+STILLBORN = """
+import os, sys
+if "--multiprocessing-fork" in sys.orig_argv:
+    with open(os.environ["DEATHS"], "a+") as file:
+        file.write("died\\n")
+        file.flush()
+        file.seek(0)
+        if len(file.readlines()) <= int(os.environ["MANY"]):
+            os._exit(9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deaths", [3, 1000])
+def test_processes_that_die_as_they_start_are_replaced_a_bounded_number_of_times(
+    tmp_path, monkeypatch, deaths
+):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(STILLBORN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(ROOT)]))
+    monkeypatch.setenv("DEATHS", str(tmp_path / "deaths"))
+    monkeypatch.setenv("MANY", str(deaths))
+    found: list[int] = []
+    # More than a pipe holds, so that some jobs are still on their way when the pool breaks.
+    jobs = [Numbers(tmp_path / "jobs", (index,), load=bytes(10**6)) for index in range(40)]
+    with process_workers(2) as workers:
+        failures = run_jobs(
+            jobs, workers, function=run_numbers, on_cells=lambda _, cells: found.extend(cells)
+        )
+    given_up = [failure.job.cell_indices[0] for failure in failures]
+    assert sorted(found + given_up) == list(range(40))
+    if deaths == 3:
+        assert not given_up
+    else:
+        assert not found
+        assert "the worker died" in failures[0].reason
+        assert "as every worker did" in failures[-1].reason
+        assert len((tmp_path / "deaths").read_text().splitlines()) <= 40
+
+
+@pytest.mark.slow
+def test_busy_processes_end_at_once_when_the_block_is_left_by_an_exception(tmp_path):
+    with pytest.raises(KeyError), process_workers(1) as workers:
+        job = Numbers(tmp_path, (0,), sleep_long)
+        workers.submit(run_numbers, job)
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.05)
+        start = time.monotonic()
+        raise KeyError
+    assert time.monotonic() - start < 5
+    assert not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="not active"):
+        workers.submit(run_numbers, job)
+
+
+def test_process_that_replaces_a_dead_one_takes_its_number():
+    dead = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    dead.wait()
+    pids = multiprocessing.get_context("spawn").Array("i", [os.getppid(), dead.pid, 0])
+    assert _take_number(pids) == 1
+    assert _take_number(pids) == 2
+    assert list(pids) == [os.getppid(), os.getpid(), os.getpid()]

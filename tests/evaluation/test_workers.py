@@ -17,13 +17,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from pebble import ProcessExpired
 
 import icl_helpers as icl
-from icl_helpers.evaluation.cells import CellGroup, Job, ModelSource, pack
+from icl_helpers.evaluation.cells import CellGroup, Job, ModelSource, pack, run_job
 from icl_helpers.evaluation.evaluate import evaluate
 from icl_helpers.evaluation.workers import (
     FailedCellsError,
     Workers,
+    as_workers,
     chunk_size,
     dask_workers,
     run_jobs,
@@ -34,61 +36,90 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def job(first: int, cells: int, *, task: str = "repetition") -> Job:
     group = CellGroup(task, "unrelated", 5, 42, 4, "synthetic", (icl.Condition("full"),) * cells)
-    places = range(first, first + cells)
-    return pack(group, source=ModelSource(), key={}, cells_dir=None, places=places)
+    indices = range(first, first + cells)
+    return pack(group, source=ModelSource(), key={}, cells_dir=None, cell_indices=indices)
 
 
-class DyingPool(Executor):
-    """Runs jobs when asked for results; a poisoned cell kills the pool with all that is in it."""
+class DyingWorkers:
+    """Workers that a poisoned cell kills, each with the job that it has and no other."""
 
-    def __init__(self, poisoned: set[int], runs: Counter) -> None:
-        self.poisoned, self.runs, self.broken = poisoned, runs, False
-        self.held: list[tuple[Future, Job]] = []
+    def __init__(self, poisoned: set[int]) -> None:
+        self.poisoned, self.runs = poisoned, Counter()
 
     def submit(self, function, job):
-        if self.broken:
-            raise BrokenProcessPool
+        self.runs.update(job.cell_indices)
         future: Future = Future()
-        self.held.append((future, job))
-        if len(self.held) == 2 or self.poisoned & set(job.places):
-            self.finish()
+        if self.poisoned & set(job.cell_indices):
+            future.set_exception(ProcessExpired("Abnormal termination", code=-9))
         else:
-            future.set_running_or_notify_cancel()
-            future.set_result(list(job.places))
-            self.runs.update(job.places)
-            self.held.clear()
+            future.set_result(function(job))
         return future
 
-    def finish(self):
-        self.broken = True
-        for future, held in self.held:
-            self.runs.update(held.places)
-            future.set_exception(BrokenProcessPool())
+
+class BreakingPool:
+    """A pool that breaks at first with all that it has, and tells of one job only."""
+
+    def __init__(self) -> None:
+        self.held: list[Future] = []
+
+    def submit(self, function, job):
+        future: Future = Future()
+        self.held.append(future)
+        if len(self.held) == 3:
+            self.held[1].set_exception(BrokenProcessPool("All workers expired"))
+        elif len(self.held) > 3:
+            future.set_result(function(job))
+        return future
 
 
 def test_cell_that_kills_its_worker_is_given_up_after_three_deaths_and_the_rest_is_finished():
-    runs: Counter = Counter()
+    dying = DyingWorkers({5})
     found: dict[int, int] = {}
-    workers = Workers(DyingPool({5}, runs), 2, width=2, renew=lambda: DyingPool({5}, runs))
     jobs = [job(0, 4), job(4, 4), job(8, 4)]
     failures = run_jobs(
-        jobs, workers, on_cells=lambda j, cells: found.update(zip(j.places, cells, strict=True))
-    )
-    assert [failure.job.places for failure in failures] == [(5,)]
+        jobs, Workers(dying.submit, 2, max_in_flight=2), function=lambda j: list(j.cell_indices),
+        on_cells=lambda j, cells: found.update(zip(j.cell_indices, cells, strict=True)),
+    )  # fmt: skip
+    assert [failure.job.cell_indices for failure in failures] == [(5,)]
     assert "died" in failures[0].reason
-    assert sorted(found) == [place for place in range(12) if place != 5]
-    assert runs[5] == 4  # once with its group, three times alone
+    assert sorted(found) == [index for index in range(12) if index != 5]
+    assert dying.runs[5] == 4  # once with its group, three times alone
+    assert {dying.runs[index] for index in (0, 1, 2, 3, 8, 9, 10, 11)} == {1}
 
 
 def test_nothing_more_is_tried_when_every_worker_dies():
-    runs: Counter = Counter()
-    everything = set(range(400))
-    workers = Workers(
-        DyingPool(everything, runs), 2, width=2, renew=lambda: DyingPool(everything, runs)
-    )
-    failures = run_jobs([job(i, 1) for i in range(400)], workers, on_cells=lambda *_: None)
-    assert sorted(p for failure in failures for p in failure.job.places) == list(range(400))
-    assert sum(runs.values()) <= 40
+    dying = DyingWorkers(set(range(400)))
+    failures = run_jobs(
+        [job(i, 1) for i in range(400)], Workers(dying.submit, 2, max_in_flight=2, max_deaths=12),
+        function=lambda j: list(j.cell_indices), on_cells=lambda *_: None,
+    )  # fmt: skip
+    indices = sorted(index for failure in failures for index in failure.job.cell_indices)
+    assert indices == list(range(400))
+    assert sum(dying.runs.values()) <= 40
+    assert "as every worker did" in failures[-1].reason
+
+
+def test_jobs_of_a_pool_that_breaks_are_all_run_again():
+    found: list[int] = []
+    failures = run_jobs(
+        [job(0, 2), job(2, 1), job(3, 1), job(4, 2)],
+        Workers(BreakingPool().submit, 3, max_in_flight=3, max_deaths=12),
+        function=lambda j: list(j.cell_indices), on_cells=lambda _, cells: found.extend(cells),
+    )  # fmt: skip
+    assert not failures
+    assert sorted(found) == list(range(6))
+
+
+def test_executor_that_breaks_for_good_ends_the_run():
+    def break_it(*_):
+        raise BrokenProcessPool
+
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(FailedCellsError, match="a worker died and this executor cannot be replaced"),
+    ):
+        pool.submit = break_it
+        run_jobs([job(0, 1)], as_workers(pool), function=run_job, on_cells=lambda *_: None)
 
 
 def test_cell_that_raises_is_tried_three_times_and_costs_no_other():
@@ -96,17 +127,17 @@ def test_cell_that_raises_is_tried_three_times_and_costs_no_other():
     found: list[int] = []
 
     def score(given: Job) -> list:
-        runs.update(given.places)
-        if 2 in given.places:
+        runs.update(given.cell_indices)
+        if 2 in given.cell_indices:
             raise RuntimeError("out of luck")
-        return list(given.places)
+        return list(given.cell_indices)
 
     with ThreadPoolExecutor(2) as pool:
         failures = run_jobs(
-            [job(0, 4), job(4, 4)], Workers(pool, 2), function=score,
+            [job(0, 4), job(4, 4)], Workers(pool.submit, 2), function=score,
             on_cells=lambda _, cells: found.extend(cells),
         )  # fmt: skip
-    assert [(f.job.places, f.reason) for f in failures] == [
+    assert [(f.job.cell_indices, f.reason) for f in failures] == [
         ((2,), "RuntimeError: out of luck (3 attempts)")
     ]
     assert sorted(found) == [0, 1, 3, 4, 5, 6, 7]
@@ -118,14 +149,14 @@ def test_error_of_the_users_making_ends_the_run():
         raise icl.InputError("too long")
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(icl.InputError, match="too long"):
-        run_jobs([job(0, 1)], Workers(pool, 1), function=refuse, on_cells=lambda *_: None)
+        run_jobs([job(0, 1)], Workers(pool.submit, 1), function=refuse, on_cells=lambda *_: None)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 64])
 def test_there_are_jobs_for_all_workers_but_no_more_than_cells(count):
-    size = chunk_size(3, 10, Workers(ThreadPoolExecutor(1), count))
+    size = chunk_size(3, 10, Workers(ThreadPoolExecutor(1).submit, count))
     jobs = [part for first in (0, 10, 20) for part in job(first, 10).split(size)]
-    assert [place for part in jobs for place in part.places] == list(range(30))
+    assert [index for part in jobs for index in part.cell_indices] == list(range(30))
     assert min(30, 2 * count) <= len(jobs)
 
 

@@ -12,8 +12,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import icl_helpers as icl
-from icl_helpers.models.fingerprint import weights_fingerprint
-from icl_helpers.models.loading import quantization_config
+from icl_helpers.models.loading import quantization_config, weights_fingerprint
 from tests.conftest import make_llama, make_tokenizer
 
 pytest.importorskip("bitsandbytes", reason="the optional extra 'quantized' is not installed")

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 import icl_helpers as icl
-from icl_helpers.evaluation.store import collect_results
+from icl_helpers.evaluation.store import merge_into_run_tables
 from icl_helpers.results.comparison import compare_runs, overlay
+from icl_helpers.run.plan import run_table
 
 
 def write_run(directory: Path, model: str, *, fraction: float, right: dict[str, int]) -> Path:
@@ -29,7 +30,7 @@ def write_run(directory: Path, model: str, *, fraction: float, right: dict[str, 
                 )  # fmt: skip
     frame = pd.DataFrame(rows).astype({"ablation_seed": "Int64"})
     directory.mkdir()
-    collect_results(directory, frame)
+    merge_into_run_tables(directory, frame)
     info = {"model": model, "parameters": {"seeds": [42, 43], "fractions": None}}
     (directory / "run.json").write_text(json.dumps(info))
     return directory
@@ -42,7 +43,12 @@ def test_runs_stand_side_by_side_with_their_change_to_the_full_model(tmp_path):
     second = write_run(
         tmp_path / "b", "gpt2", fraction=0.03, right={"full": 12, "induction_heads": 11}
     )
-    found = compare_runs([first, second]).set_index(["model", "condition"])
+    runs = {path.name: path for path in (first, second)}
+    models = {"a": "icl-tiny", "b": "gpt2"}
+    results = {name: pd.read_parquet(path / "results.parquet") for name, path in runs.items()}
+    found = compare_runs({name: (models[name], results[name]) for name in runs}).set_index(
+        ["model", "condition"]
+    )
     assert found["accuracy"].to_dict() == pytest.approx(
         {("icl-tiny", "full"): 90, ("icl-tiny", "induction_heads"): 50,
          ("gpt2", "full"): 60, ("gpt2", "induction_heads"): 55}
@@ -53,11 +59,9 @@ def test_runs_stand_side_by_side_with_their_change_to_the_full_model(tmp_path):
 
 
 def test_overlay_has_the_published_value_beside_the_run_of_the_same_model(tmp_path):
-    run = write_run(
-        tmp_path / "a", "meta-llama/Meta-Llama-3-8B", fraction=0.03,
-        right={"full": 18, "induction_heads": 10},
-    )  # fmt: skip
-    found = overlay(run)
+    model = "meta-llama/Meta-Llama-3-8B"
+    run = write_run(tmp_path / "a", model, fraction=0.03, right={"full": 18, "induction_heads": 10})
+    found = overlay(model, icl.document_results(run))
     assert found is not None
     published = icl.published_accuracy().query(
         "table == 1 and model == 'Llama-3-8B' and task == 'repetition' and shots == 10"
@@ -71,19 +75,17 @@ def test_overlay_has_the_published_value_beside_the_run_of_the_same_model(tmp_pa
 
 
 def test_overlay_leaves_out_fractions_that_were_not_published(tmp_path):
-    run = write_run(
-        tmp_path / "a", "internlm/internlm2-20b", fraction=0.05,
-        right={"full": 18, "induction_heads": 10},
-    )  # fmt: skip
-    found = overlay(run)
+    model = "internlm/internlm2-20b"
+    run = write_run(tmp_path / "a", model, fraction=0.05, right={"full": 18, "induction_heads": 10})
+    found = overlay(model, icl.document_results(run))
     assert found is not None
     assert set(found["condition"]) == {"full"}
 
 
 def test_no_overlay_for_another_model_and_none_without_a_run(tmp_path):
     run = write_run(tmp_path / "a", "icl-tiny", fraction=0.06, right={"full": 18})
-    assert overlay(run) is None
+    assert overlay("icl-tiny", icl.document_results(run)) is None
     with pytest.raises(icl.InputError, match=r"run\.json does not exist"):
-        compare_runs([tmp_path])
+        run_table(tmp_path, "results", "tasks")
     with pytest.raises(icl.InputError, match="at least one"):
-        compare_runs([])
+        compare_runs({})

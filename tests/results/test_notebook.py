@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 
 from icl_helpers.evaluation.store import document_results
@@ -21,38 +19,29 @@ def shown(monkeypatch) -> list[str]:
     return found
 
 
-def stub(directory) -> types.SimpleNamespace:
-    """As much of a run as the page reads."""
-    return types.SimpleNamespace(
-        directory=directory,
-        documents=lambda: document_results(directory),
-        nlp_documents=lambda: document_results(directory).iloc[:0],
-    )
-
-
 def test_table_of_a_run_is_shown_with_its_tests_and_both_are_written(tmp_path, shown):
-    run = stub(write_run(tmp_path / "a", "icl-tiny", fraction=0.06, right=RIGHT))
-    reporting.show_paper_table(run, 1)
+    documents = document_results(write_run(tmp_path / "a", "icl-tiny", fraction=0.06, right=RIGHT))
+    reporting.show_paper_table(documents, 1, tmp_path / "tables")
     page = "\n".join(shown)
     assert "95.0" in page
     assert "20.0 (-75.0)*<br>[" in page
     assert "labels" not in shown[0].split("<tbody>")[0].replace("aria-label", "")
     assert "2 of 3 comparisons are distinguishable" in page
-    names = {path.name for path in (run.directory / "tables").iterdir()}
+    names = {path.name for path in (tmp_path / "tables").iterdir()}
     assert names == {"table-1.csv", "table-1.tex", "table-1-tests.csv", "table-1-tests.tex"}
     assert all(f"tables/{name}" in page for name in names)
 
 
 def test_table_without_rows_says_so(tmp_path, shown):
-    run = stub(write_run(tmp_path / "a", "icl-tiny", fraction=0.06, right=RIGHT))
-    reporting.show_paper_table(run, 3)
+    documents = document_results(write_run(tmp_path / "a", "icl-tiny", fraction=0.06, right=RIGHT))
+    reporting.show_paper_table(documents, 3, tmp_path / "tables")
     assert "Nothing to show" in shown[0]
     assert "text classification" in shown[0]
 
 
 def test_published_values_stand_alone_beside_another_model(tmp_path, shown):
-    run = stub(write_run(tmp_path / "a", "icl-tiny", fraction=0.06, right=RIGHT))
-    reporting.show_published(run, 1)
+    documents = document_results(write_run(tmp_path / "a", "icl-tiny", fraction=0.06, right=RIGHT))
+    reporting.show_published("icl-tiny", documents, 1, tmp_path / "tables")
     page = "\n".join(shown)
     assert "**Published, Llama-3-8B**" in page
     assert "**Published, InternLM2-20B**" in page
@@ -61,8 +50,9 @@ def test_published_values_stand_alone_beside_another_model(tmp_path, shown):
 
 
 def test_published_values_stand_beside_a_run_of_the_same_model(tmp_path, shown):
-    run = stub(write_run(tmp_path / "a", "meta-llama/Meta-Llama-3-8B", fraction=0.03, right=RIGHT))
-    reporting.show_published(run, 1)
+    model = "meta-llama/Meta-Llama-3-8B"
+    documents = document_results(write_run(tmp_path / "a", model, fraction=0.03, right=RIGHT))
+    reporting.show_published(model, documents, 1, tmp_path / "tables")
     page = "\n".join(shown)
     assert "<th>difference</th>" in page
     assert "<td>95.0</td>" in page

@@ -6,10 +6,11 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import icl_helpers as icl
+from icl_helpers.book.pages import recipe_table, stage_table
 from icl_helpers.files import notebooks_dir
 from icl_helpers.models.loading import load_model
+from icl_helpers.parameters import read_parameters
 from icl_helpers.run import costs
-from icl_helpers.run.stages import read_parameters
 from tests.conftest import make_llama, make_tokenizer
 
 RECIPES = sorted((notebooks_dir() / "parameters").glob("*.yaml"))
@@ -104,7 +105,7 @@ def test_text_tasks_without_data_are_named_and_a_bad_rate_refused():
 
 
 def test_table_of_the_book_has_a_row_for_every_recipe_of_the_papers_models():
-    rows = costs.recipe_table().splitlines()[2:]
+    rows = recipe_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [
         path.name for path in RECIPES if "llama-3" in path.name or "internlm2" in path.name
     ]
@@ -120,7 +121,7 @@ def test_stages_together_take_the_tokens_of_the_whole_run_without_text_tasks():
     # Two shares of heads: induction heads and three random sets, by mean and by zero.
     assert stages[4] == pytest.approx(16 * stages[3], abs=20)
     assert stages[5] == pytest.approx(2 * stages[3], abs=20)
-    rows = costs.stage_table(parameters).splitlines()
+    rows = stage_table(parameters).splitlines()
     assert [row.split(",")[0].strip("| ") for row in rows[2:]] == ["1", "2", "3", "4", "5"]
 
 

@@ -18,7 +18,7 @@ import pytest
 
 import icl_helpers as icl
 from icl_helpers.cli import _slug, main
-from icl_helpers.evaluation.store import CellStore, collect_results
+from icl_helpers.evaluation.store import CellStore, merge_into_run_tables
 from icl_helpers.files import StorageError, write_json
 from icl_helpers.redaction import LeakError, check_leaks
 from icl_helpers.run.stages import StageError, execute_notebook, execute_stages
@@ -93,7 +93,7 @@ def rows(task: str, *, seed: int = 42, correct: bool = True) -> pd.DataFrame:
 def test_writers_of_different_tasks_at_once_lose_no_row(tmp_path):
     names = [f"task{number}" for number in range(24)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: collect_results(tmp_path, rows(name)), names))
+        list(pool.map(lambda name: merge_into_run_tables(tmp_path, rows(name)), names))
     found = pd.read_parquet(tmp_path / "documents.parquet")
     assert sorted(found["task"]) == sorted(names * 2)
     assert sorted(pd.read_parquet(tmp_path / "results.parquet")["task"]) == sorted(names)
@@ -102,37 +102,37 @@ def test_writers_of_different_tasks_at_once_lose_no_row(tmp_path):
 @pytest.mark.slow
 def test_writers_of_one_task_at_once_leave_its_rows_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: collect_results(tmp_path, rows("a")), range(40)))
+        list(pool.map(lambda _: merge_into_run_tables(tmp_path, rows("a")), range(40)))
     assert pd.read_parquet(tmp_path / "documents.parquet")["task"].tolist() == ["a", "a"]
-    assert collect_results(tmp_path, rows("b"))["task"].tolist() == ["a", "b"]
+    assert merge_into_run_tables(tmp_path, rows("b"))["task"].tolist() == ["a", "b"]
 
 
 def test_newest_of_two_results_with_one_key_is_in_the_tables_in_copies_too(tmp_path):
     both = pd.concat([rows("a", correct=False), rows("b", correct=False)])
-    collect_results(tmp_path / "run", both)
-    collect_results(tmp_path / "run", rows("a"))
-    collect_results(tmp_path / "run", rows("a", seed=43))
+    merge_into_run_tables(tmp_path / "run", both)
+    merge_into_run_tables(tmp_path / "run", rows("a"))
+    merge_into_run_tables(tmp_path / "run", rows("a", seed=43))
     # A copy need not keep the times of the files.
     copy = tmp_path / "copy"
     for path in sorted((tmp_path / "run").rglob("*.parquet"), reverse=True):
         (copy / path.relative_to(tmp_path / "run")).parent.mkdir(parents=True, exist_ok=True)
         (copy / path.relative_to(tmp_path / "run")).write_bytes(path.read_bytes())
     for directory in (tmp_path / "run", copy):
-        results = collect_results(directory, rows("c"))
+        results = merge_into_run_tables(directory, rows("c"))
         found = {(row.task, row.demonstration_seed): row.accuracy for row in results.itertuples()}
         assert found == {("a", 42): 1.0, ("b", 42): 0.0, ("a", 43): 1.0, ("c", 42): 1.0}
-    collect_results(copy, rows("c"))
+    merge_into_run_tables(copy, rows("c"))
     assert len(list((copy / "parts").iterdir())) == 4
 
 
 def test_damaged_part_is_set_aside_and_the_rest_assembled(tmp_path):
-    collect_results(tmp_path, rows("a"))
+    merge_into_run_tables(tmp_path, rows("a"))
     (part,) = (tmp_path / "parts").iterdir()
     part.write_bytes(part.read_bytes()[:100])
     with pytest.warns(UserWarning, match=f"{part.name} is damaged.*set aside"):
-        results = collect_results(tmp_path, rows("b"))
+        results = merge_into_run_tables(tmp_path, rows("b"))
     assert results["task"].tolist() == ["b"]
-    assert sorted(collect_results(tmp_path, rows("a"))["task"]) == ["a", "b"]
+    assert sorted(merge_into_run_tables(tmp_path, rows("a"))["task"]) == ["a", "b"]
 
 
 @pytest.mark.slow

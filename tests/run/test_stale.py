@@ -124,7 +124,7 @@ def test_weight_changed_in_place_with_its_old_date_is_no_hit(checkpoint):
 def test_another_dtype_of_a_finished_run_is_no_hit(checkpoint):
     _, parameters = checkpoint
     icl.Run(parameters).evaluate("full")
-    other = icl.Run(replace(parameters, dtype="bfloat16"))
+    other = icl.Run(parameters.model_copy(update={"dtype": "bfloat16"}))
     other.evaluate("full")
     assert other.identity["key"]["dtype"] == "torch.bfloat16"
     assert len(list(other.directory.glob("cells/*.json"))) == 2

@@ -22,11 +22,11 @@ def run(tmp_path, **changes) -> icl.Run:
 
 
 def test_embedded_model_has_stand_ins_and_any_other_the_papers_tasks(tmp_path):
-    assert run(tmp_path).nlp_tasks == task_names("stand_in")
-    assert run(tmp_path, model="EleutherAI/pythia-410m").nlp_tasks == list(NLP_TASKS)
-    assert run(tmp_path, nlp_tasks=["sst2"]).nlp_tasks == ["sst2"]
-    assert run(tmp_path, nlp_tasks=[]).nlp_tasks == []
-    assert run(tmp_path).tasks == task_names("abstract")
+    assert run(tmp_path).plan.tasks("nlp_tasks") == task_names("stand_in")
+    assert run(tmp_path, model="EleutherAI/pythia-410m").plan.tasks("nlp_tasks") == list(NLP_TASKS)
+    assert run(tmp_path, nlp_tasks=["sst2"]).plan.tasks("nlp_tasks") == ["sst2"]
+    assert run(tmp_path, nlp_tasks=[]).plan.tasks("nlp_tasks") == []
+    assert run(tmp_path).plan.tasks() == task_names("abstract")
 
 
 def test_text_is_evaluated_with_both_label_sets_apart_from_the_abstract_tasks(tmp_path):
@@ -34,13 +34,13 @@ def test_text_is_evaluated_with_both_label_sets_apart_from_the_abstract_tasks(tm
         tmp_path, limit=2, seeds=[42], tasks=["repetition"], nlp_tasks=["fact_opinion"]
     )  # fmt: skip
     found.evaluate("full")
-    text = found.evaluate_nlp("full")
+    text = found.evaluate("full", group="nlp_tasks")
     shots = text.groupby("labels")["shots"].agg(list).to_dict()
     assert shots == {"semantic": [0, 5, 10], "unrelated": [0, 10]}
     assert set(found.results()["task"]) == {"repetition"}
-    assert len(found.nlp_results()) == len(text) == 5
-    assert set(found.nlp_documents()["task"]) == {"fact_opinion"}
-    assert len(found.nlp_documents()) == 2 * len(text)
+    assert len(found.results("nlp_tasks")) == len(text) == 5
+    assert set(found.documents("nlp_tasks")["task"]) == {"fact_opinion"}
+    assert len(found.documents("nlp_tasks")) == 2 * len(text)
 
 
 @pytest.mark.parametrize(
@@ -49,11 +49,11 @@ def test_text_is_evaluated_with_both_label_sets_apart_from_the_abstract_tasks(tm
 )
 def test_labels_restrict_the_stage(tmp_path, labels, expected):
     found = run(tmp_path, labels=labels, limit=1, seeds=[42], shots=[0], nlp_tasks=["fact_opinion"])
-    assert set(found.evaluate_nlp("full")["labels"]) == expected
+    assert set(found.evaluate("full", group="nlp_tasks")["labels"]) == expected
 
 
 def test_stage_without_tasks_gives_an_empty_frame(tmp_path):
-    found = run(tmp_path, nlp_tasks=[]).evaluate_nlp("full")
+    found = run(tmp_path, nlp_tasks=[]).evaluate("full", group="nlp_tasks")
     assert found.empty
     assert {"task", "labels", "accuracy"} <= set(found.columns)
 
@@ -68,10 +68,11 @@ def write(folder, text: str, n: int) -> None:
 def test_rows_come_from_the_data_directory(tmp_path):
     write(tmp_path / "data" / "sst2", "my own sentence", 12)
     found = run(tmp_path, data_dir=str(tmp_path / "data"), nlp_tasks=["sst2"])
-    prompt = found.nlp_prompts("sst2", shots=2, labels="unrelated")[0]
+    data = found.plan.data("sst2")
+    prompt = icl.build_prompts("sst2", shots=2, seed=42, labels="unrelated", data=data)[0]
     assert prompt.context.endswith("Review: my own sentence validation 0\n\nSentiment:")
     assert prompt.choices == (" Bar", " Foo")
-    assert found.task_data("fact_opinion") == "synthetic"
+    assert found.plan.data("fact_opinion") == "synthetic"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_book_puts_the_computed_description_in_place_of_the_cells_own():
     )
     figure = {"figure": {"name": "fig", "caption": "Old."}, "image": {"alt": "old"}}
     cell = new_code_cell("", metadata={"mystnb": figure}, outputs=[output])
-    book._make_static(new_notebook(cells=[cell]), "-slug", {})
+    book._make_static(new_notebook(cells=[cell]), "-slug")
     assert cell.metadata["mystnb"]["figure"] == {"name": "fig-slug", "caption": "New."}
     assert cell.metadata["mystnb"]["image"]["alt"] == "bars 12"
 
@@ -157,5 +158,5 @@ def test_stand_ins_are_named_as_such(tmp_path):
     assert "review_sentiment" in text
     assert "tand-in" not in reporting.describe_text_tasks(["sst2", "rte"])
     assert "no text tasks" in reporting.describe_text_tasks([])
-    table = reporting.text_task_table(run(tmp_path))
+    table = reporting.text_task_table(dict.fromkeys(task_names("stand_in"), "synthetic"))
     assert table["data"].str.contains("stand-in").all()

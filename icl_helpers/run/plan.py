@@ -1,0 +1,211 @@
+"""What a run evaluates: tasks x labels x shots x data x conditions x seeds, said in one place.
+
+A run's evaluation, its cost, and the rows of its tables all follow from the plan, so that they
+cannot disagree.
+
+Example
+-------
+>>> plan = Plan(icl.stage_parameters(model="icl-tiny"))
+>>> plan.prompt_sets("tasks")[0]
+PromptSet(task='repetition', labels='unrelated', shots=0, seeds=(42, 43, 44), data='synthetic')
+>>> plan.selected(icl.document_results("runs/icl-tiny"), "tasks", model_key)
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from icl_helpers.errors import InputError
+from icl_helpers.evaluation.store import KEYS, read_frame
+from icl_helpers.files import check_run_dir, content_key
+from icl_helpers.models.loading import embedded_models, model_fractions
+from icl_helpers.models.reference_text import reference_texts
+from icl_helpers.parameters import StageParameters, about
+from icl_helpers.tasks.data import load_rows, load_splits
+from icl_helpers.tasks.prompts import PromptSet, prompt_sets, resolve_shots
+from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
+
+__all__ = ["KINDS", "Group", "Plan", "check_same_model", "run_info", "run_table", "shown_name"]
+
+# Kinds of conditions; the second is evaluated beside the first wherever it is evaluated at all.
+KINDS = ("full", "mean", "zero", "knockout")
+# The parameter that names the tasks: those of stages 3 to 5, or of the stage on text.
+Group = Literal["tasks", "nlp_tasks"]
+_STAGES: Mapping[str, tuple[Group, tuple[str, ...]]] = {
+    "full_model": ("tasks", ("full",)),
+    "head_ablation": ("tasks", ("full", "mean", "zero")),
+    "attention_knockout": ("tasks", ("full", "mean", "knockout")),
+    "nlp_tasks": ("nlp_tasks", ("full", "mean", "zero")),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The plan that follows from a run's parameters; loads no model."""
+
+    parameters: StageParameters
+
+    @property
+    def fractions(self) -> list[float]:
+        """Fractions of heads that the run intervenes on, smallest first."""
+        return sorted(self.parameters.fractions or model_fractions(self.parameters.model))
+
+    def tasks(self, group: Group = "tasks") -> list[str]:
+        """Tasks of a group; those of an embedded model's stage on text are the stand-ins."""
+        p = self.parameters
+        if group == "tasks":
+            return list(p.tasks or task_names())
+        if p.nlp_tasks is not None:
+            return list(p.nlp_tasks)
+        return task_names("stand_in" if p.model in embedded_models() else "nlp")
+
+    def data(self, task: str) -> str:
+        """The ``data`` of :func:`icl_helpers.build_prompts` with which the run reads a task."""
+        if task in task_names("nlp"):
+            return self.parameters.data_dir or "synthetic"
+        return "synthetic" if task in task_names("stand_in") else self.parameters.data
+
+    def prompt_sets(self, group: Group = "tasks") -> list[PromptSet]:
+        """Sets of prompts of a group's tasks, in order."""
+        return [
+            prompts
+            for task in self.tasks(group)
+            for labels in self._label_sets(task, group)
+            for prompts in prompt_sets(
+                task, labels, self._shots(task, labels), self.parameters.seeds, self.data(task)
+            )
+        ]
+
+    def _label_sets(self, task: str, group: Group) -> list[str]:
+        spec = get_task_spec(task)
+        if not isinstance(spec, TextTaskSpec):
+            return [spec.default_labels]
+        both = "both" if group == "nlp_tasks" else spec.default_labels
+        chosen = self.parameters.labels or both
+        return ["semantic", "unrelated"] if chosen == "both" else [chosen]
+
+    def _shots(self, task: str, labels: str) -> list[int]:
+        """Numbers of demonstrations; unrelated labels on text only with none and with the most.
+
+        The paper has them with the most only; without any there is a benefit to compute.
+        """
+        shots = resolve_shots(task, self.parameters.shots)
+        if self.parameters.shots is None and labels != get_task_spec(task).default_labels:
+            return [min(shots), max(shots)]
+        return shots
+
+    def kinds(self, group: Group) -> list[str]:
+        """Kinds of conditions that the stages evaluate on a group's tasks."""
+        kinds = {kind for of, several in _STAGES.values() if of == group for kind in several}
+        return [kind for kind in KINDS if kind in kinds]
+
+    def condition_count(self, kind: str) -> int:
+        """Number of conditions of a kind: per fraction the induction heads, and their controls."""
+        if kind not in KINDS:
+            raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if kind == "full":
+            return 1
+        controls = 0 if kind == "knockout" else len(set(self.parameters.ablation_seeds))
+        return len(set(self.fractions)) * (1 + controls)
+
+    def row_key(
+        self, task: str, condition: str, ablation: str, *, model_key: Mapping[str, Any]
+    ) -> str:
+        """What stands in a row's column ``setting``: a hash of all that decides it beside its keys.
+
+        That is the model, the rows and how many of them, and of the parameters those that decide
+        results under such a condition.
+        """
+        values = self.parameters.as_dict() | {"data": self.data(task), "data_dir": None}
+        decisive = {"prompts", condition, ablation}
+        chosen = {name: values[name] for name, *_, it in about() if it.decides in decisive}
+        return content_key([chosen, dict(model_key)])
+
+    def selected(
+        self, frame: pd.DataFrame, group: Group, model_key: Mapping[str, Any]
+    ) -> pd.DataFrame:
+        """The rows of a run's table that belong to the plan; a directory may hold others too."""
+        wanted = {
+            (prompts.task, prompts.labels, prompts.shots, seed)
+            for prompts in self.prompt_sets(group)
+            for seed in prompts.seeds
+        }
+        fractions = {0.0, *self.fractions}
+        setting = functools.cache(functools.partial(self.row_key, model_key=model_key))
+
+        def belongs(row: Any) -> bool:
+            return (
+                (row.task, row.labels, row.shots, row.demonstration_seed) in wanted
+                and row.fraction in fractions
+                and (pd.isna(row.ablation_seed) or row.ablation_seed in p.ablation_seeds)
+                and row.setting == setting(row.task, row.condition, row.ablation)
+            )
+
+        p = self.parameters
+        if "setting" not in frame:
+            frame = frame.assign(setting="")
+        keys = frame[[*KEYS, "setting"]].drop_duplicates()
+        return frame.merge(keys[[belongs(row) for row in keys.itertuples(index=False)]])
+
+    @classmethod
+    def of_run(cls, info: Mapping[str, Any]) -> Plan:
+        """The plan of the run whose ``run.json`` says this."""
+        # Checked when the run was made; what was a path there need not be one here.
+        return cls(
+            StageParameters.model_construct(**StageParameters().as_dict() | info["parameters"])
+        )
+
+    def check_data(self, stages: Iterable[str] = tuple(_STAGES)) -> None:
+        """Read the rows that these stages will need, so that what is missing is known before."""
+        groups = {_STAGES[stage][0] for stage in stages if stage in _STAGES}
+        for task in dict.fromkeys(task for group in groups for task in self.tasks(group)):
+            spec = get_task_spec(task)
+            if isinstance(spec, TextTaskSpec):
+                load_splits(spec, data=self.data(task))
+            else:
+                load_rows(task, data=self.data(task))
+        if self.parameters.reference is not None:
+            reference_texts(self.parameters.model, reference=self.parameters.reference)
+
+
+def check_same_model(info: Mapping[str, Any], parameters: StageParameters) -> None:
+    """Raise :class:`InputError` when the run that says this is of another model."""
+    stored = info.get("model", parameters.model)
+    if stored != parameters.model:
+        raise InputError(
+            f"run directory {parameters.run_dir} holds the run of model {stored!r}, not of "
+            f"{parameters.model!r}; choose another run_dir"
+        )
+
+
+def shown_name(model: str) -> str:
+    """Return a model's name as it is published: of a folder its last part."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def run_info(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``run.json`` says of a run; raises :class:`InputError` for another directory."""
+    path = check_run_dir(run_dir) / "run.json"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; {run_dir} is not the directory of a run")
+    info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return info
+
+
+def run_table(
+    run_dir: str | os.PathLike[str], name: Literal["results", "documents"], group: Group | None
+) -> pd.DataFrame:
+    """Rows of a run's table that belong to the plan of its last parameters; None: both groups."""
+    info = run_info(run_dir)
+    frame = read_frame(check_run_dir(run_dir) / f"{name}.parquet")
+    plan, key = Plan.of_run(info), info["identity"]["key"]
+    groups: tuple[Group, ...] = ("tasks", "nlp_tasks") if group is None else (group,)
+    return pd.concat([plan.selected(frame, of, key) for of in groups], ignore_index=True)

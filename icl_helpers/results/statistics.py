@@ -221,7 +221,7 @@ def _answers(documents: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
 def _array(answers: pd.DataFrame) -> np.ndarray:
     """Return answers as an array [documents, demonstration seeds, ablation seeds]."""
     n_seeds = answers.columns.get_level_values(0).nunique()
-    return answers.to_numpy().reshape(len(answers), n_seeds, -1)
+    return answers.to_numpy().reshape(len(answers), n_seeds, answers.shape[1] // n_seeds)
 
 
 def _aligned(*parts: pd.DataFrame) -> list[np.ndarray]:

@@ -11,63 +11,58 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import CELL, ROW
 from icl_helpers.results.statistics import accuracy_intervals
-from icl_helpers.results.tables import accuracy_means, cell_frame
+from icl_helpers.results.tables import cell_frame
 
 __all__ = [
-    "PAPER_MODELS",
-    "compare_runs",
-    "overlay",
-    "published_accuracy",
-    "published_name",
+    "PAPER_MODELS", "compare_runs", "overlay", "published_accuracy", "published_name",
     "published_table",
-]
+]  # fmt: skip
 
 # Published name of each of the paper's models, by the last part of its hub id.
 PAPER_MODELS = {"meta-llama-3-8b": "Llama-3-8B", "internlm2-20b": "InternLM2-20B"}
 
 
 def published_accuracy() -> pd.DataFrame:
-    """Every published accuracy, in percent, one row each; columns as in ``published/README.md``."""
+    """Read every published accuracy, in percent; columns as in ``published/README.md``."""
     return pd.read_csv(Path(__file__).parents[1] / "published" / "accuracy.csv")
 
 
 def published_name(model: str) -> str | None:
-    """The paper's name of a model, when it is one of the paper's two."""
+    """Return the paper's name of a model, when it is one of the paper's two."""
     return PAPER_MODELS.get(model.lower().rstrip("/").split("/")[-1])
 
 
 def published_table(number: int, model: str) -> pd.DataFrame:
-    """A table as it was published for one of the paper's models, in the paper's layout.
+    """Return a table as it was published for one of the paper's models, in the paper's layout.
 
     Rows are indexed by task, labels and shots, columns by condition and share of heads; a cell is
     the accuracy in percent and, in parentheses, its difference to the full model in points. Raises
     :class:`InputError` for another model.
     """
     published = published_accuracy()
-    chosen = published[(published["table"] == number) & (published["model"] == model)]
-    if chosen.empty:
+    rows = published[(published["table"] == number) & (published["model"] == model)]
+    if rows.empty:
         names = ", ".join(sorted(set(published["model"])))
         raise InputError(f"nothing is published for {model!r}; the paper's models are {names}")
-    full = chosen[chosen["condition"] == "full"].set_index(ROW)["accuracy"]
-    cells: dict[tuple[Any, ...], dict[tuple[str, float], str]] = {}
-    for entry in chosen.to_dict("records"):
-        key = tuple(entry[name] for name in ROW)
-        cell = f"{entry['accuracy']:.1f}"
-        if entry["condition"] != "full":
-            cell += f" ({entry['accuracy'] - full[key]:+.1f})"
-        cells.setdefault(key, {})[entry["condition"], float(entry["fraction"])] = cell
-    return cell_frame(cells)
+    rows = _with_change(rows)
+    change = rows["change"].map(" ({:+.1f})".format).mask(rows["condition"] == "full", "")
+    return cell_frame(rows.assign(text=rows["accuracy"].map("{:.1f}".format) + change))
+
+
+def _with_change(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add ``change``, the accuracy minus that of the full model in the same row of the table."""
+    full = rows[rows["condition"] == "full"].set_index(ROW)["accuracy"].rename("full")
+    return rows.assign(change=rows["accuracy"] - rows.join(full, on=ROW)["full"])
 
 
 def compare_runs(runs: Mapping[str, tuple[str, pd.DataFrame]]) -> pd.DataFrame:
-    """Accuracies of several runs, one row per run, task, labels, shots and condition.
+    """Compute the accuracies of several runs, one row a run, task, labels, shots and condition.
 
     ``runs`` has, by its name, the model and the results of each run. Columns: run, model, task,
     labels, shots, condition, ablation, fraction (of the model's heads), share (``smaller`` or
@@ -78,28 +73,21 @@ def compare_runs(runs: Mapping[str, tuple[str, pd.DataFrame]]) -> pd.DataFrame:
     """
     if not runs:
         raise InputError("runs is empty; give at least one run")
-    frames = [_accuracies(name, model, results) for name, (model, results) in runs.items()]
-    return pd.concat(frames, ignore_index=True)
-
-
-def _accuracies(name: str, model: str, results: pd.DataFrame) -> pd.DataFrame:
-    means = accuracy_means(results)
-    full = means[means["condition"] == "full"].set_index(ROW)["accuracy"].rename("full")
-    sizes = results.groupby("task")["n"].max().rename("documents")
-    means = means.join(full, on=ROW).join(sizes, on="task")
-    fractions = means.loc[means["fraction"] > 0, "fraction"]
-    share = {0.0: ""} | dict.fromkeys(fractions, "smaller") | {fractions.max(): "larger"}
-    means = means.assign(
-        run=name,
-        model=model,
-        share=means["fraction"].map(share),
-        change=means["accuracy"] - means["full"],
-    )
-    return means[["run", "model", *CELL, "share", "documents", "accuracy", "change"]]
+    frames = []
+    for name, (model, results) in runs.items():
+        means = 100 * results.groupby(CELL, sort=False)["accuracy"].mean()
+        means = _with_change(means.reset_index()).assign(run=name, model=model)
+        fractions = means.loc[means["fraction"] > 0, "fraction"]
+        share = {0.0: ""} | dict.fromkeys(fractions, "smaller") | {fractions.max(): "larger"}
+        means["share"] = means["fraction"].map(share)
+        means["documents"] = means["task"].map(results.groupby("task")["n"].max())
+        frames.append(means)
+    columns = ["run", "model", *CELL, "share", "documents", "accuracy", "change"]
+    return pd.concat(frames, ignore_index=True)[columns]
 
 
 def overlay(model: str, documents: pd.DataFrame) -> pd.DataFrame | None:
-    """Published and recomputed accuracies of one of the paper's models, or None for any other.
+    """Return published and recomputed accuracies of a paper's model, or None for any other.
 
     Columns: table (number in the paper), task, labels, shots, condition, ablation, fraction,
     published, accuracy, low, high (percent; the run's 95 % interval), difference (points, the run's

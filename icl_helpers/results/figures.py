@@ -1,9 +1,9 @@
-"""Figures of the book. Each function returns a matplotlib figure and draws nothing else."""
+"""Figures of the book, and alternative texts of those with bars. A figure draws nothing else."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,315 +15,282 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl_helpers.attention.heads import Head
-from icl_helpers.results.tables import accuracy_means
+from icl_helpers.evaluation.store import CELL
 
 __all__ = [
-    "accuracy_bars",
-    "accuracy_lines",
-    "attention_over_prompt",
-    "bar_rows",
-    "bars_alt",
-    "benefit_alt",
-    "benefit_bars",
-    "benefit_rows",
-    "intervention_lines",
-    "loss_lines",
-    "ranked_heads",
-    "score_heatmap",
+    "accuracy_bars", "accuracy_lines", "attention_over_prompt", "bars_alt", "benefit_alt",
+    "benefit_bars", "intervention_lines", "loss_lines", "ranked_heads", "score_heatmap",
     "score_lines",
-]
+]  # fmt: skip
 
-
+_FULL, _INDUCTION, _RANDOM, _OTHER, _GUIDE = "#444444", "#b2182b", "#2166ac", "#bbbbbb", "#999999"
+# In the order of the bars.
 _COLOURS = {
-    "full": "#444444",
-    "induction_heads": "#b2182b",
-    "induction_pattern": "#ef8a62",
-    "random_heads": "#2166ac",
-}
+    "full": _FULL, "induction_heads": _INDUCTION, "induction_pattern": "#ef8a62",
+    "random_heads": _RANDOM,
+}  # fmt: skip
+_TASK_STYLES = (
+    ("#1b7837", "o"), ("#762a83", "s"), ("#e08214", "^"), (_RANDOM, "D"), (_INDUCTION, "v"),
+)  # fmt: skip
+_NOTHING_EVALUATED, _NO_BENEFIT = "nothing was evaluated", "no task has a benefit to lose"
+
+
+def _new_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure of so many inches, with its axes from top to bottom."""
+    figure, grid = plt.subplots(
+        rows, figsize=(width, height), layout="constrained", sharex=True, squeeze=False
+    )
+    # A closed figure is shown once, where its cell returns it, and not again by the notebook.
+    plt.close(figure)
+    return figure, grid[:, 0]
 
 
 def score_heatmap(
     values: Float[torch.Tensor, "layers heads"], *, label: str, upper: float | None = 1.0
 ) -> Figure:
-    """Heatmap layers x heads, layer 0 at the bottom (paper, Figures 2 and 8)."""
-    n_layers, n_heads = values.shape
-    figure, axes = plt.subplots(
-        figsize=(min(10, 2.2 + 0.28 * n_heads), min(9, 1.6 + 0.28 * n_layers)), layout="constrained"
-    )
+    """Draw a heatmap layers x heads, layer 0 at the bottom (paper, Figures 2 and 8)."""
+    layers, heads = values.shape
+    figure, (axes,) = _new_figure(min(10, 2.2 + 0.28 * heads), min(9, 1.6 + 0.28 * layers))
     sns.heatmap(
         values.numpy(), vmin=0, vmax=upper, cmap="rocket_r", ax=axes, cbar_kws={"label": label},
-        linewidths=0.4 if n_layers * n_heads <= 256 else 0,
+        linewidths=0.4 if layers * heads <= 256 else 0,
     )  # fmt: skip
     axes.invert_yaxis()
     axes.set(xlabel="head", ylabel="layer")
     axes.tick_params(rotation=0)
-    return _finished(figure)
+    return figure
 
 
 def ranked_heads(scores: Float[torch.Tensor, "layers heads"], *, counts: Sequence[int]) -> Figure:
-    """All heads by score, highest first, with the head counts that are removed marked."""
+    """Draw all heads by score, highest first, with the head counts that are removed marked."""
     ordered = scores.flatten().sort(descending=True).values.numpy()
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    axes.plot(np.arange(1, len(ordered) + 1), ordered, marker="o", markersize=3, color="#444444")
+    figure, (axes,) = _new_figure(7, 3)
+    axes.plot(np.arange(1, len(ordered) + 1), ordered, marker="o", markersize=3, color=_FULL)
     for count, style in zip(sorted(counts), itertools.cycle(("--", "-.", ":")), strict=False):
-        colour = _COLOURS["induction_heads"]
-        axes.axvline(count + 0.5, color=colour, linestyle=style, linewidth=1, label=f"top {count}")
+        label = f"top {count}"
+        axes.axvline(count + 0.5, color=_INDUCTION, linestyle=style, linewidth=1, label=label)
     axes.legend(loc="upper right", frameon=False)
-    axes.axhline(0.3, color="#999999", linewidth=0.8)
+    axes.axhline(0.3, color=_GUIDE, linewidth=0.8)
     axes.set(xlabel="rank of the head", ylabel="prefix-matching score", ylim=(0, 1))
-    return _finished(figure)
-
-
-def bar_rows(
-    results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most"
-) -> pd.DataFrame:
-    """The rows that :func:`accuracy_bars` draws: one number of shots, the larger fraction."""
-    rows = results[results["ablation"].isin(["none", *ablations])]
-    largest = rows[rows["fraction"] > 0]["fraction"].max()
-    rows = rows[(rows["fraction"] == 0) | (rows["fraction"] == largest)]
-    picked = rows.groupby("task")["shots"].transform("max" if shots == "most" else "min")
-    return rows[rows["shots"] == picked]
-
-
-def accuracy_bars(
-    results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most"
-) -> Figure:
-    """Accuracy per task under each condition at the larger fraction; lines span the runs' range.
-
-    ``shots`` is ``"most"`` (each task's largest number) or ``"none"`` (zero-shot). Results with
-    several sets of labels get a panel each.
-    """
-    rows = bar_rows(results, ablations=ablations, shots=shots)
-    panels = list(dict.fromkeys(rows["labels"]))
-    figure, grid = plt.subplots(
-        max(1, len(panels)), 1, figsize=(9, 0.8 + 3 * max(1, len(panels))), layout="constrained",
-        sharex=True, squeeze=False,
-    )  # fmt: skip
-    for axes, labels in zip(grid[:, 0], panels, strict=False):
-        _draw_bars(axes, rows[rows["labels"] == labels])
-        if len(panels) > 1:
-            axes.set_title(f"{labels} labels", loc="left", fontsize="medium")
-    if panels:
-        handles, names = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
-        figure.suptitle(_title(rows), fontsize="medium")
-    else:
-        grid[0, 0].text(0.5, 0.5, "nothing was evaluated", ha="center")
-    return _finished(figure)
-
-
-def _draw_bars(axes: Axes, rows: pd.DataFrame) -> None:
-    means = accuracy_means(rows)
-    tasks = list(dict.fromkeys(means["task"]))
-    names = [name for name in _COLOURS if name in set(means["condition"])]
-    width = 0.8 / len(names)
-    for index, name in enumerate(names):
-        part = means[means["condition"] == name].set_index("task").reindex(tasks)
-        runs = rows[rows["condition"] == name].groupby("task")["accuracy"]
-        low, high = runs.min().reindex(tasks) * 100, runs.max().reindex(tasks) * 100
-        centre = np.arange(len(tasks)) + (index - (len(names) - 1) / 2) * width
-        spread = np.clip([part["accuracy"] - low, high - part["accuracy"]], 0, None)
-        axes.bar(
-            centre, part["accuracy"], width, yerr=spread, color=_COLOURS[name],
-            label=name.replace("_", " "), error_kw={"linewidth": 1},
-        )  # fmt: skip
-    axes.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
-    axes.set(ylabel="accuracy (%)", ylim=(0, 105))
-
-
-def _title(rows: pd.DataFrame) -> str:
-    """Number of examples and share of heads that the rows are about."""
-    shots = sorted(set(rows["shots"]))
-    share = rows["fraction"].max()
-    heads = f", {share:.1%} of the heads" if share else ""
-    return f"{' or '.join(map(str, shots))} examples{heads}"
-
-
-def bars_alt(results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most") -> str:
-    """Alternative text of :func:`accuracy_bars`: its title and every bar's height in percent."""
-    rows = bar_rows(results, ablations=ablations, shots=shots)
-    if rows.empty:
-        return "Empty figure: nothing was evaluated."
-    parts = []
-    for (task, labels), group in accuracy_means(rows).groupby(["task", "labels"], sort=False):
-        bars = (
-            f"{str(r['condition']).replace('_', ' ')} {r['accuracy']:.0f}"
-            for r in group.to_dict("records")
-        )
-        kind = f" with {labels} labels" if rows["labels"].nunique() > 1 else ""
-        parts.append(f"{str(task).replace('_', ' ')}{kind}: {', '.join(bars)}")
-    return f"Bars of accuracy in percent, {_title(rows)}. {'; '.join(parts)}."
-
-
-def benefit_bars(changes: pd.DataFrame, *, ablation: str) -> Figure:
-    """Relative change of the benefit of examples under an ablation (paper, Figures 4 and 9).
-
-    ``changes`` comes from :func:`icl_helpers.results.statistics.benefit_changes`. A panel per
-    fraction of heads; lines are 95 % intervals, cut at the edges of the panel. Tasks that are left
-    out have no bars.
-    """
-    rows = benefit_rows(changes, ablation=ablation)
-    if rows.empty:
-        figure, axes = plt.subplots(figsize=(9, 2), layout="constrained")
-        axes.text(0.5, 0.5, "no task has a benefit to lose", ha="center")
-        return _finished(figure)
-    fractions = sorted(set(rows["fraction"]))
-    tasks = list(dict.fromkeys(rows["name"]))
-    figure, grid = plt.subplots(
-        len(fractions), 1, figsize=(9, 0.8 + 2.6 * len(fractions)), layout="constrained",
-        sharex=True, sharey=True, squeeze=False,
-    )  # fmt: skip
-    for axes, fraction in zip(grid[:, 0], fractions, strict=True):
-        for index, name in enumerate(("induction_heads", "random_heads")):
-            part = rows[(rows["fraction"] == fraction) & (rows["condition"] == name)]
-            part = part.set_index("name").reindex(tasks)
-            heights = part["relative_change"]
-            spread = np.clip([heights - part["low"], part["high"] - heights], 0, None)
-            axes.bar(
-                np.arange(len(tasks)) + (index - 0.5) * 0.38, heights, 0.38, yerr=spread,
-                color=_COLOURS[name], label=name.replace("_", " "), error_kw={"linewidth": 1},
-            )  # fmt: skip
-        axes.axhline(0, color="#444444", linewidth=0.8)
-        axes.set_title(f"{fraction:.1%} of the heads", loc="left", fontsize="medium")
-        axes.set(ylabel="change of benefit (%)", ylim=(-160, 60))
-        axes.set_xticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
-    handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(_benefit_title(rows, ablation), fontsize="medium")
-    return _finished(figure)
-
-
-def benefit_rows(changes: pd.DataFrame, *, ablation: str) -> pd.DataFrame:
-    """The rows that :func:`benefit_bars` draws, with the ``name`` of task and labels."""
-    rows = changes[(changes["ablation"] == ablation) & changes["relative_change"].notna()]
-    several = changes.groupby("task")["labels"].transform("nunique").reindex(rows.index) > 1
-    return rows.assign(name=rows["task"].where(~several, rows["task"] + " " + rows["labels"]))
-
-
-def _benefit_title(rows: pd.DataFrame, ablation: str) -> str:
-    shots = " or ".join(map(str, sorted(set(rows["shots"]))))
-    return f"Accuracy gained by {shots} examples: relative change under {ablation} ablation"
-
-
-def benefit_alt(changes: pd.DataFrame, *, ablation: str) -> str:
-    """Alternative text of :func:`benefit_bars`: its title and every bar's height in percent."""
-    rows = benefit_rows(changes, ablation=ablation)
-    if rows.empty:
-        return "Empty figure: no task has a benefit to lose."
-    parts = [
-        f"{str(name).replace('_', ' ')}: "
-        + ", ".join(
-            f"{str(r['condition']).replace('_', ' ')} at {r['fraction']:.1%} "
-            f"{r['relative_change']:+.0f}"
-            for r in group.to_dict("records")
-        )
-        for name, group in rows.groupby("name", sort=False)
-    ]
-    return f"Bars, in percent. {_benefit_title(rows, ablation)}. {'; '.join(parts)}."
+    return figure
 
 
 def attention_over_prompt(
     attention: Float[torch.Tensor, "heads tokens"], tokens: Sequence[str], heads: Sequence[Head]
 ) -> Figure:
-    """Attention of a few heads from one position over a prompt (paper, Figures 6 and 7)."""
+    """Draw attention of a few heads from one position over a prompt (paper, Figures 6 and 7)."""
     shown = [token.replace("\n", "\\n") for token in tokens]
-    figure, axes = plt.subplots(
-        figsize=(min(16, 2 + 0.16 * len(shown)), 1.4 + 0.45 * len(heads)), layout="constrained"
-    )
+    figure, (axes,) = _new_figure(min(16, 2 + 0.16 * len(shown)), 1.4 + 0.45 * len(heads))
     sns.heatmap(
         attention.numpy(), vmin=0, vmax=1, cmap="rocket_r", ax=axes, cbar_kws={"label": "attention"}
     )
     axes.set_xticks(np.arange(len(shown)) + 0.5, shown, rotation=90, fontsize=7)
     axes.set_yticks(np.arange(len(heads)) + 0.5, [str(head) for head in heads], rotation=0)
     axes.set(ylabel="layer.head")
-    return _finished(figure)
-
-
-def _finished(figure: Figure) -> Figure:
-    # A closed figure is shown once, where its cell returns it, and not again by the notebook.
-    plt.close(figure)
     return figure
 
 
-_INDUCTION, _OTHER, _CONTROL = "#b2182b", "#bbbbbb", "#2166ac"
-_TASK_COLOURS = ("#1b7837", "#762a83", "#e08214", "#2166ac", "#b2182b")
-_MARKERS = ("o", "s", "^", "D", "v")
+def accuracy_bars(
+    results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most"
+) -> Figure:
+    """Draw accuracy per task and condition at the larger fraction; lines span the runs' range.
+
+    ``shots`` is ``"most"`` (each task's largest number) or ``"none"`` (zero-shot). Results with
+    several sets of labels get a panel each.
+    """
+    bars, title = _accuracies(results, ablations, shots)
+    if bars.empty:
+        return _note(_NOTHING_EVALUATED, height=3.8)
+    panel_title = "{} labels" if bars["labels"].nunique() > 1 else ""
+    figure, grid = _bar_panels(bars, "labels", panel_title, title=title, height=3, width=0.8)
+    for axes in grid:
+        _percent(axes)
+    return figure
+
+
+def bars_alt(results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most") -> str:
+    """Write the alternative text of :func:`accuracy_bars`: title and every bar's height."""
+    bars, title = _accuracies(results, ablations, shots)
+    if bars.empty:
+        return f"Empty figure: {_NOTHING_EVALUATED}."
+    several = bars["labels"].nunique() > 1
+    names = bars["task"] + (" with " + bars["labels"] + " labels" if several else "")
+    heights = bars["condition"] + bars["height"].map(" {:.0f}".format)
+    return f"Bars of accuracy in percent, {title}. {_in_words(names, heights)}."
+
+
+def _accuracies(
+    results: pd.DataFrame, ablations: Sequence[str], shots: str
+) -> tuple[pd.DataFrame, str]:
+    """Return bars (percent) at one number of shots and the larger fraction, and their title."""
+    rows = results[results["ablation"].isin(["none", *ablations])]
+    rows = rows[rows["fraction"].isin([0.0, rows["fraction"].max()])]
+    task_shots = rows.groupby("task")["shots"].transform("max" if shots == "most" else "min")
+    rows = rows[rows["shots"] == task_shots]
+    runs = rows.groupby(CELL, sort=False)["accuracy"]
+    bars = 100 * runs.agg(height="mean", low="min", high="max")
+    share = rows["fraction"].max()
+    heads = f", {share:.1%} of the heads" if share else ""
+    return bars.reset_index(), f"{_numbers(rows['shots'])} examples{heads}"
+
+
+def benefit_bars(changes: pd.DataFrame, *, ablation: str) -> Figure:
+    """Draw the relative change of the benefit of examples under an ablation (Figures 4 and 9).
+
+    ``changes`` comes from :func:`icl_helpers.results.statistics.benefit_changes`. A panel per
+    fraction of heads; lines are 95 % intervals, cut at the edges of the panel. Tasks that are left
+    out have no bars.
+    """
+    bars, title = _changes(changes, ablation)
+    if bars.empty:
+        return _note(_NO_BENEFIT, height=2)
+    figure, grid = _bar_panels(
+        bars, "fraction", "{:.1%} of the heads", title=title, height=2.6, width=0.76
+    )
+    for axes in grid:
+        axes.axhline(0, color=_FULL, linewidth=0.8)
+        axes.set(ylabel="change of benefit (%)", ylim=(-160, 60))
+    return figure
+
+
+def benefit_alt(changes: pd.DataFrame, *, ablation: str) -> str:
+    """Write the alternative text of :func:`benefit_bars`: title and every bar's height."""
+    bars, title = _changes(changes, ablation)
+    if bars.empty:
+        return f"Empty figure: {_NO_BENEFIT}."
+    shares = bars["fraction"].map(" at {:.1%}".format)
+    heights = bars["condition"] + shares + bars["height"].map(" {:+.0f}".format)
+    return f"Bars, in percent. {title}. {_in_words(bars['task'], heights)}."
+
+
+def _changes(changes: pd.DataFrame, ablation: str) -> tuple[pd.DataFrame, str]:
+    """Return bars (percent), with the labels in the name of a task that has several, and title."""
+    rows = changes[(changes["ablation"] == ablation) & changes["relative_change"].notna()]
+    several = changes.groupby("task")["labels"].transform("nunique")[rows.index] > 1
+    names = rows["task"].where(~several, rows["task"] + " " + rows["labels"])
+    title = f"Accuracy gained by {_numbers(rows['shots'])} examples: relative change under"
+    return rows.assign(task=names, height=rows["relative_change"]), f"{title} {ablation} ablation"
+
+
+def _bar_panels(
+    bars: pd.DataFrame, by: str, panel_title: str, *, title: str, height: float, width: float
+) -> tuple[Figure, Sequence[Axes]]:
+    """Draw bars to ``height`` with lines from ``low`` to ``high``, by task and condition.
+
+    Rows of equal ``by`` have a panel, ``height`` inches high; a task's bars are ``width`` wide.
+    """
+    panels = list(bars.groupby(by))
+    tasks = list(dict.fromkeys(bars["task"]))
+    conditions = [name for name in _COLOURS if name in set(bars["condition"])]
+    width /= len(conditions)
+    figure, grid = _new_figure(9, 0.8 + height * len(panels), rows=len(panels))
+    for axes, (key, panel) in zip(grid, panels, strict=True):
+        for index, condition in enumerate(conditions):
+            part = panel[panel["condition"] == condition].set_index("task").reindex(tasks)
+            centres = np.arange(len(tasks)) + (index - (len(conditions) - 1) / 2) * width
+            lines = [part["height"] - part["low"], part["high"] - part["height"]]
+            axes.bar(
+                centres, part["height"], width, yerr=np.clip(lines, 0, None),
+                color=_COLOURS[condition], label=condition.replace("_", " "),
+                error_kw={"linewidth": 1},
+            )  # fmt: skip
+        axes.set_title(panel_title.format(key), loc="left", fontsize="medium")
+        axes.set_xticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
+    handles, names = grid[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title, fontsize="medium")
+    return figure, grid
+
+
+def _in_words(names: pd.Series, heights: pd.Series) -> str:
+    """Return "name: height, height; name: height", each name once."""
+    by_name = heights.groupby(names, sort=False).agg(", ".join)
+    return "; ".join(by_name.index + ": " + by_name).replace("_", " ")
+
+
+def _numbers(shots: pd.Series) -> str:
+    return " or ".join(map(str, sorted(set(shots))))
+
+
+def _note(text: str, *, height: float) -> Figure:
+    """Draw a sentence in place of a figure without bars."""
+    figure, (axes,) = _new_figure(9, height)
+    axes.text(0.5, 0.5, text, ha="center")
+    return figure
 
 
 def score_lines(frame: pd.DataFrame, *, phases: Sequence[int], threshold: float) -> Figure:
-    """Prefix-matching score of every head over training steps.
+    """Draw the prefix-matching score of every head over training steps.
 
     ``frame`` is that of :func:`synthetic.training.measure.measure_training` for one training seed;
     ``phases`` holds the steps at which a phase of training begins, the first left out.
     """
     scores = frame[frame["measure"] == "prefix_score"]
     wide = scores.pivot(index="step", columns=["layer", "head"], values="value")
-    figure, axes = _axes(phases)
-    chosen = wide.columns[wide.iloc[-1] >= threshold]
-    axes.plot(wide.index, wide.drop(columns=chosen), color=_OTHER, linewidth=0.8)
-    axes.plot(wide.index, wide[chosen], color=_INDUCTION, marker="o", markersize=2.5)
-    axes.axhline(threshold, color="#999999", linewidth=0.8)
+    figure, axes = _step_axes(phases)
+    heads = wide.columns[wide.iloc[-1] >= threshold]
+    axes.plot(wide.drop(columns=heads), color=_OTHER, linewidth=0.8)
+    axes.plot(wide[heads], color=_INDUCTION, marker="o", markersize=2.5)
+    axes.axhline(threshold, color=_GUIDE, linewidth=0.8)
     axes.set(ylabel="prefix-matching score", ylim=(-0.02, 1.02))
-    return _closed(figure)
+    return figure
 
 
 def loss_lines(frame: pd.DataFrame, *, phases: Sequence[int]) -> Figure:
-    """Loss in the first and in the last copy of repeated random sequences over training steps."""
-    figure, axes = _axes(phases)
-    for measure, label, style in (
-        ("loss_first_copy", "first copy", {"color": "#444444", "linestyle": "--"}),
-        ("loss_last_copy", "last copy", {"color": _INDUCTION, "marker": "o", "markersize": 2.5}),
-    ):
-        part = frame[frame["measure"] == measure].sort_values("step")
-        axes.plot(part["step"], part["value"], label=label, **style)
+    """Draw the loss in the first and the last copy of repeated sequences over training steps."""
+    figure, axes = _step_axes(phases)
+    means = frame.groupby(["measure", "step"])["value"].mean()
+    axes.plot(means["loss_first_copy"], label="first copy", color=_FULL, linestyle="--")
+    last = means["loss_last_copy"]
+    axes.plot(last, label="last copy", color=_INDUCTION, marker="o", markersize=2.5)
     axes.set(ylabel="loss (nats per token)", ylim=(0, None))
     axes.legend(frameon=False)
-    return _closed(figure)
+    return figure
 
 
 def accuracy_lines(frame: pd.DataFrame, *, phases: Sequence[int]) -> Figure:
-    """Few-shot accuracy of every task over training steps, in percent."""
-    figure, axes = _axes(phases)
-    rows = frame[frame["measure"] == "accuracy"]
-    for index, (task, part) in enumerate(rows.groupby("task", sort=False)):
-        part = part.sort_values("step")
-        axes.plot(
-            part["step"], 100 * part["value"], label=str(task).replace("_", " "), linewidth=1.2,
-            color=_TASK_COLOURS[index % 5], marker=_MARKERS[index % 5], markersize=3.5,
-        )  # fmt: skip
-    return _percent(figure, axes)
+    """Draw the few-shot accuracy of every task over training steps, in percent."""
+    tasks = frame[frame["measure"] == "accuracy"].groupby("task", sort=False)
+    lines = {str(task): rows.groupby("step")["value"].mean() for task, rows in tasks}
+    return _percent_lines(lines, _TASK_STYLES, phases, linewidth=1.2)
 
 
 def intervention_lines(frame: pd.DataFrame, *, phases: Sequence[int]) -> Figure:
-    """Accuracy, averaged over the tasks, with and without heads over training steps, in percent."""
-    figure, axes = _axes(phases)
-    for measure, label, colour, marker in (
-        ("accuracy", "full model", "#444444", "o"),
-        ("accuracy_without_random_heads", "without random heads", _CONTROL, "s"),
-        ("accuracy_without_induction_heads", "without induction heads", _INDUCTION, "^"),
-    ):
-        mean = frame[frame["measure"] == measure].groupby("step")["value"].mean()
-        axes.plot(mean.index, 100 * mean, label=label, color=colour, marker=marker, markersize=3.5)
-    return _percent(figure, axes)
+    """Draw accuracy, averaged over the tasks, with and without heads over training steps."""
+    means = frame.groupby(["measure", "step"])["value"].mean()
+    lines = {
+        "full model": means["accuracy"],
+        "without random heads": means["accuracy_without_random_heads"],
+        "without induction heads": means["accuracy_without_induction_heads"],
+    }
+    return _percent_lines(lines, ((_FULL, "o"), (_RANDOM, "s"), (_INDUCTION, "^")), phases)
 
 
-def _axes(phases: Sequence[int]) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+def _percent_lines(
+    lines: Mapping[str, pd.Series], styles: Iterable[tuple[str, str]], phases: Sequence[int],
+    linewidth: float = 1.5,
+) -> Figure:  # fmt: skip
+    """Draw accuracies (shares by step) in percent, in cycles of colours and markers."""
+    figure, axes = _step_axes(phases)
+    for (name, line), (colour, marker) in zip(lines.items(), itertools.cycle(styles), strict=False):
+        axes.plot(
+            100 * line, label=name.replace("_", " "), color=colour, marker=marker, markersize=3.5,
+            linewidth=linewidth,
+        )  # fmt: skip
+    _percent(axes)
+    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.28), frameon=False)
+    return figure
+
+
+def _step_axes(phases: Sequence[int]) -> tuple[Figure, Axes]:
+    figure, (axes,) = _new_figure(8, 3.2)
     for step in phases:
-        axes.axvline(step, color="#999999", linestyle=":", linewidth=1)
+        axes.axvline(step, color=_GUIDE, linestyle=":", linewidth=1)
     axes.set(xlabel="training step")
     return figure, axes
 
 
-def _percent(figure: Figure, axes: Axes) -> Figure:
-    axes.axhline(50, color="#999999", linewidth=0.8, linestyle=":")
+def _percent(axes: Axes) -> None:
+    """Scale an axis of accuracies and mark chance for two labels."""
+    axes.axhline(50, color=_GUIDE, linewidth=0.8, linestyle=":")
     axes.set(ylabel="accuracy (%)", ylim=(0, 105))
-    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.28), frameon=False)
-    return _closed(figure)
-
-
-def _closed(figure: Figure) -> Figure:
-    # A closed figure is shown once, where its cell returns it, and not again by the notebook.
-    plt.close(figure)
-    return figure

@@ -10,7 +10,6 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from IPython.display import HTML, Markdown, display
@@ -25,17 +24,9 @@ from icl_helpers.tasks.data import load_splits
 from icl_helpers.tasks.specs import STAND_IN_TASKS, text_spec
 
 __all__ = [
-    "DESCRIPTION",
-    "describe_text_tasks",
-    "show_bars",
-    "show_benefit",
-    "show_figure",
-    "show_paper_table",
-    "show_published",
-    "show_table",
-    "text_task_table",
-]
-
+    "DESCRIPTION", "describe_text_tasks", "show_bars", "show_benefit", "show_figure",
+    "show_paper_table", "show_published", "show_table", "text_task_table",
+]  # fmt: skip
 
 DESCRIPTION = "icl_description"
 
@@ -49,11 +40,13 @@ def show_bars(
     results: pd.DataFrame, *, ablations: Sequence[str], caption: str, shots: str = "most"
 ) -> None:
     """Display a figure of :func:`accuracy_bars` with its heights as alternative text."""
-    chosen: dict[str, Any] = {"ablations": ablations, "shots": shots}
     seeds = ", ".join(map(str, sorted(set(results["demonstration_seed"]))))
     most = int(results["n"].max()) if len(results) else 0
-    caption = f"{caption} At most {most} documents a task, demonstration seeds {seeds}."
-    show_figure(accuracy_bars(results, **chosen), alt=bars_alt(results, **chosen), caption=caption)
+    show_figure(
+        accuracy_bars(results, ablations=ablations, shots=shots),
+        alt=bars_alt(results, ablations=ablations, shots=shots),
+        caption=f"{caption} At most {most} documents a task, demonstration seeds {seeds}.",
+    )
 
 
 def show_table(
@@ -74,9 +67,16 @@ def show_table(
     display(HTML(region))  # type: ignore[no-untyped-call]
     if directory is not None:
         write_table(frame, directory, name)
-        display(  # type: ignore[no-untyped-call]
-            Markdown(f"Download {label}: [CSV](tables/{name}.csv), [LaTeX](tables/{name}.tex)")
-        )
+        _say(f"Download {label}: {_links(name)}")
+
+
+def _links(name: str) -> str:
+    return f"[CSV](tables/{name}.csv), [LaTeX](tables/{name}.tex)"
+
+
+def _say(text: str) -> None:
+    """Display Markdown."""
+    display(Markdown(text))  # type: ignore[no-untyped-call]
 
 
 def show_paper_table(documents: pd.DataFrame, number: int, directory: Path) -> None:
@@ -88,20 +88,16 @@ def show_paper_table(documents: pd.DataFrame, number: int, directory: Path) -> N
     try:
         table = annotated_table(documents, number)
     except InputError as error:
-        display(Markdown(f"*Nothing to show: {error}.*"))  # type: ignore[no-untyped-call]
+        _say(f"*Nothing to show: {error}.*")
         return
-    cells = _narrow(table.cells)
-    show_table(cells, label=f"table {number}", directory=directory, name=f"table-{number}")
+    name = f"table-{number}"
+    show_table(_narrow(table.cells), label=f"table {number}", directory=directory, name=name)
     tests = table.tests.round(6)
-    write_table(tests, directory, f"table-{number}-tests")
-    name = f"tables/table-{number}-tests"
-    clear = int(tests["distinguishable"].sum())
-    display(  # type: ignore[no-untyped-call]
-        Markdown(
-            f"{clear} of {len(tests)} comparisons are distinguishable from noise. Differences, "
-            f"intervals, p-values before and after correction and effect sizes (Cohen's g) of "
-            f"all of them: [CSV]({name}.csv), [LaTeX]({name}.tex)"
-        )
+    write_table(tests, directory, f"{name}-tests")
+    _say(
+        f"{int(tests['distinguishable'].sum())} of {len(tests)} comparisons are distinguishable "
+        f"from noise. Differences, intervals, p-values before and after correction and effect "
+        f"sizes (Cohen's g) of all of them: {_links(f'{name}-tests')}"
     )
 
 
@@ -118,17 +114,16 @@ def show_published(model: str, documents: pd.DataFrame, number: int, directory: 
         label = f"table {number}, published and recomputed"
         show_table(rows, label=label, directory=directory, name=f"published-{number}")
         return
-    for name in PAPER_MODELS.values():
-        label = f"table {number} as published for {name}"
-        display(Markdown(f"**Published, {name}**"))  # type: ignore[no-untyped-call]
-        cells = _narrow(published_table(number, name))
-        show_table(
-            cells, label=label, directory=directory, name=f"published-{number}-{name.lower()}"
-        )
+    for model_name in PAPER_MODELS.values():
+        _say(f"**Published, {model_name}**")
+        cells = _narrow(published_table(number, model_name))
+        label = f"table {number} as published for {model_name}"
+        name = f"published-{number}-{model_name.lower()}"
+        show_table(cells, label=label, directory=directory, name=name)
 
 
 def _narrow(cells: pd.DataFrame) -> pd.DataFrame:
-    """A table without its level of labels, where there is one kind only."""
+    """Drop the level of labels from a table where there is one kind only."""
     labels = cells.index.get_level_values("labels")
     return cells.droplevel("labels") if labels.nunique() == 1 else cells
 
@@ -136,9 +131,7 @@ def _narrow(cells: pd.DataFrame) -> pd.DataFrame:
 def show_benefit(changes: pd.DataFrame, *, ablation: str) -> None:
     """Display :func:`icl_helpers.results.figures.benefit_bars` with a computed caption."""
     out = left_out_tasks(changes)
-    names = [f"{task} ({labels}: {why})" for task, labels, why in zip(
-        out["task"], out["labels"], out["why"], strict=True
-    )]  # fmt: skip
+    names = out["task"] + " (" + out["labels"] + ": " + out["why"] + ")"
     show_figure(
         benefit_bars(changes, ablation=ablation),
         alt=benefit_alt(changes, ablation=ablation),
@@ -151,27 +144,27 @@ def show_benefit(changes: pd.DataFrame, *, ablation: str) -> None:
 
 
 def describe_text_tasks(tasks: Sequence[str]) -> str:
-    """What the text tasks of a run are, in Markdown: the paper's, or stand-ins for them."""
+    """Say in Markdown what the text tasks of a run are: the paper's, or stand-ins for them."""
     if not tasks:
         return "**This run has no text tasks:** `nlp_tasks` is empty."
-    own = [task for task in tasks if task in STAND_IN_TASKS]
-    if not own:
+    stand_ins = [f"`{task}`" for task in tasks if task in STAND_IN_TASKS]
+    if not stand_ins:
         return "These are tasks of the paper, on the rows of their data sets."
-    names = " and ".join(f"`{task}`" for task in own)
     return (
-        f"**Stand-ins.** {names} are not the paper's: their sentences were made from templates for "
-        f"this project, so that this stage runs offline and on a model that knows no English "
-        f"beyond them. They take the form of SST-2 and Subj, and nothing on this page says how a "
-        f"model does on the real data sets. With `nlp_tasks` naming those, the stage runs as it is."
+        f"**Stand-ins.** {' and '.join(stand_ins)} are not the paper's: their sentences were made "
+        f"from templates for this project, so that this stage runs offline and on a model that "
+        f"knows no English beyond them. They take the form of SST-2 and Subj, and nothing on this "
+        f"page says how a model does on the real data sets. With `nlp_tasks` naming those, the "
+        f"stage runs as it is."
     )
 
 
 def text_task_table(data: Mapping[str, str]) -> pd.DataFrame:
-    """Data, sizes and labels of text tasks, given where each is read from, indexed by task."""
+    """Describe text tasks, given where each is read from: data, sizes and labels by task."""
     rows = {}
-    for task, where in data.items():
+    for task, source in data.items():
         spec = text_spec(task)
-        splits = load_splits(spec, data=where)
+        splits = load_splits(spec, data=source)
         rows[task] = {
             "data": spec.hub.path if spec.hub else "made from templates (stand-in)",
             "rows to draw examples from": len(splits.train),

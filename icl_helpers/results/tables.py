@@ -1,10 +1,8 @@
 """The paper's tables from a run's results, with how sure each number is (Tables 1, 3, 4, 5).
 
 Rows are tasks and shots; columns are the full model, induction heads, induction pattern and random
-heads at each fraction. One cell holds the accuracy in percent, in parentheses its difference to the
-full model in points, a mark where that difference is distinguishable from noise, and the 95 %
-interval of the accuracy. The last columns compare induction heads with random heads on the same
-documents.
+heads at each fraction. :data:`LEGEND` says what stands in a cell. The last columns compare
+induction heads with random heads on the same documents.
 """
 
 from __future__ import annotations
@@ -23,51 +21,21 @@ from icl_helpers.results.statistics import accuracy_intervals, comparisons
 from icl_helpers.tasks.specs import get_task_spec, task_names
 
 __all__ = [
-    "CONDITION_TITLES",
-    "LEGEND",
-    "MARK",
-    "AnnotatedTable",
-    "abstract_results",
-    "accuracy_means",
-    "annotated_table",
-    "cell_frame",
-    "effect_summary",
-    "markdown_table",
-    "read_measurements",
-    "share_text",
-    "summarise",
-    "table_rows",
-    "write_table",
-]
-
+    "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results",
+    "annotated_table", "cell_frame", "effect_summary", "markdown_table", "read_measurements",
+    "summarise", "table_rows", "write_table",
+]  # fmt: skip
 
 # In the paper's order of columns.
 CONDITION_TITLES = {
-    "full": "full model",
-    "induction_heads": "induction heads",
-    "induction_pattern": "induction pattern",
-    "random_heads": "random heads",
-}
-
-
-def accuracy_means(results: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy in percent, averaged over demonstration seeds and ablation seeds, as in the paper.
-
-    Columns task, labels, shots, condition, ablation, fraction, accuracy, sd (over the runs that
-    were averaged, in points), runs.
-    """
-    grouped = results.groupby(CELL, sort=False)["accuracy"]
-    means = grouped.agg(accuracy="mean", sd="std", runs="size").reset_index()
-    return means.assign(accuracy=means["accuracy"] * 100, sd=means["sd"] * 100)
-
-
-def share_text(fraction: float) -> str:
-    """A fraction of heads in percent; nothing for none."""
-    return f"{fraction:.1%}" if fraction else ""
+    "full": "full model", "induction_heads": "induction heads",
+    "induction_pattern": "induction pattern", "random_heads": "random heads",
+}  # fmt: skip
+_GAP = "induction minus random"
 
 
 def table_rows(frame: pd.DataFrame, number: int) -> pd.DataFrame:
-    """The rows of results or documents that one of the paper's tables is about.
+    """Select the rows of results or documents that one of the paper's tables is about.
 
     Raises :class:`InputError` for a table that there is not, or when the frame holds no such task.
     """
@@ -84,21 +52,16 @@ def table_rows(frame: pd.DataFrame, number: int) -> pd.DataFrame:
 
 
 def write_table(frame: pd.DataFrame, directory: str | os.PathLike[str], name: str) -> list[Path]:
-    """Write a table as ``name.csv`` and ``name.tex``; returns the files."""
-    files = []
-    for suffix in ("csv", "tex"):
-        path = Path(directory) / f"{name}.{suffix}"
+    """Write a table as ``name.csv`` and ``name.tex``; return the files."""
+    files = [Path(directory) / f"{name}.{suffix}" for suffix in ("csv", "tex")]
+    for path, text in zip(files, (frame.to_csv(), _latex(frame)), strict=True):
         with atomic_path(path) as temporary:
-            if suffix == "csv":
-                frame.to_csv(temporary)
-            else:
-                temporary.write_text(_latex(frame))
-        files.append(path)
+            temporary.write_text(text, encoding="utf-8")
     return files
 
 
 def _latex(frame: pd.DataFrame) -> str:
-    """A LaTeX tabular (with booktabs' rules) of the values as they are shown."""
+    """Return a LaTeX tabular (with booktabs' rules) of the values as they are shown."""
     flat = frame.reset_index().astype(str)
     flat.columns = pd.Index(
         [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in flat]
@@ -108,7 +71,7 @@ def _latex(frame: pd.DataFrame) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; bars in cells are escaped, missing values left empty."""
+    """Write a Markdown table; bars in cells are escaped, missing values left empty."""
 
     def line(cells: Sequence[Any]) -> str:
         texts = ("" if cell is None else str(cell).replace("|", r"\|") for cell in cells)
@@ -127,10 +90,6 @@ LEGEND = (
     "tests of the table, is below 5 %. What has no star may differ or not: these documents do not "
     "tell."
 )
-_TESTED = [
-    *ROW, "condition", "ablation", "fraction", "against", "difference", "low", "high", "p",
-    "p_holm", "cohens_g", "distinguishable",
-]  # fmt: skip
 
 
 class AnnotatedTable(NamedTuple):
@@ -141,7 +100,7 @@ class AnnotatedTable(NamedTuple):
 
 
 def annotated_table(documents: pd.DataFrame, number: int) -> AnnotatedTable:
-    """Table 1, 3, 4 or 5 of a run from its per-document results.
+    """Compute Table 1, 3, 4 or 5 of a run from its per-document results.
 
     ``cells`` is indexed by task, labels and shots, with columns (condition, share of heads).
     ``tests`` has the columns of :func:`icl_helpers.results.statistics.comparisons`, corrected
@@ -151,68 +110,45 @@ def annotated_table(documents: pd.DataFrame, number: int) -> AnnotatedTable:
     rows = table_rows(documents, number)
     if not (rows["condition"] == "full").any():
         raise InputError("the results hold no full model to compare with; evaluate 'full' first")
-    accuracies = accuracy_intervals(rows)
     tests = comparisons(rows)
-    cells: dict[tuple[Any, ...], dict[tuple[str, float], str]] = {}
-    to_full = _indexed(tests[tests["against"] == "full"])
-    for cell in accuracies.to_dict("records"):
-        row = cells.setdefault(tuple(cell[name] for name in ROW), {})
-        row[cell["condition"], cell["fraction"]] = _accuracy_text(cell, to_full)
-    for test in tests[tests["against"] == "random_heads"].to_dict("records"):
-        row = cells[tuple(test[name] for name in ROW)]
-        row["induction minus random", test["fraction"]] = (
-            f"{_points(test)} [{test['low']:+.1f}, {test['high']:+.1f}]"
-        )
-    return AnnotatedTable(cell_frame(cells), tests[_TESTED])
-
-
-def _indexed(tests: pd.DataFrame) -> dict[tuple[Any, ...], dict[Any, Any]]:
-    return {
-        (*(test[name] for name in ROW), test["condition"], test["fraction"]): test
-        for test in tests.to_dict("records")
-    }
-
-
-def _accuracy_text(cell: dict[Any, Any], to_full: dict[tuple[Any, ...], dict[Any, Any]]) -> str:
-    test = to_full.get((*(cell[name] for name in ROW), cell["condition"], cell["fraction"]))
-    difference = f" ({test['difference']:+.1f}){_mark(test)}" if test else ""
-    return f"{cell['accuracy']:.1f}{difference} [{cell['low']:.1f}, {cell['high']:.1f}]"
-
-
-def _points(test: dict[Any, Any]) -> str:
-    return f"{test['difference']:+.1f}{_mark(test)}"
-
-
-def _mark(test: dict[Any, Any]) -> str:
-    return MARK if test["distinguishable"] else ""
-
-
-def cell_frame(cells: dict[tuple[Any, ...], dict[tuple[str, float], str]]) -> pd.DataFrame:
-    """Cells by (task, labels, shots) and (condition, fraction) in the paper's order and words."""
-    order = [*CONDITION_TITLES, "induction minus random"]
-    columns = sorted(
-        {column for row in cells.values() for column in row},
-        key=lambda column: (order.index(column[0]), column[1]),
+    change = tests["difference"].map("{:+.1f}".format)
+    mark = tests["distinguishable"].map({True: MARK, False: ""})
+    tests["change"] = " (" + change + ")" + mark
+    gaps = tests.assign(condition=_GAP, text=change + mark + _bounds(tests, "{:+.1f}"))
+    to_full = tests.loc[tests["against"] == "full", [*CELL, "change"]]
+    cells = accuracy_intervals(rows).merge(to_full, how="left", on=CELL)
+    accuracy = cells["accuracy"].map("{:.1f}".format)
+    cells["text"] = accuracy + cells["change"].fillna("") + _bounds(cells, "{:.1f}")
+    columns = ["against", "difference", "low", "high", "p", "p_holm", "cohens_g", "distinguishable"]
+    return AnnotatedTable(
+        cell_frame(pd.concat([cells, gaps[gaps["against"] == "random_heads"]])),
+        tests[[*CELL, *columns]],
     )
-    frame = pd.DataFrame.from_dict(cells, orient="index").reindex(
-        columns=pd.MultiIndex.from_tuples(columns)
+
+
+def _bounds(frame: pd.DataFrame, form: str) -> pd.Series:
+    return " [" + frame["low"].map(form.format) + ", " + frame["high"].map(form.format) + "]"
+
+
+def cell_frame(cells: pd.DataFrame) -> pd.DataFrame:
+    """Lay out cells in the paper's order and words: a row a task, labels and shots.
+
+    ``cells`` has those columns, condition, fraction and ``text``.
+    """
+    wide = cells.pivot(index=ROW, columns=["condition", "fraction"], values="text")
+    order = [*CONDITION_TITLES, _GAP]
+    columns = sorted(wide, key=lambda column: (order.index(column[0]), column[1]))
+    wide = wide.reindex(pd.MultiIndex.from_frame(cells[ROW].drop_duplicates()))[columns]
+    wide.columns = pd.MultiIndex.from_tuples(
+        (CONDITION_TITLES.get(name, name), f"{share:.1%}" if share else "") for name, share in wide
     )
-    frame.index = pd.MultiIndex.from_tuples(list(cells), names=ROW)
-    frame.columns = pd.MultiIndex.from_tuples(
-        [(CONDITION_TITLES.get(name, name), share_text(share)) for name, share in columns]
-    )
-    return frame.fillna("")
+    return wide.fillna("")
 
 
 def abstract_results(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the abstract tasks, or all of them where there is no such task."""
+    """Select the rows of the abstract tasks, or all of them where there is no such task."""
     rows = results[results["task"].isin(task_names("abstract"))]
     return results if rows.empty else rows
-
-
-def _mean(rows: pd.DataFrame) -> float | None:
-    """Mean accuracy in percent: over the runs of each task, then over tasks."""
-    return None if rows.empty else float(rows.groupby("task")["accuracy"].mean().mean() * 100)
 
 
 def summarise(results: pd.DataFrame, *, ablation: str = "mean") -> dict[str, Any]:
@@ -229,19 +165,24 @@ def summarise(results: pd.DataFrame, *, ablation: str = "mean") -> dict[str, Any
     rows = rows[rows["ablation"].isin(["none", "knockout", ablation])]
     few = rows[rows["shots"] == rows.groupby("task")["shots"].transform("max")]
     zero = rows[rows["shots"] == 0]
-    names = ("full", "induction_heads", "induction_pattern", "random_heads")
     return {
-        **{name: _mean(few[few["condition"] == name]) for name in names},
-        "zero_shot": _mean(zero[zero["condition"] == "full"]),
-        "zero_shot_induction_heads": _mean(zero[zero["condition"] == "induction_heads"]),
+        **{name: _mean(few, name) for name in CONDITION_TITLES},
+        "zero_shot": _mean(zero, "full"),
+        "zero_shot_induction_heads": _mean(zero, "induction_heads"),
         "shots": int(few["shots"].max()),
         "fraction": larger,
         "tasks": sorted(set(few["task"])),
     }
 
 
+def _mean(rows: pd.DataFrame, condition: str) -> float | None:
+    """Return a condition's accuracy in percent: averaged over each task's runs, then over tasks."""
+    tasks = rows[rows["condition"] == condition].groupby("task")["accuracy"].mean()
+    return None if tasks.empty else float(tasks.mean() * 100)
+
+
 def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
-    """Shipped measurements of an embedded model: ``effect`` or ``dynamics``.
+    """Read the shipped measurements of an embedded model: ``effect`` or ``dynamics``.
 
     Raises :class:`MissingArtefactError` when the model has none.
     """
@@ -255,16 +196,15 @@ def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
 
 
 def effect_summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """The finding in a few numbers, in percent or percentage points, one row a training seed.
+    """Summarise the finding in percent or percentage points, one row a training seed.
 
     Averages are over the two-label tasks at ten shots, but for the four-way accuracy (twenty
     shots). ``furthest from chance`` and ``moved at zero shots`` are the worst task's. The share of
     the pattern is the loss under knockout in percent of the loss under removal, averaged over the
     tasks where removal costs 10 points or more (NaN where there is none).
     """
-    return pd.DataFrame(
-        [_summary(part) | {"training_seed": seed} for seed, part in frame.groupby("training_seed")]
-    ).set_index("training_seed")
+    summaries = {seed: _summary(part) for seed, part in frame.groupby("training_seed")}
+    return pd.DataFrame.from_dict(summaries, orient="index").rename_axis("training_seed")
 
 
 def _summary(part: pd.DataFrame) -> dict[str, float]:

@@ -14,8 +14,8 @@ Example
 from __future__ import annotations
 
 import hashlib
-import html
 import json
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = ["attention_in_words", "attention_viewer", "viewer_data", "viewer_html", "viewer_prompts"]
 
-
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 # Shares of attention are whole thousandths in the page: short, and exact enough to be read.
 UNIT = 1000
@@ -43,25 +42,22 @@ UNIT = 1000
 def viewer_prompts(
     tasks: Iterable[str], *, shots: int = 5, seed: int = 42, data: str = "synthetic"
 ) -> dict[str, Prompt]:
-    """For each task its first prompt whose answer is the first label, by a readable name."""
+    """Build for each task its first prompt with the first label as answer, by a readable name."""
     prompts = {}
     for task in tasks:
-        found = build_prompts(task, shots=shots, seed=seed, data=data)
+        built = build_prompts(task, shots=shots, seed=seed, data=data)
         name = f"{get_task_spec(task).name.replace('_', ' ')}, {shots} examples"
-        prompts[name] = next((p for p in found if p.target == 0), found[0])
+        prompts[name] = next((prompt for prompt in built if prompt.target == 0), built[0])
     return prompts
 
 
 def viewer_data(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    heads: Sequence[Head | tuple[int, int]],
-    prompts: Mapping[str, Prompt | str],
-    *,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    heads: Sequence[Head | tuple[int, int]], prompts: Mapping[str, Prompt | str], *,
     scores: Float[torch.Tensor, "layers heads"] | None = None,
     categories: Sequence[str] = CATEGORIES,
-) -> dict[str, Any]:
-    """What the viewer shows, as plain JSON values.
+) -> dict[str, Any]:  # fmt: skip
+    """Compute what the viewer shows, as plain JSON values.
 
     Returns ``heads`` (layer, head and prefix-matching score, None without ``scores``) and
     ``prompts``, each with ``name``, ``tokens`` (their text), ``blocked`` (for every query the keys
@@ -71,35 +67,29 @@ def viewer_data(
 
     Raises :class:`InputError` without heads or prompts.
     """
-    chosen = list(dict.fromkeys(Head(*head) for head in heads))
-    if not chosen or not prompts:
+    shown_heads = list(dict.fromkeys(Head(*head) for head in heads))
+    if not shown_heads or not prompts:
         raise InputError(
-            f"the viewer needs at least one head and one prompt, got {len(chosen)} and "
+            f"the viewer needs at least one head and one prompt, got {len(shown_heads)} and "
             f"{len(prompts)}"
         )
-    shown = [
-        _prompt_data(model, tokenizer, chosen, name, prompt, categories)
-        for name, prompt in prompts.items()
-    ]
-    described = [
-        {
-            "layer": head.layer,
-            "head": head.head,
-            "score": None if scores is None else round(float(scores[head.layer, head.head]), 3),
-        }
-        for head in chosen
-    ]
-    return {"unit": UNIT, "heads": described, "prompts": shown}
+    return {
+        "unit": UNIT,
+        "heads": [
+            head._asdict() | {"score": None if scores is None else round(float(scores[head]), 3)}
+            for head in shown_heads
+        ],
+        "prompts": [
+            {"name": name} | _prompt_data(model, tokenizer, shown_heads, prompt, categories)
+            for name, prompt in prompts.items()
+        ],
+    }
 
 
 def _prompt_data(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    heads: list[Head],
-    name: str,
-    prompt: Prompt | str,
-    categories: Sequence[str],
-) -> dict[str, Any]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: list[Head],
+    prompt: Prompt | str, categories: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     text = prompt if isinstance(prompt, str) else prompt.context
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = torch.tensor([encoded["input_ids"]])
@@ -109,7 +99,6 @@ def _prompt_data(
     with intervene(model, AttentionKnockout(heads, pattern)):
         blocked = attention_patterns(model, ids, heads, blocked=pattern)
     return {
-        "name": name,
         "tokens": [text[start:end] for start, end in encoded["offset_mapping"]],
         "blocked": [row.nonzero().flatten().tolist() for row in pattern],
         "attention": {
@@ -120,19 +109,16 @@ def _prompt_data(
 
 
 def _triangle(attention: Float[torch.Tensor, "query key"]) -> list[list[int]]:
-    """Rows of the lower triangle in thousandths."""
+    """Return the rows of the lower triangle in thousandths."""
     whole = (attention.float() * UNIT).round().int().tolist()
     return [row[: query + 1] for query, row in enumerate(whole)]
 
 
 def attention_in_words(
-    attention: Float[torch.Tensor, "heads tokens"],
-    tokens: Sequence[str],
-    heads: Sequence[Head],
-    *,
+    attention: Float[torch.Tensor, "heads tokens"], tokens: Sequence[str], heads: Sequence[Head], *,
     named: int = 3,
-) -> str:
-    """Where heads look, for readers who do not see the figure: each head's largest shares."""
+) -> str:  # fmt: skip
+    """Say where heads look, for readers who do not see the figure: each head's largest shares."""
     parts = []
     for head, row in zip(heads, attention, strict=True):
         shares, keys = row.topk(min(named, len(tokens)))
@@ -145,40 +131,24 @@ def attention_in_words(
 
 
 def viewer_html(data: Mapping[str, Any]) -> str:
-    """The viewer for the data of :func:`viewer_data`: one ``section`` with style and script."""
+    """Write the viewer for :func:`viewer_data`'s data: a ``section`` with style and script."""
     # "<" would let a token such as "</script>" end the data; JSON reads its escape as the same.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     # Blank lines would end the block for Markdown readers.
-    style, script = (
+    style, script, page = (
         "\n".join(filter(str.strip, (_ASSETS / name).read_text(encoding="utf-8").splitlines()))
-        for name in ("viewer.css", "viewer.js")
+        for name in ("viewer.css", "viewer.js", "viewer.html")
     )
     name = f"icl-viewer-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-    return (
-        f'<section class="icl-viewer" id="{name}" data-icl-viewer '
-        f'aria-labelledby="{name}-title">\n<style>\n{style}\n</style>\n'
-        f'<p class="icl-viewer-title" id="{name}-title">Attention viewer</p>\n'
-        f"<noscript><p>{html.escape(_WITHOUT_SCRIPT)}</p></noscript>\n"
-        f'<script type="application/json">{text}</script>\n'
-        f"<script>\n{script}\n</script>\n</section>"
-    )
-
-
-_WITHOUT_SCRIPT = (
-    "The viewer needs JavaScript. The figures on this page show the same heads without it."
-)
+    return string.Template(page).substitute(name=name, style=style, script=script, data=text)
 
 
 def attention_viewer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    heads: Sequence[Head | tuple[int, int]],
-    prompts: Mapping[str, Prompt | str],
-    *,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    heads: Sequence[Head | tuple[int, int]], prompts: Mapping[str, Prompt | str], *,
     scores: Float[torch.Tensor, "layers heads"] | None = None,
     categories: Sequence[str] = CATEGORIES,
-) -> str:
-    """HTML of the viewer; the arguments are those of :func:`viewer_data`."""
-    return viewer_html(
-        viewer_data(model, tokenizer, heads, prompts, scores=scores, categories=categories)
-    )
+) -> str:  # fmt: skip
+    """Return the viewer's HTML; the arguments are those of :func:`viewer_data`."""
+    data = viewer_data(model, tokenizer, heads, prompts, scores=scores, categories=categories)
+    return viewer_html(data)

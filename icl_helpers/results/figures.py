@@ -40,9 +40,13 @@ def _new_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, Seq
     figure, grid = plt.subplots(
         rows, figsize=(width, height), layout="constrained", sharex=True, squeeze=False
     )
+    return figure, grid[:, 0]
+
+
+def _closed(figure: Figure) -> Figure:
     # A closed figure is shown once, where its cell returns it, and not again by the notebook.
     plt.close(figure)
-    return figure, grid[:, 0]
+    return figure
 
 
 def score_heatmap(
@@ -58,7 +62,7 @@ def score_heatmap(
     axes.invert_yaxis()
     axes.set(xlabel="head", ylabel="layer")
     axes.tick_params(rotation=0)
-    return figure
+    return _closed(figure)
 
 
 def ranked_heads(scores: Float[torch.Tensor, "layers heads"], *, counts: Sequence[int]) -> Figure:
@@ -72,7 +76,7 @@ def ranked_heads(scores: Float[torch.Tensor, "layers heads"], *, counts: Sequenc
     axes.legend(loc="upper right", frameon=False)
     axes.axhline(0.3, color=_GUIDE, linewidth=0.8)
     axes.set(xlabel="rank of the head", ylabel="prefix-matching score", ylim=(0, 1))
-    return figure
+    return _closed(figure)
 
 
 def attention_over_prompt(
@@ -87,7 +91,7 @@ def attention_over_prompt(
     axes.set_xticks(np.arange(len(shown)) + 0.5, shown, rotation=90, fontsize=7)
     axes.set_yticks(np.arange(len(heads)) + 0.5, [str(head) for head in heads], rotation=0)
     axes.set(ylabel="layer.head")
-    return figure
+    return _closed(figure)
 
 
 def accuracy_bars(
@@ -105,7 +109,7 @@ def accuracy_bars(
     figure, grid = _bar_panels(bars, "labels", panel_title, title=title, height=3, width=0.8)
     for axes in grid:
         _percent(axes)
-    return figure
+    return _closed(figure)
 
 
 def bars_alt(results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most") -> str:
@@ -150,7 +154,7 @@ def benefit_bars(changes: pd.DataFrame, *, ablation: str) -> Figure:
     for axes in grid:
         axes.axhline(0, color=_FULL, linewidth=0.8)
         axes.set(ylabel="change of benefit (%)", ylim=(-160, 60))
-    return figure
+    return _closed(figure)
 
 
 def benefit_alt(changes: pd.DataFrame, *, ablation: str) -> str:
@@ -216,7 +220,7 @@ def _note(text: str, *, height: float) -> Figure:
     """Draw a sentence in place of a figure without bars."""
     figure, (axes,) = _new_figure(9, height)
     axes.text(0.5, 0.5, text, ha="center")
-    return figure
+    return _closed(figure)
 
 
 def score_lines(frame: pd.DataFrame, *, phases: Sequence[int], threshold: float) -> Figure:
@@ -233,7 +237,7 @@ def score_lines(frame: pd.DataFrame, *, phases: Sequence[int], threshold: float)
     axes.plot(wide[heads], color=_INDUCTION, marker="o", markersize=2.5)
     axes.axhline(threshold, color=_GUIDE, linewidth=0.8)
     axes.set(ylabel="prefix-matching score", ylim=(-0.02, 1.02))
-    return figure
+    return _closed(figure)
 
 
 def loss_lines(frame: pd.DataFrame, *, phases: Sequence[int]) -> Figure:
@@ -245,7 +249,7 @@ def loss_lines(frame: pd.DataFrame, *, phases: Sequence[int]) -> Figure:
     axes.plot(last, label="last copy", color=_INDUCTION, marker="o", markersize=2.5)
     axes.set(ylabel="loss (nats per token)", ylim=(0, None))
     axes.legend(frameon=False)
-    return figure
+    return _closed(figure)
 
 
 def accuracy_lines(frame: pd.DataFrame, *, phases: Sequence[int]) -> Figure:
@@ -279,7 +283,7 @@ def _percent_lines(
         )  # fmt: skip
     _percent(axes)
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.28), frameon=False)
-    return figure
+    return _closed(figure)
 
 
 def _step_axes(phases: Sequence[int]) -> tuple[Figure, Axes]:

@@ -255,9 +255,10 @@ def icl_benefit(results: pd.DataFrame, *, shots: int = 10) -> pd.DataFrame:
     frame = pairs.reset_index()
     frame["benefit"] = frame["few_shot"] - frame["zero_shot"]
     full = frame[frame["condition"] == "full"].set_index(_TASK)
-    task = full.index.get_level_values("task")
-    chance = 1 / task.map(lambda name: len(get_task_spec(name).choices))
-    error = np.sqrt(chance * (1 - chance) / task.map(results.groupby("task")["n"].max()))
+    tasks = full.index.get_level_values("task")
+    chance = 1 / np.array([len(get_task_spec(task).choices) for task in tasks], dtype=np.float64)
+    sizes = results.groupby("task")["n"].max().reindex(tasks).to_numpy()
+    error = np.sqrt(chance * (1 - chance) / sizes)
     guessed = full["few_shot"] / 100 <= chance + 1.96 * error
     full["left_out"] = np.select([full["benefit"] <= 0, guessed], ["no benefit", "at chance"], "")
     reference = frame[_TASK].join(full[["benefit", "left_out"]], on=_TASK)

@@ -30,6 +30,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from icl_helpers.attention.hook import attention_layout
+from icl_helpers.attention.inputs import position_limit
 from icl_helpers.errors import InputError, MissingArtefactError, UnsupportedArchitectureError
 from icl_helpers.files import embedded_dir, user_path
 from icl_helpers.models.fingerprint import _FINGERPRINTS, weights_fingerprint
@@ -58,6 +60,8 @@ __all__ = [
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Settings under which a model that is loaded as a decoder may look ahead.
+_DECODER_SWITCHES = {"is_decoder": True, "is_causal": True, "use_bidirectional_attention": False}
 _PAPER_FRACTIONS = (0.01, 0.03)
 
 
@@ -123,6 +127,8 @@ def load_model(
     InputError
         A name, dtype, device or quantisation that cannot be used, or remote code without
         permission.
+    UnsupportedArchitectureError
+        The model is no decoder.
     MissingArtefactError
         The model is neither here nor in the cache and the hub cannot be reached.
     """
@@ -167,7 +173,11 @@ def load_model(
         model.to(target)
     if quantization is not None:
         _FINGERPRINTS[model] = weights_fingerprint(model)
-    return model.eval(), tokenizer
+    model.eval()
+    settings = model.config.get_text_config()
+    if any(getattr(settings, name, usual) != usual for name, usual in _DECODER_SWITCHES.items()):
+        attention_layout(model)  # refuses it where the switch makes it no decoder
+    return model, tokenizer
 
 
 def load_tokenizer(
@@ -260,13 +270,8 @@ def _explain(name: str, error: Exception) -> Exception:
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Most tokens the model's configuration allows in one sequence."""
-    config = model.config.get_text_config()
-    for field in ("max_position_embeddings", "n_positions", "n_ctx"):
-        value = getattr(config, field, None)
-        if isinstance(value, int):
-            return value
-    return 2048
+    """Most tokens the model allows in one sequence; 2,048 where nothing in it says."""
+    return position_limit(model) or 2048
 
 
 def model_fractions(name: str) -> tuple[float, ...]:

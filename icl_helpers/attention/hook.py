@@ -262,11 +262,13 @@ def _probe(model: PreTrainedModel) -> AttentionLayout:
 
 
 def _probe_ids(model: PreTrainedModel, length: int) -> torch.Tensor:
-    """Two rows of tokens that differ in the last one only."""
-    row = torch.arange(length) % 3 + 1
-    ids = torch.stack([row, row])
-    ids[1, -1] += 1
-    return (ids % model.get_input_embeddings().num_embeddings).to(model.device)
+    """Two rows of tokens that differ in the last one only; padding is none of them."""
+    table = model.get_input_embeddings()
+    padding = (model.config.get_text_config().pad_token_id, getattr(table, "padding_idx", None))
+    usable = [token for token in range(1, table.num_embeddings) if token not in padding]
+    row = [usable[i % min(3, len(usable))] for i in range(length)]
+    other = next(token for token in (*usable[3:4], *usable, 0) if token != row[-1])
+    return torch.tensor([row, [*row[:-1], other]], device=model.device)
 
 
 class _Record:

@@ -69,7 +69,10 @@ def test_passes_from_a_cache_equal_one_pass(model, condition):
             third = model(input_ids=ids[:, :3], use_cache=True)
         rest = model(input_ids=ids[:, START:], past_key_values=first.past_key_values).logits
         after = third.past_key_values
-        steps = [model(input_ids=ids[:, i : i + 1], past_key_values=after).logits for i in range(3, LENGTH)]
+        steps = [
+            model(input_ids=ids[:, i : i + 1], past_key_values=after).logits
+            for i in range(3, LENGTH)
+        ]
     assert equal(torch.cat([first.logits, rest], dim=1), whole)
     assert equal(torch.cat([third.logits, *steps], dim=1), whole)
 

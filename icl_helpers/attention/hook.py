@@ -134,6 +134,7 @@ def edited_attention(
     as it was. Raises :class:`UnsupportedArchitectureError` before anything is computed.
     """
     layout = attention_layout(model)
+    check_usable(model)  # again: layers may have been compiled since the first use
     unknown = [layer for layer in edits if not 0 <= layer < layout.n_layers]
     if unknown:
         raise InterventionError(
@@ -164,20 +165,20 @@ def _installed(
 
     Inside another such block of the same thread that one's passes are in charge and are returned.
     """
-    check_usable(model)
     with _ACTIVE_LOCK:
         outer = _ACTIVE.setdefault(model, passes)
         outer.check_thread()
     if outer is not passes:
         yield outer
         return
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = {id(part.config): part.config for part in parts}
     before = [(config, config._attn_implementation) for config in configs.values()]
     modules = dict.fromkeys(attention, passes)
     try:
         _ACTIVE.update(modules)
         model.set_attn_implementation(_PREFIX + _base_of(model))
-        with passes.watching(model):
+        with passes.watching(parts):
             yield passes
     finally:
         for config, implementation in before:
@@ -208,9 +209,8 @@ def attention_layout(model: PreTrainedModel) -> AttentionLayout:
         gpt_neo, bloom, falcon, mpt, models without attention), or its layers differ in ways that
         head interventions cannot serve.
     """
-    check_usable(model)
     known = _LAYOUTS.setdefault(model, {})
-    base = _base_of(model)
+    base = _base_of(model) if isinstance(model, PreTrainedModel) else ""
     if base not in known:
         known[base] = _probe(model)
     return known[base]
@@ -235,6 +235,7 @@ def _refuse(model: torch.nn.Module, why: str) -> UnsupportedArchitectureError:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> AttentionLayout:
+    check_usable(model)
     if not model._can_set_attn_implementation():
         raise _refuse(model, "it does not go through transformers' AttentionInterface")
     max_positions = learned_positions(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,14 +41,13 @@ class Passes:
         self._ordered = False
 
     @contextmanager
-    def watching(self, model: PreTrainedModel) -> Iterator[None]:
-        """Note every pass of the model inside the block, whichever of its parts is called."""
+    def watching(self, parts: Iterable[PreTrainedModel]) -> Iterator[None]:
+        """Note every pass of a model inside the block, whichever of these parts is called."""
         handles = []
         try:
-            for module in model.modules():
-                if isinstance(module, PreTrainedModel):
-                    handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-                    handles.append(module.register_forward_hook(self._end, always_call=True))
+            for part in parts:
+                handles.append(part.register_forward_pre_hook(self._begin, with_kwargs=True))
+                handles.append(part.register_forward_hook(self._end, always_call=True))
             yield
         finally:
             for handle in handles:
@@ -196,10 +195,14 @@ def check_usable(model: PreTrainedModel) -> None:
             f"the model's heads are spread over {processes} processes (tensor parallel), each "
             f"of which sees only its own; load it without tp_plan, or with device_map='auto'"
         )
-    for name, module in model.named_modules():
-        compiled = module._compiled_call_impl or "_orig_mod" in module._modules
+    for module in model.modules():
         forward = module.__dict__.get("forward")
-        if compiled or hasattr(forward, "_torchdynamo_orig_callable"):
+        if (
+            module._compiled_call_impl is not None
+            or "_orig_mod" in module._modules
+            or (forward is not None and hasattr(forward, "_torchdynamo_orig_callable"))
+        ):
+            name = next(name for name, other in model.named_modules() if other is module)
             raise UnsupportedArchitectureError(
                 f"{name or 'the model'} ({type(module).__name__}) is compiled, and a compiled "
                 f"layer may leave edits out; load the model again and do not compile it"

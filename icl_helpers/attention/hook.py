@@ -38,7 +38,7 @@ from icl_helpers.attention.call import (
     attention_probabilities,
 )
 from icl_helpers.attention.heads import Head
-from icl_helpers.attention.inputs import learned_positions
+from icl_helpers.attention.inputs import learned_positions, rope_switch
 from icl_helpers.attention.passes import Passes, check_usable
 from icl_helpers.errors import InputError, InterventionError, UnsupportedArchitectureError
 
@@ -65,7 +65,8 @@ class AttentionLayout:
     """The attention modules of a model, layer by layer, and the shape of their heads.
 
     ``cacheable``: the model attends from a cache as it does in one pass. ``max_positions`` is the
-    length of its table of positions, None without one.
+    length of its table of positions, None without one; ``rope_switch`` as in
+    :func:`icl_helpers.attention.inputs.rope_switch`.
     """
 
     modules: tuple[torch.nn.Module, ...]
@@ -73,6 +74,7 @@ class AttentionLayout:
     d_head: int
     cacheable: bool = True
     max_positions: int | None = None
+    rope_switch: tuple[int, bool] | None = None
 
     @property
     def n_layers(self) -> int:
@@ -140,7 +142,11 @@ def edited_attention(
         raise InterventionError(
             f"layer {unknown[0]} is out of range: the model has layers 0..{layout.n_layers - 1}"
         )
-    passes = Passes(cacheable=layout.cacheable, max_positions=layout.max_positions)
+    passes = Passes(
+        cacheable=layout.cacheable,
+        max_positions=layout.max_positions,
+        rope_switch=layout.rope_switch,
+    )
     with _installed(model, layout.modules, passes) as passes:
         outer, required, before = passes.edits, passes.required, passes.completed
         inner = {layout.modules[layer]: list(chosen) for layer, chosen in edits.items()}
@@ -259,7 +265,9 @@ def _probe(model: PreTrainedModel) -> AttentionLayout:
             cacheable = _cache_holds(model, calls[0], passes, ids)
     finally:
         model.train(training)
-    return replace(layout, cacheable=cacheable, max_positions=max_positions)
+    return replace(
+        layout, cacheable=cacheable, max_positions=max_positions, rope_switch=rope_switch(model)
+    )
 
 
 def _probe_ids(model: PreTrainedModel, length: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from icl_helpers.errors import InputError
 
-__all__ = ["check_ids", "learned_positions", "position_limit"]
+__all__ = ["check_ids", "learned_positions", "position_limit", "rope_switch"]
 
 
 _POSITION_TABLE = re.compile(r"(?!.*(vision|visual|image|audio|rel)).*(pos|wpe)[^.]*$")
@@ -39,6 +39,20 @@ def position_limit(model: PreTrainedModel) -> int | None:
     stated = [v for v in (getattr(config, f, None) for f in fields) if isinstance(v, int) and v > 0]
     known = [*stated[:1], learned_positions(model)]
     return min((limit for limit in known if limit is not None), default=None)
+
+
+def rope_switch(model: PreTrainedModel) -> tuple[int, bool] | None:
+    """Length beyond which rotary angles depend on a sequence's whole length.
+
+    And whether they change with every further token (dynamic scaling) or once (longrope).
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if part.get("rope_type") in ("longrope", "dynamic"):
+            trained = part.get("original_max_position_embeddings", config.max_position_embeddings)
+            return int(trained), part["rope_type"] == "dynamic"
+    return None
 
 
 def check_ids(model: PreTrainedModel, ids: torch.Tensor, *, way_out: str) -> None:

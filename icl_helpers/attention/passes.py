@@ -25,15 +25,23 @@ class Passes:
     """The edits of a model, and the forward pass that is under way in this thread.
 
     ``edits`` says what is done to the output of each attention module; ``required`` are the modules
-    that must be called exactly once per pass. ``cacheable``: a pass may start from a cache.
+    that must be called exactly once per pass. The rest is what
+    :class:`icl_helpers.attention.hook.AttentionLayout` says of the model.
     """
 
-    def __init__(self, *, cacheable: bool = True, max_positions: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        cacheable: bool = True,
+        max_positions: int | None = None,
+        rope_switch: tuple[int, bool] | None = None,
+    ) -> None:
         self.edits: Mapping[torch.nn.Module, list[Callable[..., torch.Tensor]]] = {}
         self.required: frozenset[torch.nn.Module] = frozenset()
         self.thread = threading.get_ident()
         self.completed = 0
         self._cacheable, self._max_positions = cacheable, max_positions
+        self._rope_switch = rope_switch
         self._depth = 0
         self._given: dict[str, Any] = {}
         self._offset = 0
@@ -90,6 +98,14 @@ class Passes:
             )
         ids = self._given.get("input_ids", self._given.get("inputs_embeds"))
         end = self._offset + (0 if ids is None else ids.shape[1])
+        if self._offset and self._rope_switch is not None:
+            trained, grows = self._rope_switch
+            if end > trained and (grows or self._offset <= trained):
+                raise InterventionError(
+                    f"keys in the cache were turned for {self._offset} tokens, and the model turns "
+                    f"them otherwise in sequences of {end}, beyond its trained {trained}; pass "
+                    f"whole sequences with use_cache=False"
+                )
         if self._max_positions is not None and end > self._max_positions:
             raise InputError(
                 f"the pass reaches position {end - 1}, but the model has positions "

@@ -310,6 +310,39 @@ def test_a_model_that_attends_otherwise_from_a_cache_is_refused_there(monkeypatc
         model.generate(ids, max_new_tokens=3)
 
 
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_a_cache_across_a_change_of_rotary_angles_is_refused(rope_type):
+    """The untouched model gives other logits from such a cache than in one pass."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = make_llama(
+        max_position_embeddings=16 if rope_type == "dynamic" else 64, rope_parameters=rope
+    )
+    ids = some_ids(1, 24)
+    heads = icl.ZeroAblation([(0, 1)])
+
+    @torch.no_grad()
+    def parted(start: int, end: int) -> torch.Tensor:
+        cache = model(ids[:, :start], use_cache=True).past_key_values
+        return model(ids[:, start:end], past_key_values=cache).logits
+
+    with torch.no_grad(), icl.intervene(model, heads):
+        whole = model(ids[:, :14], use_cache=False).logits[:, 10:]
+        assert torch.allclose(parted(10, 14), whole, atol=1e-4)
+        with pytest.raises(icl.InterventionError, match="beyond its trained 16"):
+            parted(10, 24)
+        if rope_type == "longrope":  # both parts beyond it: one set of angles
+            whole = model(ids, use_cache=False).logits[:, 18:]
+            assert torch.allclose(parted(18, 24), whole, atol=1e-4)
+        else:
+            with pytest.raises(icl.InterventionError, match="beyond its trained 16"):
+                parted(18, 24)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[:, 10:]
+    assert not torch.allclose(parted(10, 24), whole, atol=1e-2)
+
+
 # --- decoders only
 
 

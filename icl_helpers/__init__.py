@@ -32,7 +32,7 @@ _EXPORTS: dict[str, str] = {
     "LeakError": "redaction",
     "MeanAblation": "attention.interventions",
     "MissingArtefactError": "errors",
-    "ModelSource": "evaluation.cells",
+    "ModelSource": "evaluation.evaluate",
     "Prompt": "tasks.prompts",
     "Run": "run.run",
     "StageError": "run.stages",

@@ -19,21 +19,29 @@ Example
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float, Int
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from icl_helpers.attention.branches import branching_mask
+from icl_helpers.attention.passes import (
+    SUPPORTED_ARCHITECTURES,
+    AttentionCall,
+    Passes,
+    attention_probabilities,
+    branching_mask,
+    check_usable,
+    learned_positions,
+    rope_switch,
+)
 from icl_helpers.errors import InputError, InterventionError, UnsupportedArchitectureError
 
 __all__ = [
@@ -48,101 +56,6 @@ __all__ = [
 ]
 
 
-SUPPORTED_ARCHITECTURES = (
-    "llama, internlm2, mistral, mixtral, qwen2, qwen3, gemma2, gemma3, phi3, gpt2, gpt_neox, opt, "
-    "olmo2, gpt_oss and other decoders that transformers sends through its AttentionInterface"
-)
-
-
-@dataclass
-class AttentionCall:
-    """What one layer's attention was called with, and what it returned.
-
-    ``query`` is [batch, heads, query, d_head]; ``key`` and ``value`` are [batch, kv_heads, key,
-    d_head]; ``mask`` is None (causal), boolean (True = may attend) or additive, broadcastable to
-    [batch, heads, query, key]; ``output`` is [batch, query, heads, d_head].
-    ``positions`` is [query] or [batch, query]: the absolute position of every query token, and
-    ``last_position`` the largest of them; ``offset`` tokens came before this pass, in the cache.
-    """
-
-    module: torch.nn.Module
-    query: Float[torch.Tensor, "batch heads query d_head"]
-    key: Float[torch.Tensor, "batch kv_heads key d_head"]
-    value: Float[torch.Tensor, "batch kv_heads key d_value"]
-    mask: torch.Tensor | None
-    kwargs: dict[str, Any]
-    positions: Int[torch.Tensor, "... query"]
-    last_position: int
-    offset: int
-    output: Float[torch.Tensor, "batch query heads d_value"]
-
-
-def _causal_mask(call: AttentionCall) -> Bool[torch.Tensor, "query key"] | None:
-    """The causal mask that SDPA applies by itself when it is handed none; else None."""
-    n_query, n_key = call.query.shape[2], call.key.shape[2]
-    is_causal = call.kwargs.get("is_causal")
-    causal = getattr(call.module, "is_causal", True) if is_causal is None else is_causal
-    if call.mask is not None or n_query == 1 or not causal:
-        return None
-    ones = torch.ones(n_query, n_key, dtype=torch.bool, device=call.query.device)
-    return ones.tril()
-
-
-def attention_probabilities(
-    call: AttentionCall,
-    *,
-    heads: Sequence[int] | None = None,
-    blocked: Bool[torch.Tensor, "... query key"] | None = None,
-) -> Float[torch.Tensor, "batch chosen query key"]:
-    """Attention of the chosen heads (default: all) in float32, from the call's query and key.
-
-    Honours the call's mask, scaling, logit soft-capping and attention sinks. ``blocked`` forbids
-    further query-key pairs; a query with nothing left to attend to gets a row of zeros.
-    """
-    n_heads, n_kv = call.query.shape[1], call.key.shape[1]
-    chosen = torch.arange(n_heads) if heads is None else torch.as_tensor(heads)
-    chosen = chosen.to(call.query.device)
-    query = call.query[:, chosen]
-    # Grouped queries share keys: head h reads key-value head h // (n_heads // n_kv).
-    key = call.key[:, chosen // (n_heads // n_kv)]
-    scaling = call.kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    logits = (torch.matmul(query, key.transpose(2, 3)) * scaling).float()
-    softcap = call.kwargs.get("softcap")
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    logits = _masked(logits, call, chosen)
-    if blocked is not None:
-        logits = logits.masked_fill(blocked.unsqueeze(-3), -torch.inf)
-        # Softmax of a row of minus infinities would be NaN: such a query attends to nothing.
-        empty = torch.isneginf(logits).all(dim=-1, keepdim=True)
-    else:
-        empty = None
-    sinks = call.kwargs.get("s_aux")
-    if sinks is not None:
-        column = sinks[chosen].float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        return torch.softmax(torch.cat([logits, column], dim=-1), dim=-1)[..., :-1]
-    probabilities = torch.softmax(logits, dim=-1)
-    return probabilities if empty is None else probabilities.masked_fill(empty, 0.0)
-
-
-def _masked(logits: torch.Tensor, call: AttentionCall, chosen: torch.Tensor) -> torch.Tensor:
-    if call.kwargs.get("position_bias") is not None:
-        raise UnsupportedArchitectureError(
-            f"{type(call.module).__name__} adds a position bias to its attention, which is not "
-            f"supported here; supported: {SUPPORTED_ARCHITECTURES}"
-        )
-    mask = _causal_mask(call) if call.mask is None else call.mask[..., : call.key.shape[2]]
-    if mask is None:
-        return logits
-    if mask.ndim == 4 and mask.shape[1] > 1:
-        mask = mask[:, chosen]
-    if mask.dtype == torch.bool:
-        return logits.masked_fill(~mask, -torch.inf)
-    # An additive mask forbids with the lowest finite number; minus infinity forbids for certain.
-    return logits + mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
-
-
 _PREFIX = "icl_"
 
 
@@ -151,11 +64,19 @@ AttentionEdit = Callable[[AttentionCall], torch.Tensor]
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """The attention modules of a model, layer by layer, and the shape of their heads."""
+    """The attention modules of a model, layer by layer, and the shape of their heads.
+
+    ``cacheable``: the model attends from a cache as it does in one pass. ``max_positions`` is the
+    length of its table of positions, None without one; ``rope_switch`` as in
+    :func:`icl_helpers.attention.passes.rope_switch`.
+    """
 
     modules: tuple[torch.nn.Module, ...]
     n_heads: int
     d_head: int
+    cacheable: bool = True
+    max_positions: int | None = None
+    rope_switch: tuple[int, bool] | None = None
 
     @property
     def n_layers(self) -> int:
@@ -163,49 +84,9 @@ class AttentionLayout:
         return len(self.modules)
 
 
-@dataclass
-class _Active:
-    """What is active for one attention module while a hook is installed."""
-
-    edits: list[AttentionEdit]
-    positions: _Positions
-
-
-class _Positions:
-    """Absolute positions of the tokens of the forward pass that is under way.
-
-    Worked out once per pass and shared by all layers: reading the largest position back from an
-    accelerator waits for it.
-    """
-
-    def __init__(self) -> None:
-        self.offset = 0
-        self._given: torch.Tensor | None = None
-        self._known: tuple[torch.Tensor, int] | None = None
-
-    def record(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Forward pre-hook of the decoder: note where this pass starts."""
-        given_arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        cache = given_arguments.get("past_key_values")
-        self.offset = 0 if cache is None else int(cache.get_seq_length())
-        given = given_arguments.get("position_ids")
-        self._given = given if given is not None and given.ndim == 2 else None
-        self._known = None
-
-    def of(self, query: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Positions of the query tokens, [query] or [batch, query], and the largest of them."""
-        if self._known is None:
-            end = self.offset + query.shape[2]
-            if self._given is None:
-                self._known = torch.arange(self.offset, end, device=query.device), end - 1
-            else:
-                self._known = self._given.to(query.device), int(self._given.max())
-        return self._known
-
-
-_ACTIVE: WeakKeyDictionary[torch.nn.Module, _Active] = WeakKeyDictionary()
+# The model, and each attention module while it is edited; one thread at a time.
+_ACTIVE: WeakKeyDictionary[torch.nn.Module, Passes] = WeakKeyDictionary()
+_ACTIVE_LOCK = threading.Lock()
 _LAYOUTS: WeakKeyDictionary[torch.nn.Module, dict[str, AttentionLayout]] = WeakKeyDictionary()
 
 
@@ -231,15 +112,12 @@ def _hooked(
             f"supported: {SUPPORTED_ARCHITECTURES}"
         )
     output, weights = function(module, query, key, value, attention_mask, **kwargs)
-    active = _ACTIVE.get(module)
-    if active is None or not active.edits:
+    passes = _ACTIVE.get(module)
+    edits = () if passes is None else passes.at(module)
+    if passes is None or not edits:
         return output, weights
-    positions, last = active.positions.of(query)
-    call = AttentionCall(
-        module, query, key, value, attention_mask, kwargs, positions, last,
-        active.positions.offset, output,
-    )  # fmt: skip
-    for edit in active.edits:
+    call = AttentionCall(module, query, key, value, attention_mask, kwargs, output, passes)
+    for edit in edits:
         call.output = edit(call)
     return call.output, weights
 
@@ -260,55 +138,61 @@ def edited_attention(
     as it was. Raises :class:`UnsupportedArchitectureError` before anything is computed.
     """
     layout = attention_layout(model)
+    check_usable(model)  # again: layers may have been compiled since the first use
     unknown = [layer for layer in edits if not 0 <= layer < layout.n_layers]
     if unknown:
         raise InterventionError(
             f"layer {unknown[0]} is out of range: the model has layers 0..{layout.n_layers - 1}"
         )
-    with _installed(model):
-        positions = _Positions()
-        active = {}
-        for layer, module in enumerate(layout.modules):
-            outer = _ACTIVE.get(module)
-            inherited = outer.edits if outer is not None else []
-            active[module] = _Active([*inherited, *edits.get(layer, ())], positions)
-        # Not the base model, which OPT passes by.
-        decoder = model.get_decoder()
-        handle = decoder.register_forward_pre_hook(positions.record, with_kwargs=True)
+    passes = Passes(
+        cacheable=layout.cacheable,
+        max_positions=layout.max_positions,
+        rope_switch=layout.rope_switch,
+    )
+    with _installed(model, layout.modules, passes) as passes:
+        outer, required, before = passes.edits, passes.required, passes.completed
+        inner = {layout.modules[layer]: list(chosen) for layer, chosen in edits.items()}
+        passes.edits = {m: [*outer.get(m, ()), *inner.get(m, ())] for m in {**outer, **inner}}
+        passes.required = frozenset(passes.edits)
         try:
-            with _activated(active):
-                yield layout
+            yield layout
+            if inner and passes.completed == before:
+                raise InterventionError(
+                    "no forward pass of this model was seen while it was edited; call the model "
+                    "itself inside the block, not a copy and not what torch.compile made of it"
+                )
         finally:
-            handle.remove()
+            passes.edits, passes.required = outer, required
 
 
 @contextmanager
-def _activated(active: Mapping[torch.nn.Module, _Active]) -> Iterator[None]:
-    """Set what is active for these modules; put back what was there before."""
-    before = {module: _ACTIVE.get(module) for module in active}
-    try:
-        _ACTIVE.update(active)
-        yield
-    finally:
-        for module, outer in before.items():
-            if outer is None:
-                _ACTIVE.pop(module, None)
-            else:
-                _ACTIVE[module] = outer
+def _installed(
+    model: PreTrainedModel, attention: Iterable[torch.nn.Module], passes: Passes
+) -> Iterator[Passes]:
+    """Route the model through the hooked function, with ``passes`` to tell what to do there.
 
-
-@contextmanager
-def _installed(model: PreTrainedModel) -> Iterator[None]:
-    """Route the model through the hooked function; restore the implementation afterwards."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    Inside another such block of the same thread that one's passes are in charge and are returned.
+    """
+    with _ACTIVE_LOCK:
+        outer = _ACTIVE.setdefault(model, passes)
+        outer.check_thread()
+    if outer is not passes:
+        yield outer
+        return
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = {id(part.config): part.config for part in parts}
     before = [(config, config._attn_implementation) for config in configs.values()]
+    modules = dict.fromkeys(attention, passes)
     try:
-        if not str(model.config._attn_implementation).startswith(_PREFIX):
-            model.set_attn_implementation(_PREFIX + _base_of(model))
-        yield
+        _ACTIVE.update(modules)
+        model.set_attn_implementation(_PREFIX + _base_of(model))
+        with passes.watching(parts):
+            yield passes
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+        for module in {model: passes, **modules}:
+            _ACTIVE.pop(module, None)
 
 
 def _base_of(model: PreTrainedModel) -> str:
@@ -320,16 +204,18 @@ def _base_of(model: PreTrainedModel) -> str:
 
 
 def attention_layout(model: PreTrainedModel) -> AttentionLayout:
-    """Find the model's attention modules by a probe of three tokens, and check the hook.
+    """Find the model's attention modules by a probe of a few tokens, and check the hook.
 
-    The hook must fire exactly once for every layer, and logits with nothing edited must equal the
-    untouched model's. The answer is kept for as long as the model lives.
+    The hook must fire exactly once for every layer; logits with nothing edited must equal the
+    untouched model's; no token may see a later one; with every head at zero no attention block may
+    tell tokens apart. The answer is kept for as long as the model lives.
 
     Raises
     ------
     UnsupportedArchitectureError
-        The model is outside the attention interface (gptj, gpt_neo, bloom, falcon, mpt, models
-        without attention), or its layers differ in ways that head interventions cannot serve.
+        The model is wrapped or compiled, is no decoder, is outside the attention interface (gptj,
+        gpt_neo, bloom, falcon, mpt, models without attention), or its layers differ in ways that
+        head interventions cannot serve.
     """
     known = _LAYOUTS.setdefault(model, {})
     base = _base_of(model) if isinstance(model, PreTrainedModel) else ""
@@ -357,48 +243,118 @@ def _refuse(model: torch.nn.Module, why: str) -> UnsupportedArchitectureError:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> AttentionLayout:
-    if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
+    check_usable(model)
+    if not model._can_set_attn_implementation():
         raise _refuse(model, "it does not go through transformers' AttentionInterface")
-    ids = torch.tensor([[1, 2, 1]], device=model.device)
-    calls: list[tuple[torch.nn.Module, torch.Size]] = []
+    max_positions = learned_positions(model)
+    ids = _probe_ids(model, min(8, max_positions or 8))
+    exact = model.config._attn_implementation in ("sdpa", "eager")
+    calls: list[AttentionCall] = []
     training = model.training
     model.eval()
     try:
         plain = model(input_ids=ids, use_cache=False).logits
-        with _installed(model), _recording(model, calls):
+        with _installed(model, model.modules(), Passes()) as passes:
+            # Which modules hold attention is not known yet: the record waits at all of them.
+            passes.edits = {module: [_Record(calls)] for module in model.modules()}
             hooked = model(input_ids=ids, use_cache=False).logits
+            layout = _layout_of(model, calls)
+            same = torch.equal if exact else functools.partial(torch.allclose, atol=0.1, rtol=0.1)
+            if not same(plain, hooked) and not plain.isnan().any():
+                raise _refuse(model, "its logits change when the hook is installed without edits")
+            _check_causal(model, [plain, *(call.output for call in calls)])
+            _check_removal(model, layout, passes, ids)
+            cacheable = _cache_holds(model, calls[0], passes, ids)
     finally:
         model.train(training)
-    layout = _layout_of(model, calls)
-    exact = model.config._attn_implementation in ("sdpa", "eager")
-    same = (
-        torch.equal(plain, hooked) if exact else torch.allclose(plain, hooked, atol=0.1, rtol=0.1)
+    return replace(
+        layout, cacheable=cacheable, max_positions=max_positions, rope_switch=rope_switch(model)
     )
-    if not same and not plain.isnan().any():
-        raise _refuse(model, "its logits change when the hook is installed without any edit")
-    return layout
 
 
-def _recording(
-    model: PreTrainedModel, calls: list[tuple[torch.nn.Module, torch.Size]]
-) -> AbstractContextManager[None]:
-    def record(call: AttentionCall) -> torch.Tensor:
-        calls.append((call.module, call.output.shape))
+def _probe_ids(model: PreTrainedModel, length: int) -> torch.Tensor:
+    """Two rows of tokens that differ in the last one only; padding is none of them."""
+    table = model.get_input_embeddings()
+    padding = (model.config.get_text_config().pad_token_id, getattr(table, "padding_idx", None))
+    usable = [token for token in range(1, table.num_embeddings) if token not in padding]
+    row = [usable[i % min(3, len(usable))] for i in range(length)]
+    other = next(token for token in (*usable[3:4], *usable, 0) if token != row[-1])
+    return torch.tensor([row, [*row[:-1], other]], device=model.device)
+
+
+class _Record:
+    """An edit that keeps the calls, with their offsets, and changes nothing."""
+
+    def __init__(self, calls: list[AttentionCall]) -> None:
+        self.calls, self.offsets = calls, list[int]()
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        self.calls.append(call)
+        self.offsets.append(call.offset)
         return call.output
 
-    # Which modules hold attention is not known yet: the record waits at all of them.
-    positions = _Positions()
-    return _activated({module: _Active([record], positions) for module in model.modules()})
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for rounding, which is far from what a wrong mask or position does."""
+    slack = torch.finfo(a.dtype).eps ** 0.5 * float(a.abs().max())
+    return torch.allclose(a, b, rtol=0, atol=slack, equal_nan=True)
 
 
-def _layout_of(
-    model: PreTrainedModel, calls: list[tuple[torch.nn.Module, torch.Size]]
-) -> AttentionLayout:
+def _check_causal(model: PreTrainedModel, outputs: Iterable[torch.Tensor]) -> None:
+    if not all(_close(output[0, :-1], output[1, :-1]) for output in outputs):
+        raise _refuse(
+            model,
+            "it is no decoder, a token sees those after it (an encoder, or a switch such as "
+            "is_decoder, is_causal or use_bidirectional_attention in its configuration)",
+        )
+
+
+def _check_removal(
+    model: PreTrainedModel, layout: AttentionLayout, passes: Passes, ids: torch.Tensor
+) -> None:
+    """With no heads left, an attention block must give the same for every token."""
+    given: list[torch.Tensor] = []
+    handles = [
+        module.register_forward_hook(
+            lambda _m, _a, out: given.append(out if isinstance(out, torch.Tensor) else out[0])
+        )
+        for module in layout.modules
+    ]
+    try:
+        passes.edits = {m: [lambda call: torch.zeros_like(call.output)] for m in layout.modules}
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not all(_close(rows, rows[:1, :1].expand_as(rows)) for rows in given):
+        raise _refuse(model, "removing all heads leaves something of them in its attention blocks")
+
+
+def _cache_holds(
+    model: PreTrainedModel, whole: AttentionCall, passes: Passes, ids: torch.Tensor
+) -> bool:
+    """Whether positions are known in a pass from a cache, and attention is that of one pass.
+
+    Deeper layers than the first may differ by rounding that sends a token to another expert.
+    """
+    start = ids.shape[1] // 2
+    record = _Record([])
+    try:
+        cache = model(input_ids=ids[:, :start], use_cache=True).past_key_values
+        passes.edits = {module: [record] for module in passes.edits}
+        model(input_ids=ids[:, start:], past_key_values=cache, use_cache=True)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False  # it has no cache, or one of another make
+    right = [start] * len(passes.edits)
+    return record.offsets == right and _close(record.calls[0].output, whole.output[:, start:])
+
+
+def _layout_of(model: PreTrainedModel, calls: list[AttentionCall]) -> AttentionLayout:
     n_layers = model.config.get_text_config().num_hidden_layers
-    if len(calls) != n_layers or len({id(module) for module, _ in calls}) != n_layers:
+    if len(calls) != n_layers or len({id(call.module) for call in calls}) != n_layers:
         raise _refuse(model, f"the attention hook fired {len(calls)} times for {n_layers} layers")
-    shapes = {tuple(shape[2:]) for _, shape in calls}
+    shapes = {tuple(call.output.shape[2:]) for call in calls}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         raise _refuse(model, f"its heads differ in shape from layer to layer: {sorted(shapes)}")
     n_heads, d_head = next(iter(shapes))
-    return AttentionLayout(tuple(module for module, _ in calls), n_heads, d_head)
+    return AttentionLayout(tuple(call.module for call in calls), n_heads, d_head)

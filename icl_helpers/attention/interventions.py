@@ -196,13 +196,15 @@ class _MeanEdit:
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         self.means = self.means.to(device=call.output.device, dtype=call.output.dtype)
-        if call.last_position >= self.means.shape[0]:
+        offset = call.offset
+        end = offset + call.query.shape[2]
+        if end > self.means.shape[0]:
             raise InterventionError(
-                f"the batch reaches position {call.last_position}, but the mean head outputs end "
+                f"the batch reaches position {end - 1}, but the mean head outputs end "
                 f"at position {self.means.shape[0] - 1}; compute them from longer reference samples"
             )
         output = call.output.clone()
-        output[:, :, self.heads] = self.means[call.positions]
+        output[:, :, self.heads] = self.means[offset:end]
         return output
 
 
@@ -224,14 +226,15 @@ class _BlockedWindow:
                 f"blocked holds {self.blocked.shape[0]} prompts, the batch {batch}; give one "
                 f"pattern per prompt, or a single [query, key] pattern for all"
             )
-        if call.offset == 0 and self.blocked.shape[-1] > n_key and self.blocked[..., n_key:].any():
+        offset = call.offset
+        if offset == 0 and self.blocked.shape[-1] > n_key and self.blocked[..., n_key:].any():
             raise InterventionError(
                 f"blocked covers {self.blocked.shape[-1]} tokens, the batch has {n_key}; build "
                 f"the pattern from the same tokens as the batch"
             )
-        wanted = (call.offset, n_query, n_key, hash(call.query.device))
+        wanted = (offset, n_query, n_key, hash(call.query.device))
         if wanted != self.key:
-            self.cut = self._cut(call.offset, n_query, n_key).to(call.query.device)
+            self.cut = self._cut(offset, n_query, n_key).to(call.query.device)
             self.key = wanted
         return self.cut
 

@@ -28,6 +28,7 @@ from icl_helpers.attention.hook import (
     attention_layout,
     edited_attention,
 )
+from icl_helpers.attention.passes import check_ids
 from icl_helpers.errors import InputError, UnsupportedArchitectureError
 
 __all__ = ["mean_head_outputs"]
@@ -47,21 +48,18 @@ def mean_head_outputs(
     positions, hidden] in float32 (or [layers, positions, heads, d_head]), kept on the model's
     device; nothing is written to disk. The result is float32, on the CPU.
 
-    Raises :class:`InputError` for an unknown ``average``, an empty or misshapen ``input_ids``.
+    Raises :class:`InputError` for an unknown ``average``, and for ``input_ids`` that are empty,
+    misshapen or not the model's, or longer than its context.
     """
     if average not in ("attention_input", "head_output"):
         raise InputError(
             f"average must be 'attention_input' (the published code's reading) or 'head_output', "
             f"got {average!r}"
         )
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise InputError(
-            f"input_ids must have shape [samples, positions] and not be empty, got "
-            f"{list(input_ids.shape)}"
-        )
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     layout = attention_layout(model)
+    check_ids(model, input_ids, way_out="use shorter reference samples")
     if average == "head_output":
         return _mean_outputs(model, layout, input_ids, batch_size)
     means = _mean_inputs(model, layout, input_ids, batch_size)

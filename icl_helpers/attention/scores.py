@@ -24,6 +24,7 @@ from icl_helpers.attention.hook import (
     check_heads,
     edited_attention,
 )
+from icl_helpers.attention.passes import check_ids
 from icl_helpers.errors import InputError
 
 __all__ = ["attention_patterns", "prefix_matching_scores", "random_sequences", "token_pool"]
@@ -134,7 +135,11 @@ def prefix_matching_scores(
     published_formula
         True also counts attention to the position after BOS from the last token of each later copy
         (3 of 150 positions), as the published code does; False leaves that term out.
+
+    Raises :class:`InputError` for tokens or a BOS that the model has not, and where the repeated
+    sequence is longer than its context.
     """
+    layout = attention_layout(model)
     if sequences.ndim != 2 or repeats < 2:
         raise InputError(
             f"sequences must have shape [n_sequences, length] and repeats be at least 2, got "
@@ -148,10 +153,10 @@ def prefix_matching_scores(
     ids = sequences.repeat(1, repeats)
     if bos is not None:
         ids = torch.cat([torch.full((len(ids), 1), bos, dtype=ids.dtype), ids], dim=1)
+    check_ids(model, ids, way_out="use shorter sequences or fewer repeats")
     length = sequences.shape[1]
     followers = _followers(length, repeats, with_bos=bos is not None, published=published_formula)
     n_positions = length * (repeats - 1)
-    layout = attention_layout(model)
     parts = []
     for batch in ids.split(batch_size or len(ids)):
         scores = torch.zeros(len(batch), layout.n_layers, layout.n_heads)
@@ -196,6 +201,7 @@ def attention_patterns(
     """
     chosen = list(dict.fromkeys(Head(*head) for head in heads))
     check_heads(chosen, attention_layout(model))
+    check_ids(model, input_ids, way_out="use a shorter prompt")
     patterns: dict[Head, torch.Tensor] = {}
 
     def record(layer: int, call: AttentionCall) -> torch.Tensor:

@@ -13,6 +13,7 @@ Example
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -21,21 +22,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
+import torch
+from safetensors.torch import load, save
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers.attention.hook import attention_layout, check_heads
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.cells import (
-    Cell,
-    CellGroup,
-    Job,
-    ModelSource,
-    pack,
-    run_job,
-    score_group,
-    stored_cells,
-)
+from icl_helpers.evaluation.cells import Cell, CellGroup, score_group, stored_cells
 from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.evaluation.store import CellStore, EvaluationResults, document_frame, write_results
@@ -49,16 +43,21 @@ from icl_helpers.evaluation.workers import (
 )
 from icl_helpers.files import check_run_dir, content_key, write_json
 from icl_helpers.models.fingerprint import model_key
+from icl_helpers.models.loading import load_model
 from icl_helpers.tasks.prompts import PromptSet, Shots, prompt_sets, resolve_shots
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
+    "Job",
+    "ModelSource",
     "Request",
     "describe_failures",
     "evaluate",
     "evaluate_request",
+    "pack",
     "plan_request",
     "record_failures",
+    "run_job",
 ]
 
 
@@ -337,3 +336,125 @@ def describe_failures(failures: Sequence[Failure[Job]], directory: Path | None) 
 def _path(directory: Path, group: CellGroup, key: dict[str, Any]) -> Path:
     content = [group.describe(), group.limit, group.data, key]
     return directory / "failed" / f"{group.task}_{content_key(content)}.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a worker gets the model; the arguments of :func:`icl_helpers.load_model`.
+
+    ``batch_size`` is that of :func:`icl_helpers.evaluate`.
+    """
+
+    name: str = "icl-tiny"
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    quantization: str | None = None
+    trust_remote_code: bool = False
+    gguf_file: str | None = None
+    batch_size: int | str = "auto"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A group of cells, the model they are scored with, and where finished cells are kept.
+
+    ``means`` has, per condition, the safetensors bytes of [heads, positions, d_head], or None;
+    ``cell_indices`` the number by which the caller knows each cell.
+    """
+
+    group: CellGroup
+    source: ModelSource
+    key: dict[str, Any]
+    cells_dir: str | None
+    means: tuple[bytes | None, ...]
+    cell_indices: tuple[int, ...]
+
+    def split(self, size: int = 1) -> list[Job]:
+        """The same cells in jobs of at most ``size``."""
+        return [
+            replace(
+                self, group=group, means=self.means[start : start + size],
+                cell_indices=self.cell_indices[start : start + size],
+            )
+            for start, group in zip(
+                range(0, len(self.cell_indices), size), self.group.split(size), strict=True
+            )
+        ]  # fmt: skip
+
+
+def pack(
+    group: CellGroup,
+    *,
+    source: ModelSource,
+    key: dict[str, Any],
+    cells_dir: Path | None,
+    cell_indices: Sequence[int],
+) -> Job:
+    """The job of scoring a group whose cells have these numbers."""
+    means = tuple(_pack_means(condition) for condition in group.conditions)
+    bare = tuple(replace(condition, head_outputs=None) for condition in group.conditions)
+    directory = None if cells_dir is None else str(cells_dir.resolve())
+    return Job(replace(group, conditions=bare), source, key, directory, means, tuple(cell_indices))
+
+
+def run_job(job: Job) -> list[Cell]:
+    """Score a job's cells; the model is loaded on a worker's first job and kept.
+
+    One job at a time: the model is edited while it is scored. Raises :class:`InputError` when the
+    worker's model is not the caller's.
+    """
+    with _BUSY:
+        return _run(job)
+
+
+def _run(job: Job) -> list[Cell]:
+    lm, key = _loaded(job.source)
+    if key != job.key:
+        different = sorted(name for name in key if key[name] != job.key.get(name))
+        raise InputError(
+            f"the worker's model differs from the caller's in {', '.join(different)}; give every "
+            f"machine the same package version and the same files of {job.source.name!r}"
+        )
+    conditions = tuple(
+        condition if means is None else _with_means(condition, means, lm)
+        for condition, means in zip(job.group.conditions, job.means, strict=True)
+    )
+    store = None if job.cells_dir is None else CellStore(Path(job.cells_dir))
+    return score_group(lambda: lm, replace(job.group, conditions=conditions), key, store)
+
+
+# The one model of this process and its key; a dask worker may serve several runs in turn.
+_KEPT: dict[ModelSource, tuple[InterventionLM, dict[str, Any]]] = {}
+_BUSY = threading.Lock()
+
+
+def _loaded(source: ModelSource) -> tuple[InterventionLM, dict[str, Any]]:
+    if source not in _KEPT:
+        _KEPT.clear()
+        model, tokenizer = load_model(
+            source.name, revision=source.revision, dtype=source.dtype, device=source.device,
+            device_map=source.device_map, quantization=source.quantization,
+            trust_remote_code=source.trust_remote_code, gguf_file=source.gguf_file,
+        )  # fmt: skip
+        lm = InterventionLM(model, tokenizer, batch_size=source.batch_size)
+        _KEPT[source] = lm, model_key(model, tokenizer, source.revision)
+    return _KEPT[source]
+
+
+def _pack_means(condition: Condition) -> bytes | None:
+    if condition.head_outputs is None:
+        return None
+    vectors = [condition.head_outputs[head.layer, :, head.head] for head in condition.heads]
+    return save({"means": torch.stack(vectors).contiguous().cpu()})
+
+
+def _with_means(condition: Condition, means: bytes, lm: InterventionLM) -> Condition:
+    """The condition with means [layers, positions, heads, d_head]; zero for other heads."""
+    vectors = load(means)["means"]
+    layout = attention_layout(lm.model)
+    full = vectors.new_zeros(layout.n_layers, vectors.shape[1], layout.n_heads, vectors.shape[2])
+    for head, vector in zip(condition.heads, vectors, strict=True):
+        full[head.layer, :, head.head] = vector
+    return replace(condition, head_outputs=full)

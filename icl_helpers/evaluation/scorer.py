@@ -10,7 +10,7 @@ labels, prompts and conditions share is computed once (:mod:`icl_helpers.evaluat
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,15 +22,16 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icl_helpers.attention.branches import Branches
 from icl_helpers.attention.hook import attention_layout
 from icl_helpers.attention.induction_pattern import induction_patterns
 from icl_helpers.attention.interventions import intervene
 from icl_helpers.attention.means import mean_head_outputs
+from icl_helpers.attention.passes import Branches, context_length
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.conditions import FULL, Condition, conditions
 from icl_helpers.evaluation.shared_work import (
+    Encoded,
     LayerReuse,
     SharedStart,
     common_start,
@@ -38,14 +39,17 @@ from icl_helpers.evaluation.shared_work import (
     shares_context,
     shares_start,
 )
-from icl_helpers.models.fingerprint import context_length, model_fractions
+from icl_helpers.models.fingerprint import model_fractions
 from icl_helpers.models.loading import load_model
-from icl_helpers.models.reference_text import reference_samples, reference_texts
+from icl_helpers.models.reference_text import (
+    PAPER_POSITIONS,
+    PAPER_SAMPLES,
+    reference_ids,
+    reference_texts,
+)
 
-__all__ = ["HFICL", "InterventionLM", "single_condition"]
+__all__ = ["HFICL", "InterventionLM", "reference_samples", "single_condition"]
 
-# lm-eval's form of a tokenised request: the two strings, the context's and the label's token ids.
-Encoded = tuple[tuple[str, str], list[int], list[int]]
 
 # A shorter common start is not worth a forward pass of its own.
 _MIN_START = 4
@@ -414,6 +418,23 @@ class HFICL(InterventionLM):
             fraction=model_fractions(pretrained)[-1] if fraction is None else float(fraction),
             seed=int(seed), control=control, reference=reference,
         )  # fmt: skip
+
+
+def reference_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    n_samples: int | None = None,
+    n_positions: int | None = None,
+) -> torch.Tensor:
+    """Reference samples: 500 of 3,000 tokens, fewer positions where the context is shorter."""
+    return reference_ids(
+        tokenizer,
+        texts,
+        n_samples=n_samples or PAPER_SAMPLES,
+        n_positions=n_positions or min(PAPER_POSITIONS, context_length(model)),
+    )
 
 
 def single_condition(

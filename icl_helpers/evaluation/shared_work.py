@@ -3,7 +3,7 @@
 All prompts of a task begin with the same description. Its keys and values are computed once and
 handed to every batch (:class:`SharedStart`). Conditions do not touch the layers below their first
 head: what these layers made of a batch is kept and handed on (:class:`LayerReuse`). The labels of a
-prompt branch off its context (:mod:`icl_helpers.attention.branches`). Kept layers are exact to the
+prompt branch off its context (:mod:`icl_helpers.attention.passes`). Kept layers are exact to the
 bit; the others are the same arithmetic in another order. All work from the outside, on
 transformers' cache and masks and on the decoder's blocks, so none needs code per architecture. A
 model that does not come through the check on a few tokens is run in full.
@@ -21,7 +21,6 @@ import torch
 from jaxtyping import Float, Int
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from icl_helpers.attention.branches import Branches
 from icl_helpers.attention.heads import Head
 from icl_helpers.attention.hook import attention_layout
 from icl_helpers.attention.interventions import (
@@ -31,8 +30,10 @@ from icl_helpers.attention.interventions import (
     ZeroAblation,
     intervene,
 )
+from icl_helpers.attention.passes import Branches
 
 __all__ = [
+    "Encoded",
     "LayerReuse",
     "SharedStart",
     "common_start",
@@ -42,6 +43,9 @@ __all__ = [
     "shares_start",
 ]
 
+
+# lm-eval's form of a tokenised request: the two strings, the context's and the label's token ids.
+Encoded = tuple[tuple[str, str], list[int], list[int]]
 
 # Bytes of hidden states kept per model; what does not fit is computed again.
 _KEPT_BYTES = {"cpu": 2**30, "cuda": 2**33}

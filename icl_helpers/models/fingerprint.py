@@ -35,7 +35,7 @@ from icl_helpers.files import (
 )
 
 __all__ = [
-    "checkpoint_state", "context_length", "model_facts", "model_fractions", "model_key",
+    "checkpoint_state", "model_facts", "model_fractions", "model_key",
     "model_name", "named_models", "resolve_model", "weights_fingerprint",
 ]  # fmt: skip
 
@@ -182,16 +182,6 @@ def model_fractions(name: str) -> tuple[float, ...]:
         values = json.loads(stated.read_text())
         return (values["smaller"], values["larger"])
     return _PAPER_FRACTIONS
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """Most tokens the model's configuration allows in one sequence."""
-    config = model.config.get_text_config()
-    for field in ("max_position_embeddings", "n_positions", "n_ctx"):
-        value = getattr(config, field, None)
-        if isinstance(value, int):
-            return value
-    return 2048
 
 
 @torch.no_grad()

@@ -104,6 +104,8 @@ def load_model(
     InputError
         A name, dtype, device or quantisation that cannot be used, or remote code without
         permission.
+    UnsupportedArchitectureError
+        The model is no decoder.
     MissingArtefactError
         The model is neither here nor in the cache and the hub cannot be reached.
     """

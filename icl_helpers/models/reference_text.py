@@ -7,15 +7,14 @@ from collections.abc import Iterable
 
 import torch
 from jaxtyping import Int
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.files import embedded_dir, embedded_models, read_text, user_path
-from icl_helpers.models.fingerprint import context_length
 from icl_helpers.models.hub import go_offline_if_hub_unreachable
 
 __all__ = [
-    "PAPER_POSITIONS", "PAPER_SAMPLES", "reference_ids", "reference_samples", "reference_texts",
+    "PAPER_POSITIONS", "PAPER_SAMPLES", "reference_ids", "reference_texts",
 ]  # fmt: skip
 
 PAPER_SAMPLES = 500
@@ -47,23 +46,6 @@ def reference_texts(model_name: str, *, reference: str | None = None) -> Iterabl
             f"and cannot be fetched; connect to the hub once, or give a text file with one text a "
             f"line as reference"
         ) from error
-
-
-def reference_samples(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    *,
-    n_samples: int | None = None,
-    n_positions: int | None = None,
-) -> torch.Tensor:
-    """Reference samples: 500 of 3,000 tokens, fewer positions where the context is shorter."""
-    return reference_ids(
-        tokenizer,
-        texts,
-        n_samples=n_samples or PAPER_SAMPLES,
-        n_positions=n_positions or min(PAPER_POSITIONS, context_length(model)),
-    )
 
 
 def samples_key(ids: torch.Tensor) -> str:

@@ -26,18 +26,17 @@ import icl_helpers
 from icl_helpers.attention.heads import Head, top_heads
 from icl_helpers.attention.hook import attention_layout
 from icl_helpers.attention.means import mean_head_outputs
+from icl_helpers.attention.passes import context_length
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences, token_pool
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.cells import ModelSource
 from icl_helpers.evaluation.conditions import FULL, Condition, conditions
-from icl_helpers.evaluation.evaluate import evaluate_request, plan_request
+from icl_helpers.evaluation.evaluate import ModelSource, evaluate_request, plan_request
 from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.evaluation.store import KEYS, read_frame
 from icl_helpers.evaluation.workers import workers_from_environment
 from icl_helpers.files import cached_tensor, check_run_dir, content_key, quarantine, write_json
 from icl_helpers.models.fingerprint import (
     checkpoint_state,
-    context_length,
     model_facts,
     model_key,
     resolve_model,

@@ -30,9 +30,10 @@ from icl_helpers.attention.scores import prefix_matching_scores, random_sequence
 from icl_helpers.errors import MissingArtefactError
 from icl_helpers.evaluation.conditions import conditions
 from icl_helpers.evaluation.evaluate import evaluate
+from icl_helpers.evaluation.scorer import reference_samples
 from icl_helpers.files import atomic_path
 from icl_helpers.models.loading import load_model
-from icl_helpers.models.reference_text import reference_samples, reference_texts
+from icl_helpers.models.reference_text import reference_texts
 from icl_helpers.results.statistics import accuracy_intervals
 from icl_helpers.tasks.specs import task_names
 from synthetic.training.recipe import Recipe, phase_at

@@ -205,7 +205,7 @@ def test_a_model_that_takes_no_branches_runs_a_sequence_per_label(tokenizer, los
     model = make("llama")
     inner = model.model.forward
     if lost == "mask":  # a model that builds its masks by itself
-        monkeypatch.setattr("icl_helpers.attention.branches._APPLIED", _Nothing())
+        monkeypatch.setattr("icl_helpers.attention.passes._APPLIED", _Nothing())
     else:
 
         def forgetful(*args, **kwargs):

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 import icl_helpers as icl
-from icl_helpers.evaluation.cells import ModelSource
-from icl_helpers.evaluation.evaluate import evaluate
+from icl_helpers.evaluation.evaluate import ModelSource, evaluate
 from icl_helpers.evaluation.store import KEYS
 from icl_helpers.evaluation.workers import _take_number, process_workers, run_jobs
 from tests.evaluation.numbered_jobs import (

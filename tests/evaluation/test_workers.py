@@ -20,8 +20,8 @@ import torch
 from pebble import ProcessExpired
 
 import icl_helpers as icl
-from icl_helpers.evaluation.cells import CellGroup, Job, ModelSource, pack, run_job
-from icl_helpers.evaluation.evaluate import evaluate
+from icl_helpers.evaluation.cells import CellGroup
+from icl_helpers.evaluation.evaluate import Job, ModelSource, evaluate, pack, run_job
 from icl_helpers.evaluation.workers import (
     FailedCellsError,
     Workers,
@@ -211,7 +211,7 @@ def test_shuffled_workers_give_the_tables_and_files_of_this_process(request_for,
 def test_failed_cells_are_recorded_and_the_record_goes_when_they_succeed(
     request_for, tmp_path, monkeypatch
 ):
-    import icl_helpers.evaluation.cells as worker
+    from icl_helpers.evaluation import evaluate as worker
 
     whole = worker.score_group
 

@@ -169,7 +169,7 @@ def test_queries_and_keys_in_the_wrong_order_load_cleanly_and_give_other_logits(
 
 
 def test_run_and_workers_take_a_gguf_file(small_file, tmp_path):
-    from icl_helpers.evaluation import cells as worker
+    from icl_helpers.evaluation import evaluate as worker
 
     parameters = icl.stage_parameters(
         model=str(small_file), tasks=["repetition"], shots=[2], seeds=[42], limit=2,
@@ -475,7 +475,7 @@ def test_split_of_gpt2_differs_from_the_models_own_in_blanks_before_digits_only(
 
 @needs_wheel
 def test_worker_finds_the_model_by_its_name(smollm2):
-    from icl_helpers.evaluation import cells as worker
+    from icl_helpers.evaluation import evaluate as worker
     from icl_helpers.models.fingerprint import model_key
 
     _, key = worker._loaded(icl.ModelSource("smollm2-135m", device="cpu"))

@@ -154,7 +154,8 @@ def parameter_cell(stage: int) -> str:
     lines = []
     for name, _, default, declared in about():
         if stage in declared.stages:
-            lines.append(f"{name} = {default!r}  # {declared.help}".replace("'", '"'))
+            literal = repr(default).replace("'", '"')
+            lines.append(f"{name} = {literal}  # {declared.help}")
     return "\n".join(lines)
 
 

@@ -14,17 +14,9 @@ from jaxtyping import Float
 from icl_helpers.errors import InputError
 
 __all__ = [
-    "CONTROLS",
-    "SCORE_THRESHOLD",
-    "Head",
-    "any_layer_heads",
-    "check_fraction",
-    "head_count",
-    "head_fractions",
-    "layer_matched_heads",
-    "random_heads",
-    "top_heads",
-]
+    "CONTROLS", "SCORE_THRESHOLD", "Head", "any_layer_heads", "check_fraction", "head_count",
+    "head_fractions", "layer_matched_heads", "random_heads", "top_heads",
+]  # fmt: skip
 
 
 class Head(NamedTuple):

@@ -45,16 +45,9 @@ from icl_helpers.attention.passes import (
 from icl_helpers.errors import InputError, InterventionError, UnsupportedArchitectureError
 
 __all__ = [
-    "SUPPORTED_ARCHITECTURES",
-    "AttentionCall",
-    "AttentionEdit",
-    "AttentionLayout",
-    "attention_layout",
-    "attention_probabilities",
-    "check_heads",
-    "edited_attention",
-]
-
+    "SUPPORTED_ARCHITECTURES", "AttentionCall", "AttentionEdit", "AttentionLayout",
+    "attention_layout", "attention_probabilities", "check_heads", "edited_attention",
+]  # fmt: skip
 
 _PREFIX = "icl_"
 

@@ -27,17 +27,9 @@ from icl_helpers.errors import InputError
 from icl_helpers.files import synthetic_dir
 
 __all__ = [
-    "CATEGORIES",
-    "CATEGORY_NAMES",
-    "Element",
-    "check_categories",
-    "elements_pattern",
-    "induction_pattern",
-    "induction_patterns",
-    "prompt_elements",
-    "word_categories",
-]
-
+    "CATEGORIES", "CATEGORY_NAMES", "Element", "check_categories", "elements_pattern",
+    "induction_pattern", "induction_patterns", "prompt_elements", "word_categories",
+]  # fmt: skip
 
 CATEGORIES = ("words", "labels", "colons", "blank_lines")
 # The blank line that ends the description is no element of the list unless it is asked for.

@@ -31,19 +31,10 @@ from transformers import PreTrainedModel
 from icl_helpers.errors import InputError, InterventionError, UnsupportedArchitectureError
 
 __all__ = [
-    "SUPPORTED_ARCHITECTURES",
-    "AttentionCall",
-    "Branches",
-    "Passes",
-    "attention_probabilities",
-    "branching_mask",
-    "check_ids",
-    "check_usable",
-    "context_length",
-    "learned_positions",
-    "position_limit",
-    "rope_switch",
-]
+    "SUPPORTED_ARCHITECTURES", "AttentionCall", "Branches", "Passes", "attention_probabilities",
+    "branching_mask", "check_ids", "check_usable", "context_length", "learned_positions",
+    "position_limit", "rope_switch",
+]  # fmt: skip
 
 
 class Passes:

@@ -21,7 +21,6 @@ from icl_helpers.tasks.lm_eval_task import load_task
 
 __all__ = ["Cell", "CellGroup", "Scorer", "score_group", "stored_cells"]
 
-
 # A finished cell: everything that decides it, and its documents' columns.
 Cell = tuple[dict[str, Any], dict[str, list[Any]]]
 

@@ -36,7 +36,6 @@ from icl_helpers.errors import InputError
 
 __all__ = ["ABLATIONS", "CATEGORIES", "FULL", "PAPER_ABLATION_SEEDS", "Condition", "conditions"]
 
-
 ABLATIONS = ("mean", "zero", "knockout")
 PAPER_ABLATION_SEEDS = (42, 43, 44)
 

@@ -48,17 +48,9 @@ from icl_helpers.tasks.prompts import PromptSet, Shots, prompt_sets, resolve_sho
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
-    "Job",
-    "ModelSource",
-    "Request",
-    "describe_failures",
-    "evaluate",
-    "evaluate_request",
-    "pack",
-    "plan_request",
-    "record_failures",
-    "run_job",
-]
+    "Job", "ModelSource", "Request", "describe_failures", "evaluate", "evaluate_request", "pack",
+    "plan_request", "record_failures", "run_job",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

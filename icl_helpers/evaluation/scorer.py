@@ -50,7 +50,6 @@ from icl_helpers.models.reference_text import (
 
 __all__ = ["HFICL", "InterventionLM", "reference_samples", "single_condition"]
 
-
 # A shorter common start is not worth a forward pass of its own.
 _MIN_START = 4
 

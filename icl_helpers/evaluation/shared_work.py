@@ -33,16 +33,9 @@ from icl_helpers.attention.interventions import (
 from icl_helpers.attention.passes import Branches
 
 __all__ = [
-    "Encoded",
-    "LayerReuse",
-    "SharedStart",
-    "common_start",
-    "scored_logits",
-    "shares_context",
-    "shares_layers",
-    "shares_start",
-]
-
+    "Encoded", "LayerReuse", "SharedStart", "common_start", "scored_logits", "shares_context",
+    "shares_layers", "shares_start",
+]  # fmt: skip
 
 # lm-eval's form of a tokenised request: the two strings, the context's and the label's token ids.
 Encoded = tuple[tuple[str, str], list[int], list[int]]

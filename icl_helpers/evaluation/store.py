@@ -29,19 +29,9 @@ from icl_helpers.files import (
 )
 
 __all__ = [
-    "CELL",
-    "KEYS",
-    "ROW",
-    "CellStore",
-    "EvaluationResults",
-    "accuracies",
-    "document_frame",
-    "document_results",
-    "merge_into_run_tables",
-    "read_frame",
-    "write_results",
-]
-
+    "CELL", "KEYS", "ROW", "CellStore", "EvaluationResults", "accuracies", "document_frame",
+    "document_results", "merge_into_run_tables", "read_frame", "write_results",
+]  # fmt: skip
 
 # Part of a cell's name: a file of another format is never in the way, and never read.
 _FORMAT = 2

@@ -34,18 +34,9 @@ from icl_helpers.errors import ICLError, InputError, MissingArtefactError
 from icl_helpers.redaction import redact
 
 __all__ = [
-    "FailedCellsError",
-    "Failure",
-    "SplittableJob",
-    "Workers",
-    "as_workers",
-    "chunk_size",
-    "dask_workers",
-    "process_workers",
-    "run_jobs",
-    "workers_from_environment",
-]
-
+    "FailedCellsError", "Failure", "SplittableJob", "Workers", "as_workers", "chunk_size",
+    "dask_workers", "process_workers", "run_jobs", "workers_from_environment",
+]  # fmt: skip
 
 # Attempts per cell before it is given up.
 _ATTEMPTS = 3

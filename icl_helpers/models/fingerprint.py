@@ -35,8 +35,8 @@ from icl_helpers.files import (
 )
 
 __all__ = [
-    "checkpoint_state", "model_facts", "model_fractions", "model_key",
-    "model_name", "named_models", "resolve_model", "weights_fingerprint",
+    "checkpoint_state", "model_facts", "model_fractions", "model_key", "model_name", "named_models",
+    "resolve_model", "weights_fingerprint",
 ]  # fmt: skip
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "numpy", "pandas", "safetensors")

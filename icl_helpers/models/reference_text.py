@@ -13,9 +13,7 @@ from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.files import embedded_dir, embedded_models, read_text, user_path
 from icl_helpers.models.hub import go_offline_if_hub_unreachable
 
-__all__ = [
-    "PAPER_POSITIONS", "PAPER_SAMPLES", "reference_ids", "reference_texts",
-]  # fmt: skip
+__all__ = ["PAPER_POSITIONS", "PAPER_SAMPLES", "reference_ids", "reference_texts"]
 
 PAPER_SAMPLES = 500
 PAPER_POSITIONS = 3000

@@ -21,9 +21,9 @@ from icl_helpers.results.statistics import accuracy_intervals, comparisons
 from icl_helpers.tasks.specs import get_task_spec, task_names
 
 __all__ = [
-    "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results",
-    "annotated_table", "cell_frame", "effect_summary", "markdown_table", "read_measurements",
-    "summarise", "table_rows", "write_table",
+    "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results", "annotated_table",
+    "cell_frame", "effect_summary", "markdown_table", "read_measurements", "summarise",
+    "table_rows", "write_table",
 ]  # fmt: skip
 
 # In the paper's order of columns.

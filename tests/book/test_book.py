@@ -287,7 +287,11 @@ def test_controls_are_named_by_what_they_show_and_icons_keep_their_names(tmp_pat
     ("difference", "shown"), [(-24.6, "-25"), (3.2, "+3"), (-0.2, "0"), (0.0, "0")]
 )
 def test_difference_in_points_has_a_sign_unless_it_rounds_to_nothing(difference, shown):
-    assert book_front._points(difference) == shown
+    numbers = dict.fromkeys(
+        ("induction_pattern", "random_heads", "zero_shot", "zero_shot_induction_heads")
+    )
+    numbers |= {"shots": 10, "fraction": 0.06, "full": 50.0, "induction_heads": 50.0 + difference}
+    assert f"({shown} points)" in book_front._page("answer", **numbers)
 
 
 def test_jupyter_book_2_is_refused(monkeypatch, tmp_path):

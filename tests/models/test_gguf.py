@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import icl_helpers as icl
+from icl_helpers import files
 from icl_helpers.files import embedded_models
 from icl_helpers.models import gguf as package
 from icl_helpers.models.fingerprint import (
@@ -242,7 +243,8 @@ def pretended(small_file, empty_cache, tmp_path, monkeypatch):
     """The small model in the named one's place, its checks passed."""
     content = small_file.read_bytes()
     fake_wheel(tmp_path / "site", content, monkeypatch)
-    monkeypatch.setattr(package, "_SHA256", hashlib.sha256(content).hexdigest())
+    for module in (package, files):
+        monkeypatch.setattr(module, "SMOLLM2_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(package, "check_smollm2", lambda model, tokenizer: None)
 
 
@@ -305,7 +307,7 @@ def test_conversion_happens_once_and_without_running_the_packages_code(
     ids = torch.arange(40)[None]
     torch.testing.assert_close(logits(loaded, ids), logits(small[0], ids), rtol=1e-5, atol=1e-5)
     assert tokenizer.get_vocab().items() >= small[1].get_vocab().items()
-    assert [path.name for path in empty_cache.iterdir()] == [package.smollm2_dir().name]
+    assert [path.name for path in empty_cache.iterdir()] == [files.smollm2_dir().name]
     # From now on neither the package nor a reader of GGUF is needed.
     monkeypatch.setattr(package, "distribution", absent)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -316,9 +318,9 @@ def test_conversion_happens_once_and_without_running_the_packages_code(
 
 def test_damaged_conversion_says_which_directory_to_delete(pretended, empty_cache):
     icl.load_model("smollm2-135m")
-    weights = package.smollm2_dir() / "model.safetensors"
+    weights = files.smollm2_dir() / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(icl.InputError, match=f"{package.smollm2_dir()}.*delete that directory"):
+    with pytest.raises(icl.InputError, match=f"{files.smollm2_dir()}.*delete that directory"):
         icl.load_model("smollm2-135m")
 
 
@@ -340,7 +342,7 @@ def test_unwritable_cache_is_named(pretended, tmp_path, monkeypatch):
 
 
 def test_second_process_that_converts_at_the_same_time_is_no_trouble(pretended, empty_cache):
-    target = package.smollm2_dir()
+    target = files.smollm2_dir()
     with package._whole_directory(target) as folder:
         (folder / "mine").touch()
         package.convert_smollm2()
@@ -351,7 +353,7 @@ def test_second_process_that_converts_at_the_same_time_is_no_trouble(pretended, 
 
 @pytest.mark.slow
 def test_killed_conversion_leaves_nothing_half_and_is_cleared_away_later(pretended, empty_cache):
-    target = package.smollm2_dir()
+    target = files.smollm2_dir()
     code = (
         "import os, sys; from pathlib import Path; from icl_helpers.models import gguf\n"
         "with gguf._whole_directory(Path(sys.argv[1])) as folder:\n"

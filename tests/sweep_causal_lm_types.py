@@ -75,8 +75,12 @@ def shrunk(config_class: type[PreTrainedConfig], sizes: dict[str, Any]) -> PreTr
 
 
 def build(model_type: str) -> PreTrainedModel:
-    """A tiny model of this type with large random weights; raises what it raises."""
+    """A tiny model of this type with large random weights; raises what it raises.
+
+    The first that can be run, from a cache too where there is one such.
+    """
     errors: list[Exception] = []
+    uncached: list[PreTrainedModel] = []
     for variant in VARIANTS:
         try:
             config = shrunk(type(AutoConfig.for_model(model_type)), {**SIZES, **variant})
@@ -93,9 +97,14 @@ def build(model_type: str) -> PreTrainedModel:
                     torch.nn.init.normal_(parameter, std=0.3)
             with torch.no_grad():
                 model(input_ids=torch.tensor([[2, 3, 2]]), use_cache=False)
+                uncached.append(model)
+                first = model(input_ids=torch.tensor([[2, 3]]), use_cache=True)
+                model(input_ids=torch.tensor([[2, 3]]), past_key_values=first.past_key_values)
             return model
         except Exception as error:
             errors.append(error)
+    if uncached:
+        return uncached[0]
     raise errors[0]
 
 
@@ -200,7 +209,11 @@ def measure(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0][:200]
+    lines = str(error).strip().splitlines() or [repr(error)]
+    # transformers' validation of configurations says what is wrong in the second line.
+    return (
+        lines[1].strip() if "Class validation error" in lines[0] and len(lines) > 1 else lines[0]
+    )[:200]
 
 
 @contextmanager

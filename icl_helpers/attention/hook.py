@@ -106,7 +106,7 @@ def _hooked(
         )
     output, weights = function(module, query, key, value, attention_mask, **kwargs)
     passes = _ACTIVE.get(module)
-    edits = () if passes is None else passes.at(module)
+    edits = () if passes is None else passes.at(module, query.shape[2], key.shape[2])
     if passes is None or not edits:
         return output, weights
     call = AttentionCall(module, query, key, value, attention_mask, kwargs, output, passes)

@@ -146,14 +146,22 @@ class Passes:
             )
         self.completed += 1
 
-    def at(self, module: torch.nn.Module) -> list[Callable[..., torch.Tensor]]:
-        """The edits of this module, which is being called."""
+    def at(
+        self, module: torch.nn.Module, n_query: int, n_key: int
+    ) -> list[Callable[..., torch.Tensor]]:
+        """The edits of this module, which is being called; it sees so many queries and keys."""
         self.check_thread()
         if module in self.required:
             if not self._depth or module in self._fired:
                 raise InterventionError(
                     f"{type(module).__name__} was called outside of a forward pass of the model, "
                     f"or twice in one; call the model itself, and switch gradient checkpointing off"
+                )
+            # Moshi's cache keeps a window of keys, its attention in one pass does not.
+            if n_key < self._offset + n_query and not _windows(module):
+                raise InterventionError(
+                    f"the cache has dropped keys that {type(module).__name__} sees in one pass; "
+                    f"pass whole sequences with use_cache=False"
                 )
             self._fired.add(module)
         return self.edits.get(module, [])
@@ -197,6 +205,13 @@ class Passes:
 
 def _checkpoints(model: torch.nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _windows(attention: torch.nn.Module) -> bool:
+    """Whether the file of this attention makes masks that end where such a cache does."""
+    file = sys.modules.get(type(attention).__module__)
+    names = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
+    return any(hasattr(file, name) for name in names)
 
 
 _WAYS_OUT = {

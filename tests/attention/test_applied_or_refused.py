@@ -310,6 +310,18 @@ def test_a_model_that_attends_otherwise_from_a_cache_is_refused_there(monkeypatc
         model.generate(ids, max_new_tokens=3)
 
 
+def test_a_cache_that_drops_keys_of_an_attention_without_a_window_is_refused():
+    model, ids = encoder("moshi", sliding_window=9, num_key_value_heads=4), some_ids(1, 14)
+    assert attention_layout(model).cacheable  # no key is dropped of the probe's few tokens
+    with torch.no_grad(), icl.intervene(model, icl.ZeroAblation([(0, 1)])):
+        whole = model(ids, use_cache=False).logits
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        rest = model(ids[:, 5:9], past_key_values=cache).logits
+        assert torch.allclose(rest, whole[:, 5:9], atol=1e-4)
+        with pytest.raises(icl.InterventionError, match="dropped keys"):
+            model(ids[:, 9:], past_key_values=cache)
+
+
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
 def test_a_cache_across_a_change_of_rotary_angles_is_refused(rope_type):
     """The untouched model gives other logits from such a cache than in one pass."""

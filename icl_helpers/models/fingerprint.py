@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "resolve_model", "weights_fingerprint",
 ]  # fmt: skip
 
+_NO_SETTINGS = ("_name_or_path", "transformers_version", "_attn_implementation")
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "numpy", "pandas", "safetensors")
 
 
@@ -104,6 +106,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _config_key(config: PreTrainedConfig) -> str:
+    """Hash of a configuration: the same weights compute something else under another one."""
+    # Where it was read from and by which version says nothing of what it is.
+    settings = {k: v for k, v in config.to_dict().items() if k not in _NO_SETTINGS}
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def model_key(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, revision: str | None
 ) -> dict[str, Any]:
@@ -112,6 +122,7 @@ def model_key(
     text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return {
         "fingerprint": weights_fingerprint(model),
+        "config": _config_key(model.config),
         "revision": revision,
         "dtype": str(model.dtype),
         "tokenizer": hashlib.sha256(text.encode()).hexdigest()[:16],

@@ -263,8 +263,7 @@ class Run:
         self._record(seconds=seconds)
 
     def _model_parts(self) -> list[str]:
-        key = self.identity["key"]
-        return [key["fingerprint"], key["dtype"], str(key["revision"])]
+        return [str(value) for _, value in sorted(self.identity["key"].items())]
 
     def _record(self, **values: Any) -> None:
         content = {

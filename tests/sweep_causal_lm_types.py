@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import icl_helpers as icl
 from icl_helpers.attention.hook import AttentionLayout, attention_layout
 
-SECONDS_PER_TYPE, MOST_PARAMETERS = 120, 30_000_000
+SECONDS_PER_TYPE, MOST_PARAMETERS = 300, 30_000_000
 LENGTH, START = 12, 7
 HEADS = [icl.Head(0, 1), icl.Head(1, 0)]
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "proj", "linear_proj")
@@ -199,6 +199,8 @@ def measure(model: PreTrainedModel) -> dict[str, Any]:
             name: difference(logits(model, *chosen, cached=True, ids=ids), whole[name])
             for name, chosen in interventions.items()
         }
+    except TimeoutError:
+        raise
     except Exception as error:
         result["cached"] = f"{type(error).__name__}: {first_line(error)}"
     oracle = zeroed_at_the_cut(model, layout, ids)

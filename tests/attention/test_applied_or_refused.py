@@ -98,6 +98,7 @@ def test_the_model_inside_peft_is_edited_with_its_adapter():
     assert torch.allclose(found, run(merged, ZERO, input_ids=some_ids()), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_of_a_model_gives_the_edited_numbers_in_a_block():
     torch._dynamo.reset()
     model, ids = make_llama(num_hidden_layers=1), some_ids()

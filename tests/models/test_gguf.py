@@ -380,6 +380,7 @@ def smollm2():
     return icl.load_model("smollm2-135m")
 
 
+@pytest.mark.slow
 @needs_wheel
 def test_named_model_has_the_weights_that_other_versions_read(smollm2):
     model, tokenizer = smollm2
@@ -403,6 +404,7 @@ def test_named_model_has_the_weights_that_other_versions_read(smollm2):
     assert icl.estimate_cost(parameters).parameters == model.num_parameters()
 
 
+@pytest.mark.slow
 @needs_wheel
 def test_misread_model_is_refused_and_the_right_one_is_not(smollm2):
     model, tokenizer = smollm2
@@ -421,6 +423,7 @@ def test_misread_model_is_refused_and_the_right_one_is_not(smollm2):
                 model.get_parameter(name).copy_(weight)
 
 
+@pytest.mark.slow
 @needs_wheel
 def test_model_with_another_rotary_base_is_refused(smollm2):
     model, tokenizer = smollm2
@@ -432,6 +435,7 @@ def test_model_with_another_rotary_base_is_refused(smollm2):
         package.check_smollm2(other, tokenizer)
 
 
+@pytest.mark.slow
 @needs_wheel
 def test_split_of_gpt2_differs_from_the_models_own_in_blanks_before_digits_only(smollm2):
     """The file names the split ``smollm``, which transformers does not know.
@@ -475,6 +479,7 @@ def test_split_of_gpt2_differs_from_the_models_own_in_blanks_before_digits_only(
     assert here == [found.ids for found in own.encode_batch(texts, add_special_tokens=False)]
 
 
+@pytest.mark.slow
 @needs_wheel
 def test_worker_finds_the_model_by_its_name(smollm2):
     from icl_helpers.evaluation import evaluate as worker

@@ -196,15 +196,14 @@ class _MeanEdit:
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         self.means = self.means.to(device=call.output.device, dtype=call.output.dtype)
-        offset = call.offset
-        end = offset + call.query.shape[2]
-        if end > self.means.shape[0]:
+        positions, last = call.positions
+        if last >= self.means.shape[0]:
             raise InterventionError(
-                f"the batch reaches position {end - 1}, but the mean head outputs end "
+                f"the batch reaches position {last}, but the mean head outputs end "
                 f"at position {self.means.shape[0] - 1}; compute them from longer reference samples"
             )
         output = call.output.clone()
-        output[:, :, self.heads] = self.means[offset:end]
+        output[:, :, self.heads] = self.means[positions]
         return output
 
 

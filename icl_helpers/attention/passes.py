@@ -64,6 +64,7 @@ class Passes:
         self._offset = 0
         self._fired: set[torch.nn.Module] = set()
         self._ordered = False
+        self._positions: tuple[Int[torch.Tensor, "batch query"], int] | None = None
 
     @contextmanager
     def watching(self, parts: Iterable[PreTrainedModel]) -> Iterator[None]:
@@ -90,7 +91,7 @@ class Passes:
         self.check_thread()
         self._depth += 1
         if self._depth == 1:
-            self._given, self._offset, self._ordered = {}, 0, False
+            self._given, self._offset, self._ordered, self._positions = {}, 0, False, None
             self._fired.clear()
         # Reading a signature takes longer than anything else here, and few calls need it.
         names = list(inspect.signature(module.forward).parameters) if args else []
@@ -115,6 +116,9 @@ class Passes:
             )
         ids = self._given.get("input_ids", self._given.get("inputs_embeds"))
         end = self._offset + (0 if ids is None else ids.shape[1])
+        branches = _APPLIED.get()
+        if branches is not None:  # side by side in columns, but not in positions
+            end = int(branches.positions.max()) + 1
         if self._offset and self._rope_switch is not None:
             trained, grows = self._rope_switch
             if end > trained and (grows or self._offset <= trained):
@@ -184,7 +188,24 @@ class Passes:
             )
         return self._offset
 
+    def positions(self, n_query: int, n_key: int) -> tuple[Int[torch.Tensor, "batch query"], int]:
+        """Where the tokens of each prompt stand, and the last of these positions.
+
+        Raises as :meth:`offset` does.
+        """
+        offset = self.offset(n_query, n_key)
+        if self._positions is None:
+            branches = _APPLIED.get()
+            if branches is None:
+                where = torch.arange(offset, offset + n_query)[None]
+            else:
+                where = branches.positions[:, offset : offset + n_query]
+            self._positions = where, int(where.max())
+        return self._positions
+
     def _check_order(self, n_query: int) -> None:
+        if _APPLIED.get() is not None:  # the pass has the positions of the branches
+            return
         mask, ids = self._given.get("attention_mask"), self._given.get("position_ids")
         end = self._offset + n_query
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -285,6 +306,11 @@ class AttentionCall:
     def offset(self) -> int:
         """Number of tokens before this pass, in the cache: the first query token's position."""
         return self.passes.offset(self.query.shape[2], self.key.shape[2])
+
+    @property
+    def positions(self) -> tuple[Int[torch.Tensor, "batch query"], int]:
+        """Where each prompt's tokens stand (one row for all alike), and the last position."""
+        return self.passes.positions(self.query.shape[2], self.key.shape[2])
 
 
 def _causal_mask(call: AttentionCall) -> Bool[torch.Tensor, "query key"] | None:

@@ -126,6 +126,9 @@ def prefix_matching_scores(
     directly followed the earlier occurrences of the position's own token. Attention is reduced
     layer by layer inside the hook, so no more than one layer's attentions exist at a time.
 
+    Raises :class:`InputError` for tokens or a BOS that the model has not, and where the repeated
+    sequence is longer than its context.
+
     Parameters
     ----------
     bos_token_id
@@ -135,9 +138,6 @@ def prefix_matching_scores(
     published_formula
         True also counts attention to the position after BOS from the last token of each later copy
         (3 of 150 positions), as the published code does; False leaves that term out.
-
-    Raises :class:`InputError` for tokens or a BOS that the model has not, and where the repeated
-    sequence is longer than its context.
     """
     layout = attention_layout(model)
     if sequences.ndim != 2 or repeats < 2:

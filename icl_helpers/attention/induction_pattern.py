@@ -124,6 +124,9 @@ def induction_pattern(
 ) -> Bool[torch.Tensor, "tokens tokens"]:
     """True where a knockout forbids a query (row) to attend to a key (column).
 
+    An element's tokens are kept from the tokens that follow an earlier element of its kind when the
+    first of those lies before the element's first token.
+
     Parameters
     ----------
     prompt
@@ -134,9 +137,6 @@ def induction_pattern(
         Which elements are blocked: any of words, labels, colons, blank_lines. The paper's text
         blocks all; the published runs on Llama 3 left out the blank lines. With
         ``opening_blank_line`` the blank line that ends the description is one of the blank lines.
-
-    An element's tokens are kept from the tokens that follow an earlier element of its kind when the
-    first of those lies before the element's first token.
     """
     return induction_patterns([prompt], tokenizer, categories=categories)[0]
 

@@ -155,6 +155,22 @@ def built(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def refuses_a_file(tmp_path, monkeypatch, capfd) -> Callable[..., None]:
+    """Check that a command in whose way the file ``a-file`` lies says so and leaves it alone."""
+
+    def check(main: Callable[[list[str]], int], command: list[str], message: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "a-file").write_text("mine")
+        assert main(command) == 2
+        printed = capfd.readouterr().err
+        assert message in printed
+        assert "Traceback" not in printed
+        assert os.listdir(tmp_path) == ["a-file"]
+
+    return check
+
+
+@pytest.fixture
 def llama() -> LlamaForCausalLM:
     return make_llama()
 

@@ -47,10 +47,10 @@ from icl_helpers.errors import InputError, InterventionError, UnsupportedArchite
 __all__ = [
     "SUPPORTED_ARCHITECTURES", "AttentionCall", "AttentionEdit", "AttentionLayout",
     "attention_layout", "attention_probabilities", "check_heads", "edited_attention",
+    "equal_but_for_rounding",
 ]  # fmt: skip
 
 _PREFIX = "icl_"
-
 
 AttentionEdit = Callable[[AttentionCall], torch.Tensor]
 
@@ -287,11 +287,24 @@ class _Record:
         return call.output
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal but for rounding, which is far from what a wrong mask or position does."""
-    finite = a[a.isfinite()]  # a model that gives NaN gives it in both
-    slack = torch.finfo(a.dtype).eps ** 0.5 * float(finite.abs().max() if finite.numel() else 0)
-    return torch.allclose(a, b, rtol=0, atol=slack, equal_nan=True)
+def equal_but_for_rounding(
+    expected: torch.Tensor, found: torch.Tensor, *, also_not_finite: bool = False
+) -> bool:
+    """Whether tensors differ by rounding only, far less than a wrong mask or position does.
+
+    What is not finite differs from everything; with ``also_not_finite``, not from its like.
+    """
+    largest = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    difference = (expected.to(wide) - found.to(wide)).abs()
+    alike = difference <= torch.finfo(expected.dtype).eps ** 0.5 * largest
+    if also_not_finite:
+        alike |= (expected == found) | (expected.isnan() & found.isnan())
+    return bool(alike.all())
+
+
+# A model that gives NaN gives it with the hook and without.
+_close = functools.partial(equal_but_for_rounding, also_not_finite=True)
 
 
 def _check_causal(model: PreTrainedModel, outputs: Iterable[torch.Tensor]) -> None:

@@ -348,12 +348,11 @@ def attention_probabilities(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logits = _masked(logits, call, chosen)
+    empty = None
     if blocked is not None:
         logits = logits.masked_fill(blocked.unsqueeze(-3), -torch.inf)
         # Softmax of a row of minus infinities would be NaN: such a query attends to nothing.
         empty = torch.isneginf(logits).all(dim=-1, keepdim=True)
-    else:
-        empty = None
     sinks = call.kwargs.get("s_aux")
     if sinks is not None:
         column = sinks[chosen].float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
@@ -400,15 +399,10 @@ class Branches:
         """For rows of (tokens of the context, tokens of each branch), padded on the right."""
         positions, owners = [], []
         for context, branches in shapes:
-            starts = [*range(context)]
-            positions.append(
-                torch.tensor([*starts, *(context + i for n in branches for i in range(n))])
-            )
-            owners.append(
-                torch.tensor(
-                    [0] * context + [k for k, n in enumerate(branches, 1) for _ in range(n)]
-                )
-            )
+            behind = [context + i for n in branches for i in range(n)]
+            positions.append(torch.tensor([*range(context), *behind]))
+            theirs = [branch for branch, n in enumerate(branches, 1) for _ in range(n)]
+            owners.append(torch.tensor([0] * context + theirs))
         pad = torch.nn.utils.rnn.pad_sequence
         # Padding stands at position 0, which every model and every table of means has.
         return cls(

@@ -49,22 +49,18 @@ class BookError(ICLError, RuntimeError):
 
 def find_runs(runs: str | os.PathLike[str]) -> list[Path]:
     """Run directories with a full set of executed notebooks, the embedded model's first."""
-    found = [path.parent for path in check_run_dir(runs).glob("*/run.json")]
-    complete = [run for run in found if not _missing_stages(run)]
+    complete = [run for run, missing in _missing_stages(runs).items() if not missing]
     return sorted(complete, key=lambda path: (path.name != "icl-tiny", path.name))
 
 
-def _missing_stages(run: Path) -> list[str]:
-    """Stages that have not been run to their end, or failed when they were last run."""
-    stages = stage_notebooks()
-    return [path.stem for path in stages if not (run / "notebooks" / path.name).is_file()]
-
-
-def _incomplete(runs: str | os.PathLike[str]) -> str:
-    """The runs that lack stages, in words; empty when there is none."""
+def _missing_stages(runs: str | os.PathLike[str]) -> dict[Path, list[str]]:
+    """Of every run the stages that were not run to their end, or failed when they last were."""
     found = sorted(path.parent for path in check_run_dir(runs).glob("*/run.json"))
-    gaps = {run: _missing_stages(run) for run in found}
-    return "; ".join(f"{run} lacks {', '.join(names)}" for run, names in gaps.items() if names)
+    stages = stage_notebooks()
+    return {
+        run: [path.stem for path in stages if not (run / "notebooks" / path.name).is_file()]
+        for run in found
+    }
 
 
 def build_book(
@@ -82,7 +78,8 @@ def build_book(
             f"jupyter-book {version('jupyter-book')} is installed, but this book needs version 1: "
             f"pip install 'jupyter-book<2'"
         )
-    found, incomplete = find_runs(runs), _incomplete(runs)
+    found, gaps = find_runs(runs), _missing_stages(runs).items()
+    incomplete = "; ".join(f"{run} lacks {', '.join(names)}" for run, names in gaps if names)
     if not found:
         raise InputError(
             f"no complete run below {runs}{f' ({incomplete})' if incomplete else ''}: run the "

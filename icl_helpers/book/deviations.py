@@ -242,22 +242,16 @@ def score_term(
         for name, formula in (("published", True), ("corrected", False))
     }
     n_layers, n_heads = both["published"].shape
-    frame = pd.DataFrame(
-        [(layer, head) for layer in range(n_layers) for head in range(n_heads)],
-        columns=["layer", "head"],
-    )
+    heads = [Head(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    frame = pd.DataFrame(heads, columns=["layer", "head"])
     for name, scores in both.items():
         frame[name] = scores.flatten().double().numpy()
     frame["difference"] = frame["published"] - frame["corrected"]
     for name, column in (("rank", "published"), ("corrected_rank", "corrected")):
         ranked = top_heads(both[column], 1.0)
         places = {head: place for place, head in enumerate(ranked, start=1)}
-        frame[name] = [places[Head(layer, head)] for layer, head in _pairs(frame)]
+        frame[name] = [places[head] for head in heads]
     return frame.sort_values("rank", ignore_index=True)
-
-
-def _pairs(frame: pd.DataFrame) -> list[tuple[int, int]]:
-    return list(zip(frame["layer"].tolist(), frame["head"].tolist(), strict=True))
 
 
 def control_overlap(

@@ -15,17 +15,22 @@ from icl_helpers.files import assets_dir, book_dir, embedded_models, notebooks_d
 from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
 from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
-from icl_helpers.results.tables import abstract_results, markdown_table, summarise
+from icl_helpers.results.tables import (
+    CONDITION_TITLES,
+    abstract_results,
+    markdown_table,
+    summarise,
+)
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
 from icl_helpers.run.plan import run_info, run_table, shown_name
 from icl_helpers.run.stages import stage_notebooks
+from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
     "chapter_notebooks", "citation_page", "comparison_page", "front_page", "notebooks_page",
     "overlay_page", "recipe_table", "run_slug", "runs_page", "stage_table",
 ]  # fmt: skip
 
-_COMPARED = ("full", "induction_heads", "induction_pattern", "random_heads")
 _FACTS = (
     "model", "model_type", "dtype", "device", "machine", "python", "fingerprint", "updated",
 )  # fmt: skip
@@ -101,7 +106,7 @@ def comparison_page(runs: Sequence[Path], folder: Path) -> str:
     ]
     tables = {
         condition: _pivot(rows, runs)
-        for condition in _COMPARED
+        for condition in CONDITION_TITLES
         if not (rows := shown[shown["condition"] == condition]).empty
     }
     return _page("comparison", tables=tables)
@@ -232,10 +237,10 @@ def _accuracies(results: pd.DataFrame) -> str:
     most = full[full["shots"] == full.groupby("task")["shots"].transform("max")]
     parts = []
     for task, rows in most.groupby("task", sort=False):
-        labels = 4 if str(task).endswith("4way") else 2
+        labels = get_task_spec(str(task)).choices
         parts.append(
             f"{str(task).replace('_', ' ')} {100 * rows['accuracy'].mean():.0f} % "
-            f"(chance {100 / labels:.0f} %)"
+            f"(chance {100 / len(labels):.0f} %)"
         )
     return ", ".join(parts)
 

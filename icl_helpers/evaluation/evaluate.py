@@ -208,11 +208,11 @@ def evaluate_request(
 
 def _as_conditions(given: Sequence[Condition | str]) -> tuple[Condition, ...]:
     """Conditions, each of them told apart by what the results say of it."""
-    chosen: list[Condition] = []
+    # What is asked for twice counts once, whether by name or by object. An identity hashes means.
+    by_identity: dict[str, Condition] = {}
     for condition in map(_as_condition, given):
-        # What is asked for twice counts once, whether by name or by object.
-        if all(condition.identity() != other.identity() for other in chosen):
-            chosen.append(condition)
+        by_identity.setdefault(content_key(condition.identity()), condition)
+    chosen = list(by_identity.values())
     names = [(c.name, c.ablation, c.fraction, c.ablation_seed) for c in chosen]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:

@@ -207,14 +207,8 @@ class InterventionLM(HFLM):
             rows = _rows(requests, together=False)
         self._prepare_patterns([row.context for row in rows])
         scored: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        progress = tqdm(
-            total=len(rows),
-            unit="prompt",
-            leave=False,
-            disable=disable_tqdm,
-            desc=self._description(),
-        )
-        with progress:
+        shown: dict[str, Any] = {"unit": "prompt", "leave": False, "desc": self._description()}
+        with tqdm(total=len(rows), disable=disable_tqdm, **shown) as progress:
             # Long prompts first, so that running out of memory shows at once; equal lengths meet.
             rows.sort(key=lambda row: len(row.ids), reverse=True)
             budget = _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS["cuda"])

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from icl_helpers.attention.heads import Head
-from icl_helpers.attention.hook import attention_layout
+from icl_helpers.attention.hook import attention_layout, equal_but_for_rounding
 from icl_helpers.attention.interventions import (
     AttentionKnockout,
     Intervention,
@@ -46,9 +46,8 @@ _KEPT_BYTES = {"cpu": 2**30, "cuda": 2**33}
 # Tokens of a check: enough to leave a sliding window behind, where that is affordable.
 _SHORT_PROBE, _LONG_PROBE = 6, 160
 
-_STARTS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
-_CONTEXTS: WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = WeakKeyDictionary()
-_LAYERS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+# What was found out about a model, by the name of the check.
+_FOUND: WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = WeakKeyDictionary()
 
 
 def common_start(rows: Sequence[list[int]]) -> int:
@@ -170,9 +169,7 @@ def scored_logits(
 
 def shares_start(model: PreTrainedModel) -> bool:
     """Whether the model gives the same logits when its first tokens come from a cache."""
-    if model not in _STARTS:
-        _STARTS[model] = _holds(_cached_start_holds, model)
-    return _STARTS[model]
+    return _holds(model, "start", _cached_start_holds)
 
 
 def shares_context(model: PreTrainedModel, ablation: str) -> bool:
@@ -180,26 +177,25 @@ def shares_context(model: PreTrainedModel, ablation: str) -> bool:
 
     Found out for each kind of ablation (none, zero, mean or knockout) by itself, on a head a layer.
     """
-    known = _CONTEXTS.setdefault(model, {})
-    if ablation not in known:
-        known[ablation] = _holds(lambda model: _branches_hold(model, ablation), model)
-    return known[ablation]
+    return _holds(model, f"context, {ablation}", lambda model: _branches_hold(model, ablation))
 
 
 def shares_layers(model: PreTrainedModel) -> bool:
     """Whether the model gives the same logits when its lower layers are skipped."""
-    if model not in _LAYERS:
-        _LAYERS[model] = _holds(_skipped_layers_hold, model)
-    return _LAYERS[model]
+    return _holds(model, "layers", _skipped_layers_hold)
 
 
-def _holds(check: Callable[[PreTrainedModel], bool], model: PreTrainedModel) -> bool:
-    try:
-        with torch.inference_mode():
-            return check(model)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
-        # A decoder of another make: sharing is a saving, not a need.
-        return False
+def _holds(model: PreTrainedModel, name: str, check: Callable[[PreTrainedModel], bool]) -> bool:
+    """The outcome of a check, which is made once for a model."""
+    found = _FOUND.setdefault(model, {})
+    if name not in found:
+        try:
+            with torch.inference_mode():
+                found[name] = check(model)
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
+            # A decoder of another make: sharing is a saving, not a need.
+            found[name] = False
+    return found[name]
 
 
 def _probe_ids(model: PreTrainedModel) -> Int[torch.Tensor, "2 tokens"]:
@@ -211,19 +207,13 @@ def _probe_ids(model: PreTrainedModel) -> Int[torch.Tensor, "2 tokens"]:
     return torch.tensor([[*start, 3, 2, 1], [*start, 2, 3, 3]], device=model.device)
 
 
-def _same(expected: torch.Tensor, found: torch.Tensor) -> bool:
-    # Rounding in another order, far from what a wrong mask or position would do.
-    slack = torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max())
-    # Logits that are not numbers are not the same.
-    return bool((expected.float() - found.float()).abs().max() <= slack)
-
-
 def _cached_start_holds(model: PreTrainedModel) -> bool:
     ids = _probe_ids(model)
     length = ids.shape[1] - 3
     whole = model(input_ids=ids, use_cache=False).logits[:, length:]
     start = SharedStart(model, ids[:1, :length])
-    return _same(whole, model(input_ids=ids[:, length:], **start.arguments(2)).logits)
+    rest = model(input_ids=ids[:, length:], **start.arguments(2)).logits
+    return equal_but_for_rounding(whole, rest)
 
 
 def _branches_hold(model: PreTrainedModel, ablation: str) -> bool:
@@ -249,10 +239,11 @@ def _branches_hold(model: PreTrainedModel, ablation: str) -> bool:
         with intervene(model, *([] if ablation == "knockout" else edits)):
             start = SharedStart(model, ids[:1, :shared])
     with intervene(model, *edits):
-        return all(
-            _same(expected, scored_logits(model, together, columns, start=s, branches=branches))
+        found = [
+            scored_logits(model, together, columns, start=s, branches=branches)
             for s in {None, start}
-        )
+        ]
+    return all(equal_but_for_rounding(expected, logits) for logits in found)
 
 
 def _probe_edits(

@@ -20,17 +20,12 @@ import numpy as np
 import pandas as pd
 
 from icl_helpers.errors import InputError
-from icl_helpers.files import (
-    atomic_path,
-    check_run_dir,
-    content_key,
-    quarantine,
-    write_json,
-)
+from icl_helpers.files import atomic_path, check_run_dir, content_key, quarantine, write_json
 
 __all__ = [
     "CELL", "KEYS", "ROW", "CellStore", "EvaluationResults", "accuracies", "document_frame",
-    "document_results", "merge_into_run_tables", "read_frame", "write_results",
+    "document_results", "merge_into_run_tables", "read_frame", "write_parquet",
+    "write_results",
 ]  # fmt: skip
 
 # Part of a cell's name: a file of another format is never in the way, and never read.
@@ -198,7 +193,7 @@ def merge_into_run_tables(run_dir: str | os.PathLike[str], documents: pd.DataFra
         whole = _assembled(parts, documents)
         results = accuracies(whole)
         for frame, name in ((whole, "documents"), (results, "results")):
-            _write_parquet(directory / f"{name}.parquet", frame)
+            write_parquet(directory / f"{name}.parquet", frame)
         # Whoever adds a part later sees this one; what was added meanwhile is not in these tables.
         if _parts(directory) == parts:
             return results
@@ -209,7 +204,7 @@ def _write_part(folder: Path, documents: pd.DataFrame) -> None:
     keys = documents[KEYS].drop_duplicates().astype(object)
     name = content_key(sorted(map(str, keys.itertuples(index=False, name=None))))
     earlier = list(folder.glob(f"*-{name}.parquet"))
-    _write_parquet(folder / f"{time.time_ns():020}-{name}.parquet", documents)
+    write_parquet(folder / f"{time.time_ns():020}-{name}.parquet", documents)
     for path in earlier:
         path.unlink(missing_ok=True)
 
@@ -235,7 +230,8 @@ def _keys(frame: pd.DataFrame) -> pd.MultiIndex:
     return pd.MultiIndex.from_frame(frame[KEYS])
 
 
-def _write_parquet(path: Path, frame: pd.DataFrame) -> None:
+def write_parquet(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table atomically, without its index."""
     with atomic_path(path) as temporary:
         frame.to_parquet(temporary, index=False)
 

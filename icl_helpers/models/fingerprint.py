@@ -37,7 +37,7 @@ from icl_helpers.files import (
 
 __all__ = [
     "checkpoint_state", "model_facts", "model_fractions", "model_key", "model_name", "named_models",
-    "resolve_model", "weights_fingerprint",
+    "remember_fingerprint", "resolve_model", "weights_fingerprint",
 ]  # fmt: skip
 
 _NO_SETTINGS = ("_name_or_path", "transformers_version", "_attn_implementation")
@@ -193,6 +193,11 @@ def model_fractions(name: str) -> tuple[float, ...]:
         values = json.loads(stated.read_text())
         return (values["smaller"], values["larger"])
     return _PAPER_FRACTIONS
+
+
+def remember_fingerprint(model: PreTrainedModel) -> None:
+    """Take a quantised model's fingerprint now, before its first use."""
+    _FINGERPRINTS[model] = weights_fingerprint(model)
 
 
 @torch.no_grad()

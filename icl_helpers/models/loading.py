@@ -36,12 +36,7 @@ from icl_helpers.errors import (
     UnsupportedArchitectureError,
 )
 from icl_helpers.files import SMOLLM2, smollm2_dir, user_path
-from icl_helpers.models.fingerprint import (
-    _FINGERPRINTS,
-    named_models,
-    resolve_model,
-    weights_fingerprint,
-)
+from icl_helpers.models.fingerprint import named_models, remember_fingerprint, resolve_model
 from icl_helpers.models.gguf import convert_smollm2, dequantized, gguf_arguments
 from icl_helpers.models.hub import go_offline_if_hub_unreachable
 from icl_helpers.models.internlm2 import InternLM2ForCausalLM, internlm2_config, internlm2_settings
@@ -55,17 +50,26 @@ __all__ = [
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def _reachable(name: str, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
-    """The directory or hub id to read, and what tells transformers of a GGUF file in it.
+def _located(
+    name: str, revision: str | None, gguf_file: str | None, trust_remote_code: bool
+) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+    """The directory or hub id to read, transformers' arguments for it, and InternLM2's settings.
 
-    A directory is there; a hub id is given after a look whether the hub answers.
+    A directory is there; a hub id is given after a look whether the hub answers. No settings for
+    any other model.
     """
     if name == SMOLLM2:
         convert_smollm2()
     source, gguf = gguf_arguments(resolve_model(name), gguf_file)
     if not Path(source).is_dir():
         go_offline_if_hub_unreachable()
-    return source, gguf
+    reading = {"revision": revision, "trust_remote_code": trust_remote_code, **gguf}
+    try:
+        settings = None if gguf else internlm2_settings(source, revision=revision)
+    except Exception as error:
+        # A malformed file fails in whatever way its reader does.
+        raise _loading_error(name, error) from error
+    return source, reading, settings
 
 
 def load_model(
@@ -85,7 +89,7 @@ def load_model(
     ----------
     name
         An embedded model (``icl-tiny``), ``smollm2-135m`` (instruct, 4-bit weights; see
-        :mod:`icl_helpers.gguf`), a hub id, a directory, or a GGUF file.
+        :mod:`icl_helpers.models.gguf`), a hub id, a directory, or a GGUF file.
     gguf_file
         Name of a GGUF file in the directory or on the hub, to be read instead of its weights.
     dtype
@@ -109,7 +113,8 @@ def load_model(
     MissingArtefactError
         The model is neither here nor in the cache and the hub cannot be reached.
     """
-    source, gguf = _reachable(name, gguf_file)
+    source, reading, settings = _located(name, revision, gguf_file, trust_remote_code)
+    gguf = "gguf_file" in reading
     torch_dtype = _check_dtype(dtype)
     target = _check_device(device, device_map)
     check_quantization(quantization)
@@ -118,8 +123,8 @@ def load_model(
             f"quantization={quantization!r} does not go with a GGUF file, which is unpacked to "
             f"ordinary weights; leave quantization out"
         )
-    options = {"revision": revision, "trust_remote_code": trust_remote_code, **gguf}
-    config = _load_config(name, source, options)
+    config = _load_config(name, source, reading, settings)
+    options = dict(reading)
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, torch_dtype)
     if gguf:
@@ -129,11 +134,9 @@ def load_model(
         # Placed while they are read, weights take no memory elsewhere; quantised ones cannot move.
         device_map = {"": target}
     try:
-        tokenizer = load_tokenizer(
-            name, revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code
-        )
-        fused = not gguf and internlm2_settings(source, revision=revision) is not None
-        model, report = (InternLM2ForCausalLM if fused else AutoModelForCausalLM).from_pretrained(
+        tokenizer = _load_tokenizer(name, source, reading, settings)
+        kind = AutoModelForCausalLM if settings is None else InternLM2ForCausalLM
+        model, report = kind.from_pretrained(
             source, config=config, dtype=torch_dtype, device_map=device_map,
             output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
@@ -146,7 +149,7 @@ def load_model(
     if device_map is None:
         model.to(target)
     if quantization is not None:
-        _FINGERPRINTS[model] = weights_fingerprint(model)
+        remember_fingerprint(model)
     return model.eval(), tokenizer
 
 
@@ -174,13 +177,17 @@ def load_tokenizer(
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer alone. Raises as :func:`load_model` does."""
-    source, gguf = _reachable(name, gguf_file)
+    source, reading, settings = _located(name, revision, gguf_file, trust_remote_code)
+    return _load_tokenizer(name, source, reading, settings)
+
+
+def _load_tokenizer(
+    name: str, source: str, reading: dict[str, Any], settings: dict[str, Any] | None
+) -> PreTrainedTokenizerBase:
     try:
-        if not gguf and internlm2_settings(source, revision=revision) is not None:
-            return load_internlm2_tokenizer(source, revision=revision)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code, **gguf
-        )
+        if settings is not None:
+            return load_internlm2_tokenizer(source, revision=reading["revision"])
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **reading)
     except Exception as error:
         # A damaged file fails in whatever way its reader does.
         raise _loading_error(name, error) from error
@@ -222,18 +229,17 @@ def load_config(
 
     Raises as :func:`load_model` does.
     """
-    source, gguf = _reachable(name, gguf_file)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code, **gguf}
-    return _load_config(name, source, options)
+    source, reading, settings = _located(name, revision, gguf_file, trust_remote_code)
+    return _load_config(name, source, reading, settings)
 
 
-def _load_config(name: str, source: str, options: dict[str, Any]) -> PreTrainedConfig:
+def _load_config(
+    name: str, source: str, reading: dict[str, Any], settings: dict[str, Any] | None
+) -> PreTrainedConfig:
     try:
-        gguf = "gguf_file" in options
-        settings = None if gguf else internlm2_settings(source, revision=options["revision"])
         if settings is not None:
             return internlm2_config(settings)
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **reading)
     except Exception as error:
         # A malformed file fails in whatever way its reader does.
         raise _loading_error(name, error) from error

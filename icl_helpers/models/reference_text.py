@@ -1,4 +1,4 @@
-"""Reference text for the means, and the condition of a single evaluation (paper, section 4)."""
+"""Reference text for the means, and samples of it (paper, section 4)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.files import embedded_dir, embedded_models, read_text, user_path
 from icl_helpers.models.hub import go_offline_if_hub_unreachable
 
-__all__ = ["PAPER_POSITIONS", "PAPER_SAMPLES", "reference_ids", "reference_texts"]
+__all__ = ["PAPER_POSITIONS", "PAPER_SAMPLES", "reference_ids", "reference_texts", "samples_key"]
 
 PAPER_SAMPLES = 500
 PAPER_POSITIONS = 3000
@@ -55,8 +55,8 @@ def reference_ids(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
     *,
-    n_samples: int = 500,
-    n_positions: int = 3000,
+    n_samples: int = PAPER_SAMPLES,
+    n_positions: int = PAPER_POSITIONS,
 ) -> Int[torch.Tensor, "samples positions"]:
     """Reference samples for the means: texts joined by spaces and cut (paper, section 4).
 

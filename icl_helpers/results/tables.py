@@ -159,7 +159,7 @@ def summarise(results: pd.DataFrame, *, ablation: str = "mean") -> dict[str, Any
     ``zero_shot_induction_heads``; ``shots``, ``fraction``, ``tasks``. None where not evaluated.
     """
     rows = abstract_results(results)
-    rows = rows[~rows["task"].str.endswith("4way")]
+    rows = rows[_label_counts(rows["task"]) == 2]
     larger = float(rows["fraction"].max())
     rows = rows[rows["fraction"].isin([0.0, larger])]
     rows = rows[rows["ablation"].isin(["none", "knockout", ablation])]
@@ -173,6 +173,10 @@ def summarise(results: pd.DataFrame, *, ablation: str = "mean") -> dict[str, Any
         "fraction": larger,
         "tasks": sorted(set(few["task"])),
     }
+
+
+def _label_counts(tasks: pd.Series) -> pd.Series:
+    return tasks.map(lambda task: len(get_task_spec(task).choices))
 
 
 def _mean(rows: pd.DataFrame, condition: str) -> float | None:
@@ -209,7 +213,7 @@ def effect_summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _summary(part: pd.DataFrame) -> dict[str, float]:
     wide = part.pivot_table("accuracy", ["task", "shots"], "condition").reset_index()
-    chance = 100 / wide["task"].map(lambda task: len(get_task_spec(task).choices))
+    chance = 100 / _label_counts(wide["task"])
     few = wide["shots"] == wide.groupby("task")["shots"].transform("max")
     binary = wide[few & (chance == 50)]
     zero = wide["shots"] == 0

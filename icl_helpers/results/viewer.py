@@ -17,7 +17,6 @@ import hashlib
 import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +28,12 @@ from icl_helpers.attention.induction_pattern import CATEGORIES, induction_patter
 from icl_helpers.attention.interventions import AttentionKnockout, intervene
 from icl_helpers.attention.scores import attention_patterns
 from icl_helpers.errors import InputError
+from icl_helpers.files import assets_dir
 from icl_helpers.tasks.prompts import Prompt, build_prompts
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = ["attention_in_words", "attention_viewer", "viewer_data", "viewer_html", "viewer_prompts"]
 
-_ASSETS = Path(__file__).resolve().parents[1] / "assets"
 # Shares of attention are whole thousandths in the page: short, and exact enough to be read.
 UNIT = 1000
 
@@ -136,7 +135,7 @@ def viewer_html(data: Mapping[str, Any]) -> str:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     # Blank lines would end the block for Markdown readers.
     style, script, page = (
-        "\n".join(filter(str.strip, (_ASSETS / name).read_text(encoding="utf-8").splitlines()))
+        "\n".join(filter(str.strip, (assets_dir() / name).read_text(encoding="utf-8").splitlines()))
         for name in ("viewer.css", "viewer.js", "viewer.html")
     )
     name = f"icl-viewer-{hashlib.sha256(text.encode()).hexdigest()[:10]}"

@@ -18,22 +18,22 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from icl_helpers.errors import InputError
-from icl_helpers.files import embedded_dir
-from icl_helpers.models.loading import load_config
+from icl_helpers.models.loading import load_config, load_tokenizer
 from icl_helpers.models.reference_text import PAPER_POSITIONS, PAPER_SAMPLES
 from icl_helpers.parameters import StageParameters
-from icl_helpers.run.plan import Group, Plan
+from icl_helpers.run.plan import GROUPS, Plan
 from icl_helpers.tasks.prompts import PromptSet, build_prompts
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
-__all__ = ["Cost", "estimate_cost", "parameter_counts", "stage_tokens", "weights_bytes"]
+__all__ = [
+    "PAPER_CONFIGS", "Cost", "estimate_cost", "parameter_counts", "stage_tokens", "weights_bytes",
+]  # fmt: skip
 
 # The paper's models' configurations, so that nobody needs the hub or a licence for an estimate.
 PAPER_CONFIGS: dict[str, dict[str, Any]] = {
@@ -191,8 +191,7 @@ def _grid_tokens(
     """Tokens of all prompts under all conditions, of the longest prompt, and tasks left out."""
     total, longest = 0.0, 0
     uncounted: dict[str, None] = {}
-    groups: tuple[Group, ...] = ("tasks", "nlp_tasks")
-    for group in groups:
+    for group in GROUPS:
         n_conditions = sum(map(plan.condition_count, plan.kinds(group)))
         for prompts in plan.prompt_sets(group):
             spec = get_task_spec(prompts.task)
@@ -234,7 +233,7 @@ def _prompt_tokens(
 
 @functools.cache
 def _embedded_tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(embedded_dir() / "icl-tiny")
+    return load_tokenizer("icl-tiny")
 
 
 def stage_tokens(p: StageParameters, *, positions: int = PAPER_POSITIONS) -> dict[int, int]:

@@ -33,12 +33,15 @@ from icl_helpers.tasks.data import load_rows, load_splits
 from icl_helpers.tasks.prompts import PromptSet, prompt_sets, resolve_shots
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
 
-__all__ = ["KINDS", "Group", "Plan", "check_same_model", "run_info", "run_table", "shown_name"]
+__all__ = [
+    "GROUPS", "KINDS", "Group", "Plan", "check_same_model", "run_info", "run_table", "shown_name",
+]  # fmt: skip
 
 # Kinds of conditions; the second is evaluated beside the first wherever it is evaluated at all.
 KINDS = ("full", "mean", "zero", "knockout")
 # The parameter that names the tasks: those of stages 3 to 5, or of the stage on text.
 Group = Literal["tasks", "nlp_tasks"]
+GROUPS: tuple[Group, ...] = ("tasks", "nlp_tasks")
 _STAGES: Mapping[str, tuple[Group, tuple[str, ...]]] = {
     "full_model": ("tasks", ("full",)),
     "head_ablation": ("tasks", ("full", "mean", "zero")),
@@ -207,5 +210,5 @@ def run_table(
     info = run_info(run_dir)
     frame = read_frame(check_run_dir(run_dir) / f"{name}.parquet")
     plan, key = Plan.of_run(info), info["identity"]["key"]
-    groups: tuple[Group, ...] = ("tasks", "nlp_tasks") if group is None else (group,)
+    groups = GROUPS if group is None else (group,)
     return pd.concat([plan.selected(frame, of, key) for of in groups], ignore_index=True)

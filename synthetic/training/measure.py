@@ -31,7 +31,7 @@ from icl_helpers.errors import MissingArtefactError
 from icl_helpers.evaluation.conditions import conditions
 from icl_helpers.evaluation.evaluate import evaluate
 from icl_helpers.evaluation.scorer import reference_samples
-from icl_helpers.files import atomic_path
+from icl_helpers.evaluation.store import write_parquet
 from icl_helpers.models.loading import load_model
 from icl_helpers.models.reference_text import reference_texts
 from icl_helpers.results.statistics import accuracy_intervals
@@ -237,7 +237,6 @@ def measure_trainings(
     written = []
     for name, parts in frames.items():
         path = Path(target) / f"{name}.parquet"
-        with atomic_path(path) as temporary:
-            pd.concat(parts, ignore_index=True).to_parquet(temporary, index=False)
+        write_parquet(path, pd.concat(parts, ignore_index=True))
         written.append(path)
     return written

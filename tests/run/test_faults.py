@@ -221,14 +221,8 @@ def test_path_that_cannot_be_is_refused_before_the_first_stage(name, value, tmp_
         (["data", "original", "--from", "a-file"], "a-file"),
     ],
 )
-def test_file_or_number_that_cannot_serve_is_named(command, message, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a-file").write_text("mine")
-    assert main(command) == 2
-    printed = capfd.readouterr().err
-    assert message in printed
-    assert "Traceback" not in printed
-    assert os.listdir(tmp_path) == ["a-file"]
+def test_file_or_number_that_cannot_serve_is_named(command, message, refuses_a_file):
+    refuses_a_file(main, command, message)
 
 
 def test_case_twins_do_not_share_a_run_directory(tmp_path):

@@ -6,7 +6,6 @@ import importlib
 import itertools
 import json
 import math
-import os
 import random
 from collections import Counter
 
@@ -400,11 +399,5 @@ class TestEmbeddedModel:
     ("command", "message"),
     [(["train", "a-file"], "cannot write a-file/"), (["measure", "a-file"], "a-file")],
 )
-def test_file_in_place_of_a_training_is_named(command, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a-file").write_text("mine")
-    assert main(command) == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert "Traceback" not in printed
-    assert os.listdir(tmp_path) == ["a-file"]
+def test_file_in_place_of_a_training_is_named(command, message, refuses_a_file):
+    refuses_a_file(main, command, message)

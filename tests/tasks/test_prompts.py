@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +21,7 @@ from icl_helpers.tasks.data import fetch_original, load_rows
 from icl_helpers.tasks.lm_eval_task import load_task
 from icl_helpers.tasks.specs import get_task_spec, task_names
 from tests.conftest import SHARED, make_tokenizer
+from tests.tasks.test_demonstrations import slow_draw
 
 ORIGINAL = SHARED / "original_data"
 HASHES = SHARED / "reference" / "prompt_hashes_seed42.json"
@@ -75,34 +75,13 @@ def test_word_rows_are_all_pairs_of_their_categories(task):
 
 
 def slow_contexts(task: str, shots: int, seed: int) -> list[str]:
-    """The published draw, written out with lists."""
-    spec = get_task_spec(task)
-    rows = load_rows(task)
-    rng = random.Random(seed)
-    classes = []
-    for _, label in rows:
-        if label not in classes:
-            classes.append(label)
+    """The published prompts from the draw that is written out with lists."""
+    spec, rows = get_task_spec(task), load_rows(task)
+    sampler = "disjoint_words" if task.startswith("wordseq") else "balanced"
+    drawn = slow_draw(rows, rows, shots=shots, seed=seed, sampler=sampler, same_split=True)
     contexts = []
-    for query, query_label in rows:
-        base, rest = divmod(shots + 1, len(classes))
-        counts = [(label, base) for label in classes]
-        more = [pair[0] for pair in rng.sample(counts, rest)]
-        drawn = []
-        for label, count in counts:
-            candidates = [row for row in rows if row[1] == label]
-            if task.startswith("wordseq"):
-                candidates = [
-                    row
-                    for row in candidates
-                    if row[0].split()[0] != query.split()[0]
-                    and row[0].split()[1] != query.split()[1]
-                ]
-            count += label in more
-            drawn += rng.sample(candidates, min(count, len(candidates)))
-        rng.shuffle(drawn)
-        kept = [row for row in drawn if row != (query, query_label)][:shots]
-        body = "\n\n".join([f"{text}:{label}" for text, label in kept] + [f"{query}:"])
+    for (query, _), demonstrations in zip(rows, drawn, strict=True):
+        body = "\n\n".join([f"{text}:{label}" for text, label in demonstrations] + [f"{query}:"])
         contexts.append(f"{spec.description}\n\n{body}")
     return contexts
 

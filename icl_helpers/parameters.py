@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from icl_helpers.errors import InputError
 from icl_helpers.redaction import SECRET
+from icl_helpers.tasks.prompts import SAMPLINGS
 
 __all__ = [
     "About", "StageParameters", "about", "parameter_cell", "read_parameters", "stage_parameters",
@@ -33,7 +34,7 @@ _CHECKED = "_icl_parameters_checked"
 _EVERY = (1, 2, 3, 4, 5, 6, 7, 8)
 _EVALUATING = (3, 4, 5, 6, 8)
 
-Decides = Literal["model", "prompts", "selection", "random_heads", "knockout", "mean", "nothing"]
+Decides = Literal["model", "prompts", "selection", "knockout", "mean", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,10 @@ class StageParameters(BaseModel):
         None, "of text tasks: semantic, unrelated or both", _EVALUATING, "selection",
         allowed=(None, "semantic", "unrelated", "both"),
     )  # fmt: skip
-    shots: list[int] | None = _parameter(
-        None, "numbers of demonstrations; None: each task's own", _EVALUATING, "selection"
-    )
+    shots: list[int] | dict[str, list[int]] | None = _parameter(
+        None, "numbers of demonstrations, or those of tasks by name; None: each task's own",
+        _EVALUATING, "selection",
+    )  # fmt: skip
     fractions: list[float] | None = _parameter(
         None, "fractions of heads; None: those that suit the model", (1, 4, 5, 6, 7, 8), "selection"
     )
@@ -103,8 +105,12 @@ class StageParameters(BaseModel):
         [42, 43, 44], "seeds of the random heads", (4, 5, 6, 8), "selection"
     )
     limit: int | None = _parameter(
-        None, "only the first documents of each task", _EVALUATING, "prompts"
+        None, "at most so many documents of each task", _EVALUATING, "prompts"
     )
+    sampling: str | None = _parameter(
+        None, "of a limit: balanced over the labels, or first; None: first of published files",
+        _EVALUATING, "prompts", allowed=(None, *SAMPLINGS),
+    )  # fmt: skip
     data: str = _parameter(
         "synthetic", "synthetic, original, or a directory of the published files",
         (3, 4, 5, 7, 8), "prompts", path=True,
@@ -113,9 +119,10 @@ class StageParameters(BaseModel):
         None, "local files of NLP tasks, DIR/TASK/train.jsonl, ...", (3, 4, 5, 6, 7, 8), "prompts",
         path=True,
     )  # fmt: skip
-    control: str = _parameter(
-        "published", "published, strict or any_layer", (4, 5, 6, 8), "random_heads"
-    )
+    control: list[str] = _parameter(
+        ["published", "strict"], "draws of random heads: published, strict, any_layer",
+        (4, 5, 6, 8), "selection",
+    )  # fmt: skip
     categories: list[str] = _parameter(
         ["words", "labels", "colons", "blank_lines"], "what a knockout blocks", (5, 7, 8),
         "knockout",
@@ -123,6 +130,10 @@ class StageParameters(BaseModel):
     average: str = _parameter(
         "attention_input", "attention_input (as the published code) or head_output",
         (2, 4, 5, 6, 8), "mean", allowed=("attention_input", "head_output"),
+    )  # fmt: skip
+    positions: int | None = _parameter(
+        None, "of the means, at least a prompt's tokens; None: the paper's 3,000", (2, 4, 5, 6, 8),
+        "mean",
     )  # fmt: skip
     reference: str | None = _parameter(
         None, "text file for the means, one text a line", (2, 4, 5, 6, 8), "mean", path=True
@@ -136,6 +147,11 @@ class StageParameters(BaseModel):
     @classmethod
     def _as_list(cls, value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value
+
+    @field_validator("control", mode="before")
+    @classmethod
+    def _one_control(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     def as_dict(self, *, stated: bool = False) -> dict[str, Any]:
         """JSON values of all parameters; ``stated``: of a notebook's only those that it has."""
@@ -256,18 +272,26 @@ def _check_values(parameters: StageParameters) -> None:
         check_fraction(fraction)
     for name, _, _, declared in about():
         options = CONTROLS if name == "control" else declared.allowed
-        if options is not None and getattr(parameters, name) not in options:
-            raise InputError(
-                f"parameter {name!r} must be one of {', '.join(map(str, options))}, got "
-                f"{getattr(parameters, name)!r}"
-            )
+        value = getattr(parameters, name)
+        for one in value if isinstance(value, list) else [value]:
+            if options is not None and one not in options:
+                raise InputError(
+                    f"parameter {name!r} must be one of {', '.join(map(str, options))}, got {one!r}"
+                )
     check_categories(parameters.categories)
-    if any(shots < 0 for shots in parameters.shots or []):
+    shots = parameters.shots or []
+    by_task = shots if isinstance(shots, dict) else {"": shots}
+    for task in by_task:
+        if task:
+            get_task_spec(task)
+    if any(number < 0 for several in by_task.values() for number in several):
         raise InputError(f"shots must be >= 0, got {parameters.shots}")
+    if parameters.positions is not None and parameters.positions < 1:
+        raise InputError(f"positions must be >= 1 or None, got {parameters.positions}")
     if parameters.limit is not None and parameters.limit < 1:
         raise InputError(f"limit must be >= 1 or None, got {parameters.limit}")
-    if not parameters.seeds or not parameters.ablation_seeds:
-        raise InputError("seeds and ablation_seeds must each hold at least one seed")
+    if not (parameters.seeds and parameters.ablation_seeds and parameters.control):
+        raise InputError("seeds, ablation_seeds and control must each hold at least one")
     size = parameters.batch_size
     if (isinstance(size, str) and size != "auto") or (isinstance(size, int) and size < 1):
         raise InputError(f"batch_size must be 'auto' or >= 1, got {size!r}")

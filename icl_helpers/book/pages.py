@@ -16,7 +16,6 @@ from icl_helpers.parameters import StageParameters, read_parameters, stage_param
 from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
 from icl_helpers.results.tables import (
-    CONDITION_TITLES,
     abstract_results,
     markdown_table,
     summarise,
@@ -105,9 +104,8 @@ def comparison_page(runs: Sequence[Path], folder: Path) -> str:
         frame["share"].isin(["", "larger"]) & frame["ablation"].isin(["none", "mean", "knockout"])
     ]
     tables = {
-        condition: _pivot(rows, runs)
-        for condition in CONDITION_TITLES
-        if not (rows := shown[shown["condition"] == condition]).empty
+        " ".join(filter(None, key)): _pivot(rows, runs)
+        for key, rows in shown.groupby(["condition", "control"], sort=False)
     }
     return _page("comparison", tables=tables)
 
@@ -136,7 +134,8 @@ def overlay_page(run: Path, folder: Path) -> str | None:
     rows = [
         [
             row["table"], row["task"], row["labels"], row["shots"],
-            row["condition"].replace("_", " "), row["ablation"], f"{row['fraction']:.0%}",
+            row["condition"].replace("_", " "), row["ablation"],
+            f"{row['fraction']:.0%}" if row["fraction"] > 0 else "",
             f"{row['published']:.1f}", f"{row['accuracy']:.1f}",
             f"{row['low']:.1f} to {row['high']:.1f}", f"{row['difference']:+.1f}",
             "yes" if row["inside"] else "no",

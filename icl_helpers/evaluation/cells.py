@@ -18,6 +18,7 @@ from icl_helpers.evaluation.shared_work import Encoded
 from icl_helpers.evaluation.store import CellStore
 from icl_helpers.files import content_key
 from icl_helpers.tasks.lm_eval_task import load_task
+from icl_helpers.tasks.prompts import sample_documents
 
 __all__ = ["Cell", "CellGroup", "Scorer", "score_group", "stored_cells"]
 
@@ -53,6 +54,7 @@ class CellGroup:
     shots: int
     seed: int
     limit: int | None
+    sampling: str
     data: str
     conditions: tuple[Condition, ...]
 
@@ -63,10 +65,11 @@ class CellGroup:
 
     def spec(self) -> dict[str, Any]:
         """What decides the prompts."""
-        return {
+        spec = {
             "task": self.task, "labels": self.labels, "shots": self.shots,
             "limit": self.limit, "data": self.data,
         }  # fmt: skip
+        return spec if self.limit is None else {**spec, "sampling": self.sampling}
 
     def describe(self) -> dict[str, Any]:
         """What is evaluated, as JSON values, without the heads."""
@@ -76,7 +79,8 @@ class CellGroup:
             "shots": self.shots,
             "demonstration_seed": self.seed,
             "conditions": [
-                [c.name, c.ablation, c.fraction, c.ablation_seed] for c in self.conditions
+                [c.name, c.ablation, c.fraction, c.control, c.ablation_seed]
+                for c in self.conditions
             ],
         }
 
@@ -150,7 +154,7 @@ def _prompt_set(group: CellGroup) -> _PromptSet:
     loaded = load_task(
         group.task, shots=group.shots, seed=group.seed, labels=group.labels, data=group.data
     )
-    loaded.build_all_requests(limit=group.limit, rank=0, world_size=1)
+    loaded.build_all_requests(samples=_sample(group, loaded), rank=0, world_size=1)
     pairs = [cast("tuple[str, str]", instance.args) for instance in loaded.instances]
     if not pairs:
         raise InputError(
@@ -161,12 +165,20 @@ def _prompt_set(group: CellGroup) -> _PromptSet:
     return _PromptSet(loaded, pairs, content_key([pairs, targets]))
 
 
+def _sample(group: CellGroup, task: Any) -> list[int] | None:
+    if group.limit is None:
+        return None
+    targets = [int(task.doc_to_target(doc)) for doc in task.eval_docs]
+    return sample_documents(targets, group.limit, sampling=group.sampling)
+
+
 def _score(lm: Scorer, task: Any, encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
     """Score one cell: of each document the target, and of each of its labels what was found."""
     scored = lm._loglikelihood_tokens(encoded)
     by_document: dict[int, list[tuple[Any, Encoded, tuple[float, bool]]]] = {}
     for instance, request, result in zip(task.instances, encoded, scored, strict=True):
-        by_document.setdefault(instance.doc_id, []).append((instance, request, result))
+        # lm-eval numbers the documents of a sample anew.
+        by_document.setdefault(instance.doc["doc_id"], []).append((instance, request, result))
     documents: dict[str, list[Any]] = {
         "doc_id": [], "target": [], "log_probabilities": [], "n_tokens": [], "greedy": [],
     }  # fmt: skip

@@ -9,7 +9,8 @@ Example
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,14 +48,16 @@ class Condition:
     """One column of the paper's tables (paper, sections 3 to 5).
 
     ``name`` is full, induction_heads, random_heads or induction_pattern; ``ablation`` is none,
-    mean, zero or knockout. ``categories`` matter to knockout only, ``ablation_seed`` to random
-    heads only. ``borrowed`` lists random heads taken from neighbouring layers.
+    mean, zero or knockout. ``categories`` matter to knockout only; ``ablation_seed`` and
+    ``control``, how they were drawn, to random heads only. ``borrowed`` lists random heads taken
+    from neighbouring layers.
     """
 
     name: ConditionName
     ablation: Literal["none", "mean", "zero", "knockout"] = "none"
     fraction: float = 0.0
     ablation_seed: int | None = None
+    control: str = ""
     heads: tuple[Head, ...] = ()
     head_outputs: Float[torch.Tensor, "layers positions heads d_head"] | None = field(
         default=None, repr=False
@@ -85,6 +88,8 @@ class Condition:
             "ablation_seed": self.ablation_seed,
             "heads": sorted([head.layer, head.head] for head in self.heads),
         }
+        if self.control:
+            identity["control"] = self.control
         if self.ablation == "knockout":
             identity["categories"] = sorted(self.categories)
         if self.ablation == "mean" and self.head_outputs is not None:
@@ -104,7 +109,7 @@ def conditions(
     ablations: Sequence[str] = ("mean", "knockout"),
     head_outputs: Float[torch.Tensor, "layers positions heads d_head"] | None = None,
     ablation_seeds: Sequence[int] = PAPER_ABLATION_SEEDS,
-    control: Literal["published", "strict", "any_layer"] = "published",
+    control: str | Sequence[str] = "published",
     categories: Sequence[str] = CATEGORIES,
     full: bool = True,
 ) -> list[Condition]:
@@ -121,13 +126,14 @@ def conditions(
         ``published``: random heads may be induction heads again; ``strict``: they may not, and
         where a layer has too few others they come from the nearest layers (paper, section 3).
         ``any_layer``: heads of any layer but the last, as the paper's appendix A.5 has it for the
-        zero ablation.
+        zero ablation. Several are drawn side by side.
     categories
         What a knockout blocks; see :func:`icl_helpers.induction_pattern` (paper, section 5).
     full
         Put the full model first.
     """
-    _check(fractions, ablations, ablation_seeds, control, categories)
+    controls = dict.fromkeys([control] if isinstance(control, str) else control)
+    _check(fractions, ablations, ablation_seeds, controls, categories)
     if "mean" in ablations and head_outputs is None:
         raise InputError(
             "mean ablation needs head_outputs: compute them with mean_head_outputs(model, "
@@ -140,19 +146,21 @@ def conditions(
             if ablation == "knockout":
                 found.append(
                     Condition(
-                        "induction_pattern", "knockout", fraction, None, induction,
+                        "induction_pattern", "knockout", fraction, heads=induction,
                         categories=tuple(categories),
                     )
                 )  # fmt: skip
                 continue
             means = head_outputs if ablation == "mean" else None
             kind: Any = ablation
-            found.append(Condition("induction_heads", kind, fraction, None, induction, means))
-            for seed in dict.fromkeys(ablation_seeds):
-                drawn, borrowed = _control(induction, scores, seed, control)
+            found.append(
+                Condition("induction_heads", kind, fraction, heads=induction, head_outputs=means)
+            )
+            for way, seed in itertools.product(controls, dict.fromkeys(ablation_seeds)):
+                drawn, borrowed = _control(induction, scores, seed, way)
                 found.append(
                     Condition(
-                        "random_heads", kind, fraction, seed, tuple(drawn), means,
+                        "random_heads", kind, fraction, seed, way, tuple(drawn), means,
                         borrowed=tuple(borrowed),
                     )
                 )  # fmt: skip
@@ -174,7 +182,7 @@ def _check(
     fractions: Sequence[float],
     ablations: Sequence[str],
     ablation_seeds: Sequence[int],
-    control: str,
+    controls: Iterable[str],
     categories: Sequence[str],
 ) -> None:
     for fraction in fractions:
@@ -186,5 +194,6 @@ def _check(
     for seed in ablation_seeds:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"ablation_seeds must be whole numbers, got {seed!r}")
-    if control not in CONTROLS:
-        raise InputError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}")
+    for control in controls:
+        if control not in CONTROLS:
+            raise InputError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}")

@@ -44,7 +44,13 @@ from icl_helpers.evaluation.workers import (
 from icl_helpers.files import check_run_dir, content_key, write_json
 from icl_helpers.models.fingerprint import model_key
 from icl_helpers.models.loading import load_model
-from icl_helpers.tasks.prompts import PromptSet, Shots, prompt_sets, resolve_shots
+from icl_helpers.tasks.prompts import (
+    PromptSet,
+    Shots,
+    prompt_sets,
+    resolve_sampling,
+    resolve_shots,
+)
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
@@ -77,6 +83,7 @@ def evaluate(
     conditions: Sequence[Condition | str] = (FULL,),
     seeds: Sequence[int] = (42, 43, 44),
     limit: int | None = None,
+    sampling: str | None = None,
     batch_size: int | str = "auto",
     run_dir: str | os.PathLike[str] | None = None,
     labels: str | None = None,
@@ -98,8 +105,9 @@ def evaluate(
     seeds
         Demonstration seeds. Zero-shot prompts have no demonstrations: they are scored once and the
         row repeats for every seed.
-    limit
-        Only the first documents of each task; None: all.
+    limit, sampling
+        At most so many documents of each task; None: all. ``"balanced"`` over the labels, or the
+        ``"first"``; None: see :func:`icl_helpers.tasks.prompts.resolve_sampling`.
     run_dir
         Keeps every finished cell below ``run_dir/cells`` and writes ``results.parquet`` and
         ``documents.parquet``.
@@ -113,10 +121,10 @@ def evaluate(
     Returns
     -------
     EvaluationResults
-        A DataFrame with columns task, labels, shots, condition, ablation, fraction, ablation_seed,
-        demonstration_seed, n, n_invalid, accuracy. ``n_invalid`` documents had logits that were not
-        finite; they are left out of ``n`` and ``accuracy``. Its attribute ``documents`` is
-        the per-document frame, as :func:`document_results` describes it.
+        A DataFrame with columns task, labels, shots, condition, ablation, fraction, control,
+        ablation_seed, demonstration_seed, n, n_invalid, accuracy. ``n_invalid`` documents had
+        logits that were not finite; they are left out of ``n`` and ``accuracy``. Its attribute
+        ``documents`` is the per-document frame, as :func:`document_results` describes it.
 
     Raises
     ------
@@ -135,7 +143,9 @@ def evaluate(
             data,
         )
     ]  # fmt: skip
-    request = plan_request(sets, conditions=conditions, limit=limit, run_dir=run_dir)
+    request = plan_request(
+        sets, conditions=conditions, limit=limit, sampling=sampling, run_dir=run_dir
+    )
     layout = attention_layout(model)
     for condition in request.groups[0].conditions:
         check_heads(condition.heads, layout)
@@ -151,6 +161,7 @@ def plan_request(
     *,
     conditions: Sequence[Condition | str],
     limit: int | None,
+    sampling: str | None = None,
     run_dir: str | os.PathLike[str] | None,
     setting: Callable[[str, str, str], str] = lambda *_: "",
 ) -> Request:
@@ -160,7 +171,17 @@ def plan_request(
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"limit must be a whole number >= 1 or None, got {limit!r}")
     groups = tuple(
-        CellGroup(s.task, s.labels, s.shots, s.seeds[0], limit, s.data, chosen) for s in sets
+        CellGroup(
+            s.task,
+            s.labels,
+            s.shots,
+            s.seeds[0],
+            limit,
+            resolve_sampling(s.task, s.data, sampling),
+            s.data,
+            chosen,
+        )
+        for s in sets
     )
     return Request(groups, tuple(s.seeds for s in sets), directory, setting)
 
@@ -213,13 +234,13 @@ def _as_conditions(given: Sequence[Condition | str]) -> tuple[Condition, ...]:
     for condition in map(_as_condition, given):
         by_identity.setdefault(content_key(condition.identity()), condition)
     chosen = list(by_identity.values())
-    names = [(c.name, c.ablation, c.fraction, c.ablation_seed) for c in chosen]
+    names = [(c.name, c.ablation, c.fraction, c.control, c.ablation_seed) for c in chosen]
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise InputError(
-            f"two conditions have the name, ablation, fraction and ablation_seed {twice}, by which "
-            f"results are told apart; give one of them another ablation_seed, or evaluate them in "
-            f"two calls"
+            f"two conditions have the name, ablation, fraction, control and ablation_seed {twice}, "
+            f"by which results are told apart; give one of them another ablation_seed, or evaluate "
+            f"them in two calls"
         )
     return tuple(chosen)
 

@@ -461,9 +461,8 @@ def single_condition(
     if kind == "mean":
         texts = reference_texts(model_name, reference=reference)
         means = mean_head_outputs(model, reference_samples(model, tokenizer, texts))
-    which: Any = control
     found = conditions(
         scores, fractions=[fraction], ablations=[kind], head_outputs=means,
-        ablation_seeds=[seed], control=which, full=False,
+        ablation_seeds=[seed], control=control, full=False,
     )  # fmt: skip
     return next(condition for condition in found if condition.name == names[ablate])

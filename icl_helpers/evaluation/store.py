@@ -45,7 +45,8 @@ class CellStore:
     def stem(self, spec: dict[str, Any]) -> str:
         """Start of the file's name, without the key; cells of other models share it."""
         parts = [spec["task"], spec["labels"], f"{spec['shots']}shot", spec["condition"]]
-        parts += [spec["ablation"], f"{spec['fraction']:.4g}", f"a{spec['ablation_seed']}"]
+        parts += [spec["ablation"], f"{spec['fraction']:.4g}"]
+        parts += [spec.get("control", ""), f"a{spec['ablation_seed']}"]
         return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(map(str, parts)))[:120]
 
     def stems(self) -> set[str]:
@@ -91,7 +92,7 @@ def _read_checked(path: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[st
 
 # What a row of the tables is found by: of one set of prompts, under one condition, at its seeds.
 ROW = ["task", "labels", "shots"]
-CELL = [*ROW, "condition", "ablation", "fraction"]
+CELL = [*ROW, "condition", "ablation", "fraction", "control"]
 KEYS = [*CELL, "ablation_seed", "demonstration_seed"]
 
 
@@ -112,6 +113,8 @@ def document_frame(
     """A cell's documents under its key, at one demonstration seed; see :func:`document_results`."""
     frame = _judged(documents)
     values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}
+    # Of the full model no share of the heads is removed, not a share of 0.
+    values |= {"fraction": spec["fraction"] or np.nan, "control": spec.get("control", "")}
     for position, key in enumerate(KEYS):
         frame.insert(position, key, values[key])
     frame["setting"] = setting(spec["task"], spec["condition"], spec["ablation"])
@@ -239,8 +242,9 @@ def write_parquet(path: Path, frame: pd.DataFrame) -> None:
 def document_results(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     """Per-document results of a run: a row per document under its key.
 
-    Columns: the key (task, labels, shots, condition, ablation, fraction, ablation_seed,
-    demonstration_seed), and
+    Columns: the key (task, labels, shots, condition, ablation, fraction, control, ablation_seed,
+    demonstration_seed; fraction is missing for the full model, control empty but for random heads),
+    and
 
     doc_id
         The document's place in its task.

@@ -33,6 +33,16 @@ def published_accuracy() -> pd.DataFrame:
     return pd.read_csv(Path(__file__).parents[1] / "published" / "accuracy.csv")
 
 
+def _published_rows(model: str) -> pd.DataFrame:
+    """Return a model's published accuracies under the keys of a run's rows."""
+    frame = published_accuracy().query("model == @model")
+    drawn = {True: "published", False: ""}
+    return frame.assign(
+        fraction=frame["fraction"].where(frame["fraction"] > 0),
+        control=(frame["condition"] == "random_heads").map(drawn),
+    )
+
+
 def published_name(model: str) -> str | None:
     """Return the paper's name of a model, when it is one of the paper's two."""
     return PAPER_MODELS.get(model.lower().rstrip("/").split("/")[-1])
@@ -45,10 +55,9 @@ def published_table(number: int, model: str) -> pd.DataFrame:
     the accuracy in percent and, in parentheses, its difference to the full model in points. Raises
     :class:`InputError` for another model.
     """
-    published = published_accuracy()
-    rows = published[(published["table"] == number) & (published["model"] == model)]
+    rows = _published_rows(model).query("table == @number")
     if rows.empty:
-        names = ", ".join(sorted(set(published["model"])))
+        names = ", ".join(sorted(set(published_accuracy()["model"])))
         raise InputError(f"nothing is published for {model!r}; the paper's models are {names}")
     rows = _with_change(rows)
     change = rows["change"].map(" ({:+.1f})".format).mask(rows["condition"] == "full", "")
@@ -75,11 +84,11 @@ def compare_runs(runs: Mapping[str, tuple[str, pd.DataFrame]]) -> pd.DataFrame:
         raise InputError("runs is empty; give at least one run")
     frames = []
     for name, (model, results) in runs.items():
-        means = 100 * results.groupby(CELL, sort=False)["accuracy"].mean()
+        means = 100 * results.groupby(CELL, sort=False, dropna=False)["accuracy"].mean()
         means = _with_change(means.reset_index()).assign(run=name, model=model)
-        fractions = means.loc[means["fraction"] > 0, "fraction"]
-        share = {0.0: ""} | dict.fromkeys(fractions, "smaller") | {fractions.max(): "larger"}
-        means["share"] = means["fraction"].map(share)
+        fractions = means["fraction"].dropna()
+        share = dict.fromkeys(fractions, "smaller") | {fractions.max(): "larger"}
+        means["share"] = means["fraction"].map(share).fillna("")
         means["documents"] = means["task"].map(results.groupby("task")["n"].max())
         frames.append(means)
     columns = ["run", "model", *CELL, "share", "documents", "accuracy", "change"]
@@ -97,8 +106,7 @@ def overlay(model: str, documents: pd.DataFrame) -> pd.DataFrame | None:
     name = published_name(model)
     if name is None:
         return None
-    published = published_accuracy()
-    published = published[published["model"] == name].rename(columns={"accuracy": "published"})
+    published = _published_rows(name).rename(columns={"accuracy": "published"})
     merged = published.merge(accuracy_intervals(documents), on=CELL, how="inner")
     merged["difference"] = merged["accuracy"] - merged["published"]
     merged["inside"] = merged["published"].between(merged["low"], merged["high"])

@@ -27,7 +27,8 @@ _FULL, _INDUCTION, _RANDOM, _OTHER, _GUIDE = "#444444", "#b2182b", "#2166ac", "#
 # In the order of the bars.
 _COLOURS = {
     "full": _FULL, "induction_heads": _INDUCTION, "induction_pattern": "#ef8a62",
-    "random_heads": _RANDOM,
+    "random_heads": _RANDOM, "random_heads_published": _RANDOM, "random_heads_strict": "#92c5de",
+    "random_heads_any_layer": "#b8b8b8",
 }  # fmt: skip
 _TASK_STYLES = (
     ("#1b7837", "o"), ("#762a83", "s"), ("#e08214", "^"), (_RANDOM, "D"), (_INDUCTION, "v"),
@@ -128,14 +129,15 @@ def _accuracies(
 ) -> tuple[pd.DataFrame, str]:
     """Return bars (percent) at one number of shots and the larger fraction, and their title."""
     rows = results[results["ablation"].isin(["none", *ablations])]
-    rows = rows[rows["fraction"].isin([0.0, rows["fraction"].max()])]
+    share = rows["fraction"].max()
+    rows = rows[rows["fraction"].fillna(share) == share]
     task_shots = rows.groupby("task")["shots"].transform("max" if shots == "most" else "min")
     rows = rows[rows["shots"] == task_shots]
-    runs = rows.groupby(CELL, sort=False)["accuracy"]
-    bars = 100 * runs.agg(height="mean", low="min", high="max")
-    share = rows["fraction"].max()
-    heads = f", {share:.1%} of the heads" if share else ""
-    return bars.reset_index(), f"{_numbers(rows['shots'])} examples{heads}"
+    runs = rows.groupby(CELL, sort=False, dropna=False)["accuracy"]
+    bars = (100 * runs.agg(height="mean", low="min", high="max")).reset_index()
+    bars["condition"] += bars["control"].map(lambda control: control and f"_{control}")
+    heads = f", {share:.1%} of the heads" if share > 0 else ""
+    return bars, f"{_numbers(rows['shots'])} examples{heads}"
 
 
 def benefit_bars(changes: pd.DataFrame, *, ablation: str) -> Figure:

@@ -37,7 +37,8 @@ __all__ = [
     "simulate_coverage",
 ]  # fmt: skip
 
-_FULL = ("full", "none", 0.0)
+# What stands for the full model, of whose heads no share is removed, in keys.
+_FULL = ("full", "none", 0.0, "")
 _TASK = ["task", "labels"]
 
 
@@ -167,7 +168,8 @@ def accuracy_intervals(
         # No accuracy lies beyond these ends, whatever the tails of an interval say.
         bounds = max(0.0, 100 * low), min(100.0, 100 * high)
         rows.append((*key, 100 * mean, *bounds, n, runs))
-    return pd.DataFrame(rows, columns=[*CELL, "accuracy", "low", "high", "documents", "runs"])
+    columns = [*CELL, "accuracy", "low", "high", "documents", "runs"]
+    return _fraction_of_some(pd.DataFrame(rows, columns=columns))
 
 
 def comparisons(
@@ -175,28 +177,31 @@ def comparisons(
 ) -> pd.DataFrame:
     """Compare each condition with the full model, and induction with random heads.
 
-    Columns: the key of the first condition, ``against``, difference (percentage points, first minus
-    against), low, high, p, p_holm (corrected over the whole frame), cohens_g, and distinguishable:
-    p_holm below ``1 - level``.
+    Columns: the key of the first condition, ``against`` and ``against_control``, difference
+    (percentage points, first minus against), low, high, p, p_holm (corrected over the whole frame),
+    cohens_g, and distinguishable: p_holm below ``1 - level``.
     """
     answers = _answers(documents)
     rows = []
     for key, first_answers in answers.items():
-        row, (condition, ablation, fraction) = key[:3], key[3:]
-        rivals = {"full": (*row, *_FULL)} if condition != "full" else {}
+        row, (condition, ablation, fraction, _) = key[:3], key[3:]
+        rivals = [(*row, *_FULL)] if condition != "full" else []
         if condition == "induction_heads":
-            rivals["random_heads"] = (*row, "random_heads", ablation, fraction)
-        for against, rival in rivals.items():
+            rivals += [
+                (*row, "random_heads", ablation, fraction, control)
+                for control in dict.fromkeys(other[-1] for other in answers if other[-1])
+            ]
+        for rival in rivals:
             if rival not in answers:
                 continue
             first, second = _aligned(first_answers, answers[rival])
             interval = bootstrap_interval(first - second, level=level, resamples=resamples)
             tests = paired_test(first, second), cohens_g(first, second)
-            rows.append((*key, against, *(100 * bound for bound in interval), *tests))
-    columns = [*CELL, "against", "difference", "low", "high", "p", "cohens_g"]
+            rows.append((*key, rival[3], rival[-1], *(100 * bound for bound in interval), *tests))
+    columns = [*CELL, "against", "against_control", "difference", "low", "high", "p", "cohens_g"]
     frame = pd.DataFrame(rows, columns=columns)
     frame["p_holm"] = holm(frame["p"].to_numpy())
-    return frame.assign(distinguishable=frame["p_holm"] < 1 - level)
+    return _fraction_of_some(frame).assign(distinguishable=frame["p_holm"] < 1 - level)
 
 
 def _answers(documents: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
@@ -211,11 +216,21 @@ def _answers(documents: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
     known = documents.reindex(columns=seeds).astype("Int64").fillna(-1).astype("int64")
     documents = documents.assign(**known, correct=documents["correct"].astype("float64"))
     answers = {}
-    for key, rows in documents.groupby(CELL, sort=False):
+    for key, rows in _keyed(documents).groupby(CELL, sort=False):
         wide = rows.pivot(index="doc_id", columns=seeds, values="correct")
         every_run = pd.MultiIndex.from_product(wide.columns.levels)
         answers[key] = wide.reindex(columns=every_run).dropna().astype("int64")
     return answers
+
+
+def _keyed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return rows whose columns of the key are all there, as groups need them."""
+    return frame.assign(fraction=frame["fraction"].fillna(0.0))
+
+
+def _fraction_of_some(frame: pd.DataFrame) -> pd.DataFrame:
+    """Take a full model's fraction away again; the inverse of :func:`_keyed`."""
+    return frame.assign(fraction=frame["fraction"].where(frame["fraction"] > 0))
 
 
 def _array(answers: pd.DataFrame) -> np.ndarray:
@@ -247,7 +262,7 @@ def icl_benefit(results: pd.DataFrame, *, shots: int = 10) -> pd.DataFrame:
     full model gains nothing) or ``at chance`` (its few-shot accuracy is within 1.96 standard
     errors of guessing), the cases that the paper leaves out.
     """
-    means = (results["accuracy"] * 100).groupby([results[name] for name in CELL]).mean()
+    means = 100 * _keyed(results).groupby(CELL)["accuracy"].mean()
     table = means.unstack("shots")
     if 0 not in table or shots not in table:
         raise InputError(f"the results need 0-shot and {shots}-shot rows to compare")
@@ -265,7 +280,7 @@ def icl_benefit(results: pd.DataFrame, *, shots: int = 10) -> pd.DataFrame:
     frame["left_out"] = reference["left_out"].fillna("no full model")
     change = 100 * (frame["benefit"] / reference["benefit"] - 1)
     frame["relative_change"] = change.where(frame["left_out"] == "")
-    return frame
+    return _fraction_of_some(frame)
 
 
 def benefit_changes(results: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFrame:

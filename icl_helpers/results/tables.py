@@ -114,12 +114,25 @@ def annotated_table(documents: pd.DataFrame, number: int) -> AnnotatedTable:
     change = tests["difference"].map("{:+.1f}".format)
     mark = tests["distinguishable"].map({True: MARK, False: ""})
     tests["change"] = " (" + change + ")" + mark
-    gaps = tests.assign(condition=_GAP, text=change + mark + _bounds(tests, "{:+.1f}"))
+    gaps = tests.assign(
+        condition=_GAP, control=tests["against_control"],
+        text=change + mark + _bounds(tests, "{:+.1f}"),
+    )  # fmt: skip
     to_full = tests.loc[tests["against"] == "full", [*CELL, "change"]]
     cells = accuracy_intervals(rows).merge(to_full, how="left", on=CELL)
     accuracy = cells["accuracy"].map("{:.1f}".format)
     cells["text"] = accuracy + cells["change"].fillna("") + _bounds(cells, "{:.1f}")
-    columns = ["against", "difference", "low", "high", "p", "p_holm", "cohens_g", "distinguishable"]
+    columns = [
+        "against",
+        "against_control",
+        "difference",
+        "low",
+        "high",
+        "p",
+        "p_holm",
+        "cohens_g",
+        "distinguishable",
+    ]
     return AnnotatedTable(
         cell_frame(pd.concat([cells, gaps[gaps["against"] == "random_heads"]])),
         tests[[*CELL, *columns]],
@@ -133,14 +146,19 @@ def _bounds(frame: pd.DataFrame, form: str) -> pd.Series:
 def cell_frame(cells: pd.DataFrame) -> pd.DataFrame:
     """Lay out cells in the paper's order and words: a row a task, labels and shots.
 
-    ``cells`` has those columns, condition, fraction and ``text``.
+    ``cells`` has those columns, condition, fraction, control and ``text``.
     """
-    wide = cells.pivot(index=ROW, columns=["condition", "fraction"], values="text")
+    keyed = cells.assign(fraction=cells["fraction"].fillna(0.0))
+    wide = keyed.pivot(index=ROW, columns=["condition", "control", "fraction"], values="text")
     order = [*CONDITION_TITLES, _GAP]
-    columns = sorted(wide, key=lambda column: (order.index(column[0]), column[1]))
+    columns = sorted(wide, key=lambda column: (order.index(column[0]), *column[1:]))
     wide = wide.reindex(pd.MultiIndex.from_frame(cells[ROW].drop_duplicates()))[columns]
     wide.columns = pd.MultiIndex.from_tuples(
-        (CONDITION_TITLES.get(name, name), f"{share:.1%}" if share else "") for name, share in wide
+        (
+            CONDITION_TITLES.get(name, name) + (f", {control}" if control else ""),
+            f"{share:.1%}" if share else "",
+        )
+        for name, control, share in wide
     )
     return wide.fillna("")
 
@@ -161,7 +179,7 @@ def summarise(results: pd.DataFrame, *, ablation: str = "mean") -> dict[str, Any
     rows = abstract_results(results)
     rows = rows[_label_counts(rows["task"]) == 2]
     larger = float(rows["fraction"].max())
-    rows = rows[rows["fraction"].isin([0.0, larger])]
+    rows = rows[rows["fraction"].fillna(larger) == larger]
     rows = rows[rows["ablation"].isin(["none", "knockout", ablation])]
     few = rows[rows["shots"] == rows.groupby("task")["shots"].transform("max")]
     zero = rows[rows["shots"] == 0]

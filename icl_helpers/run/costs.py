@@ -157,7 +157,8 @@ def estimate_cost(
     )
     total, _ = parameter_counts(config)
     tokens, longest, uncounted = _grid_tokens(Plan(parameters), tokenizer or _embedded_tokenizer())
-    positions = min(PAPER_POSITIONS, config.get_text_config().max_position_embeddings)
+    context = config.get_text_config().max_position_embeddings
+    positions = min(parameters.positions or PAPER_POSITIONS, context)
     return Cost(
         parameters=total,
         weights_bytes=weights_bytes(

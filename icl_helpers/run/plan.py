@@ -116,7 +116,8 @@ class Plan:
             raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if kind == "full":
             return 1
-        controls = 0 if kind == "knockout" else len(set(self.parameters.ablation_seeds))
+        p = self.parameters
+        controls = 0 if kind == "knockout" else len(set(p.ablation_seeds)) * len(set(p.control))
         return len(set(self.fractions)) * (1 + controls)
 
     def row_key(
@@ -141,20 +142,21 @@ class Plan:
             for prompts in self.prompt_sets(group)
             for seed in prompts.seeds
         }
-        fractions = {0.0, *self.fractions}
         setting = functools.cache(functools.partial(self.row_key, model_key=model_key))
 
         def belongs(row: Any) -> bool:
+            full = row.condition == "full"
             return (
                 (row.task, row.labels, row.shots, row.demonstration_seed) in wanted
-                and row.fraction in fractions
+                and (pd.isna(row.fraction) if full else row.fraction in self.fractions)
                 and (pd.isna(row.ablation_seed) or row.ablation_seed in p.ablation_seeds)
+                and (row.control == "" or row.control in p.control)
                 and row.setting == setting(row.task, row.condition, row.ablation)
             )
 
         p = self.parameters
-        if "setting" not in frame:
-            frame = frame.assign(setting="")
+        # Of versions that did not write these columns no row belongs.
+        frame = frame.assign(**{name: "" for name in ("control", "setting") if name not in frame})
         keys = frame[[*KEYS, "setting"]].drop_duplicates()
         return frame.merge(keys[[belongs(row) for row in keys.itertuples(index=False)]])
 

@@ -181,7 +181,7 @@ class Run:
         """Mean head outputs, [layers, positions, heads, d_head]; computed once."""
         p = self.parameters
         texts = reference_texts(p.model, reference=p.reference)
-        positions = min(PAPER_POSITIONS, self.identity["context"])
+        positions = min(p.positions or PAPER_POSITIONS, self.identity["context"])
         ids = reference_ids(self.tokenizer, texts, n_samples=PAPER_SAMPLES, n_positions=positions)
         key = content_key(["means", self._model_parts(), samples_key(ids), p.average])
 
@@ -198,11 +198,10 @@ class Run:
         if kind == "full":
             return [FULL]
         p = self.parameters
-        control: Any = p.control
         return conditions(
             self.prefix_scores().mean(0), fractions=self.plan.fractions, ablations=[kind],
             head_outputs=self.mean_head_outputs() if kind == "mean" else None,
-            ablation_seeds=p.ablation_seeds, control=control, categories=p.categories, full=False,
+            ablation_seeds=p.ablation_seeds, control=p.control, categories=p.categories, full=False,
         )  # fmt: skip
 
     def evaluate(self, *kinds: str, group: Group = "tasks") -> pd.DataFrame:
@@ -218,7 +217,8 @@ class Run:
         if not sets:
             return pd.DataFrame(columns=[*KEYS, "n", "n_invalid", "accuracy"])
         request = plan_request(
-            sets, conditions=conditions, limit=p.limit, run_dir=self.directory,
+            sets, conditions=conditions, limit=p.limit, sampling=p.sampling,
+            run_dir=self.directory,
             setting=functools.partial(self.plan.row_key, model_key=key),
         )  # fmt: skip
         with workers_from_environment() as workers:

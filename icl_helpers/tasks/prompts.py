@@ -10,8 +10,10 @@ Example
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,8 +24,8 @@ from icl_helpers.tasks.demonstrations import Pool, draw_demonstrations
 from icl_helpers.tasks.specs import Sampler, TaskSpec, TextTaskSpec, get_task_spec
 
 __all__ = [
-    "Prompt", "PromptSet", "Shots", "build_prompts", "prompt_sets", "resolve_shots",
-    "text_contexts",
+    "SAMPLINGS", "Prompt", "PromptSet", "Shots", "build_prompts", "prompt_sets", "resolve_sampling",
+    "resolve_shots", "sample_documents", "text_contexts",
 ]  # fmt: skip
 
 Shots = int | Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -84,6 +86,45 @@ def resolve_shots(task: str, shots: Shots) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise InputError(f"shots must be whole numbers >= 0, got {value!r} for {task}")
     return values
+
+
+# How a limit takes documents of a task.
+SAMPLINGS = ("balanced", "first")
+
+
+def resolve_sampling(task: str, data: str, sampling: str | None) -> str:
+    """How a limit takes a task's documents: as given, or ``balanced`` over the labels.
+
+    Of the published files of the abstract tasks it takes the ``first``, as the published code does.
+    """
+    if sampling is None:
+        published = data != "synthetic" and not isinstance(get_task_spec(task), TextTaskSpec)
+        return "first" if published else "balanced"
+    if sampling not in SAMPLINGS:
+        raise InputError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+    return sampling
+
+
+def sample_documents(
+    targets: Sequence[int], limit: int, *, sampling: str = "balanced", seed: int = 0
+) -> list[int]:
+    """Places of at most ``limit`` documents, in order.
+
+    ``balanced``: as many of each label as of any other, so that one that is always said is right as
+    often as chance has it. Each label's documents are shuffled by ``random.Random(seed)`` and taken
+    in turn; where a label has too few, the others make up for it, and where the labels do not
+    divide the limit, the first ones have one more. A smaller limit takes a part of a larger one's.
+    """
+    if sampling == "first":
+        return list(range(min(limit, len(targets))))
+    rng = random.Random(seed)
+    by_label = []
+    for label in sorted(set(targets)):
+        places = [place for place, target in enumerate(targets) if target == label]
+        rng.shuffle(places)
+        by_label.append(places)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_label))
+    return sorted(itertools.islice((place for place in turns if place is not None), limit))
 
 
 def build_prompts(

@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from icl_helpers.errors import InputError
 from icl_helpers.redaction import SECRET
-from icl_helpers.tasks.prompts import SAMPLINGS
 
 __all__ = [
     "About", "StageParameters", "about", "parameter_cell", "read_parameters", "stage_parameters",
@@ -109,7 +108,7 @@ class StageParameters(BaseModel):
     )
     sampling: str | None = _parameter(
         None, "of a limit: balanced over the labels, or first; None: first of published files",
-        _EVALUATING, "prompts", allowed=(None, *SAMPLINGS),
+        _EVALUATING, "prompts",
     )  # fmt: skip
     data: str = _parameter(
         "synthetic", "synthetic, original, or a directory of the published files",
@@ -259,7 +258,7 @@ def _check_values(parameters: StageParameters) -> None:
     from icl_helpers.attention.induction_pattern import check_categories
     from icl_helpers.files import check_run_dir
     from icl_helpers.tasks.data import check_local
-    from icl_helpers.tasks.specs import get_task_spec, text_spec
+    from icl_helpers.tasks.specs import SAMPLINGS, get_task_spec, text_spec
 
     check_run_dir(parameters.run_dir)
     for task in parameters.tasks or []:
@@ -270,8 +269,9 @@ def _check_values(parameters: StageParameters) -> None:
         check_local(parameters.data_dir, [*(parameters.nlp_tasks or []), *(parameters.tasks or [])])
     for fraction in parameters.fractions or []:
         check_fraction(fraction)
+    known = {"control": CONTROLS, "sampling": (None, *SAMPLINGS)}
     for name, _, _, declared in about():
-        options = CONTROLS if name == "control" else declared.allowed
+        options = known.get(name, declared.allowed)
         value = getattr(parameters, name)
         for one in value if isinstance(value, list) else [value]:
             if options is not None and one not in options:

@@ -145,7 +145,7 @@ def test_logit_of_a_label_that_is_not_finite_is_counted_and_left_out(tokenizer, 
     with pytest.warns(UserWarning, match="not finite"):
         found = icl.evaluate(
             model, tokenizer, tasks=["repetition"], shots=0, seeds=[42], limit=60,
-            run_dir=tmp_path,
+            sampling="first", run_dir=tmp_path,
         )  # fmt: skip
     prompts = icl.build_prompts("repetition", shots=0, seed=42)[:60]
     spoilt = [odd in tokenizer(prompt.context).input_ids for prompt in prompts]
@@ -204,7 +204,9 @@ def test_conditions_that_results_cannot_tell_apart_are_refused(llama, tokenizer)
         icl.Condition("random_heads", "zero", 0.1, 42, heads=(icl.Head(0, head),))
         for head in (0, 1)
     )
-    with pytest.raises(icl.InputError, match=r"'random_heads', 'zero', 0\.1, 42.*ablation_seed"):
+    with pytest.raises(
+        icl.InputError, match=r"'random_heads', 'zero', 0\.1, '', 42.*ablation_seed"
+    ):
         icl.evaluate(llama, tokenizer, tasks=["repetition"], conditions=[first, second])
     other = replace(second, ablation_seed=43)
     request = {"tasks": ["repetition"], "shots": 2, "seeds": [42], "limit": 12}

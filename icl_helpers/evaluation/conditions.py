@@ -57,13 +57,13 @@ class Condition:
     ablation: Literal["none", "mean", "zero", "knockout"] = "none"
     fraction: float = 0.0
     ablation_seed: int | None = None
-    control: str = ""
     heads: tuple[Head, ...] = ()
     head_outputs: Float[torch.Tensor, "layers positions heads d_head"] | None = field(
         default=None, repr=False
     )
     categories: tuple[str, ...] = CATEGORIES
     borrowed: tuple[Head, ...] = ()
+    control: str = ""
 
     def interventions(self, blocked: torch.Tensor | None = None) -> list[Intervention]:
         """Interventions for one batch; knockout needs ``blocked`` [batch, query, key]."""
@@ -146,7 +146,7 @@ def conditions(
             if ablation == "knockout":
                 found.append(
                     Condition(
-                        "induction_pattern", "knockout", fraction, heads=induction,
+                        "induction_pattern", "knockout", fraction, None, induction,
                         categories=tuple(categories),
                     )
                 )  # fmt: skip
@@ -160,8 +160,8 @@ def conditions(
                 drawn, borrowed = _control(induction, scores, seed, way)
                 found.append(
                     Condition(
-                        "random_heads", kind, fraction, seed, way, tuple(drawn), means,
-                        borrowed=tuple(borrowed),
+                        "random_heads", kind, fraction, seed, tuple(drawn), means,
+                        borrowed=tuple(borrowed), control=way,
                     )
                 )  # fmt: skip
     return found

@@ -24,7 +24,7 @@ from icl_helpers.files import atomic_path, check_run_dir, content_key, quarantin
 
 __all__ = [
     "CELL", "KEYS", "ROW", "CellStore", "EvaluationResults", "accuracies", "document_frame",
-    "document_results", "merge_into_run_tables", "read_frame", "write_parquet",
+    "document_results", "keyed", "merge_into_run_tables", "read_frame", "write_parquet",
     "write_results",
 ]  # fmt: skip
 
@@ -96,6 +96,11 @@ CELL = [*ROW, "condition", "ablation", "fraction", "control"]
 KEYS = [*CELL, "ablation_seed", "demonstration_seed"]
 
 
+def keyed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose keys are all there: those of earlier versions had no control."""
+    return frame if "control" in frame else frame.assign(control="")
+
+
 class EvaluationResults(pd.DataFrame):
     """A tidy frame of accuracies; ``documents`` is the per-document frame behind it."""
 
@@ -151,7 +156,7 @@ def _judged(documents: dict[str, Any]) -> pd.DataFrame:
 
 def accuracies(documents: pd.DataFrame) -> pd.DataFrame:
     """One row per key: n, n_invalid, the accuracy of the valid documents, and their setting."""
-    documents = documents.assign(
+    documents = keyed(documents).assign(
         right=documents["correct"].where(documents["valid"]).astype("float64"),
         # Rows written outside a run, or before there were settings, have none.
         setting=documents["setting"].fillna("") if "setting" in documents else "",
@@ -204,7 +209,7 @@ def merge_into_run_tables(run_dir: str | os.PathLike[str], documents: pd.DataFra
 
 def _write_part(folder: Path, documents: pd.DataFrame) -> None:
     """Rows under their keys' name and the time; earlier parts with the same keys go."""
-    keys = documents[KEYS].drop_duplicates().astype(object)
+    keys = keyed(documents)[KEYS].drop_duplicates().astype(object)
     name = content_key(sorted(map(str, keys.itertuples(index=False, name=None))))
     earlier = list(folder.glob(f"*-{name}.parquet"))
     write_parquet(folder / f"{time.time_ns():020}-{name}.parquet", documents)
@@ -230,7 +235,7 @@ def _assembled(parts: list[Path], own: pd.DataFrame) -> pd.DataFrame:
 
 
 def _keys(frame: pd.DataFrame) -> pd.MultiIndex:
-    return pd.MultiIndex.from_frame(frame[KEYS])
+    return pd.MultiIndex.from_frame(keyed(frame)[KEYS])
 
 
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.store import CELL, ROW
+from icl_helpers.evaluation.store import CELL, ROW, keyed
 from icl_helpers.results.statistics import accuracy_intervals
 from icl_helpers.results.tables import cell_frame
 
@@ -84,9 +84,9 @@ def compare_runs(runs: Mapping[str, tuple[str, pd.DataFrame]]) -> pd.DataFrame:
         raise InputError("runs is empty; give at least one run")
     frames = []
     for name, (model, results) in runs.items():
-        means = 100 * results.groupby(CELL, sort=False, dropna=False)["accuracy"].mean()
+        means = 100 * keyed(results).groupby(CELL, sort=False, dropna=False)["accuracy"].mean()
         means = _with_change(means.reset_index()).assign(run=name, model=model)
-        fractions = means["fraction"].dropna()
+        fractions = means.loc[means["condition"] != "full", "fraction"]
         share = dict.fromkeys(fractions, "smaller") | {fractions.max(): "larger"}
         means["share"] = means["fraction"].map(share).fillna("")
         means["documents"] = means["task"].map(results.groupby("task")["n"].max())

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from icl_helpers.attention.heads import Head
-from icl_helpers.evaluation.store import CELL
+from icl_helpers.evaluation.store import CELL, keyed
 
 __all__ = [
     "accuracy_bars", "accuracy_lines", "attention_over_prompt", "bars_alt", "benefit_alt",
@@ -130,10 +130,10 @@ def _accuracies(
     """Return bars (percent) at one number of shots and the larger fraction, and their title."""
     rows = results[results["ablation"].isin(["none", *ablations])]
     share = rows["fraction"].max()
-    rows = rows[rows["fraction"].fillna(share) == share]
+    rows = rows[(rows["fraction"] == share) | (rows["condition"] == "full")]
     task_shots = rows.groupby("task")["shots"].transform("max" if shots == "most" else "min")
     rows = rows[rows["shots"] == task_shots]
-    runs = rows.groupby(CELL, sort=False, dropna=False)["accuracy"]
+    runs = keyed(rows).groupby(CELL, sort=False, dropna=False)["accuracy"]
     bars = (100 * runs.agg(height="mean", low="min", high="max")).reset_index()
     bars["condition"] += bars["control"].map(lambda control: control and f"_{control}")
     heads = f", {share:.1%} of the heads" if share > 0 else ""

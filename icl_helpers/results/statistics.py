@@ -28,7 +28,7 @@ import pandas as pd
 from scipy import stats
 
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.store import CELL
+from icl_helpers.evaluation.store import CELL, keyed
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
@@ -189,7 +189,7 @@ def comparisons(
         if condition == "induction_heads":
             rivals += [
                 (*row, "random_heads", ablation, fraction, control)
-                for control in dict.fromkeys(other[-1] for other in answers if other[-1])
+                for control in dict.fromkeys(other[-1] for other in answers)
             ]
         for rival in rivals:
             if rival not in answers:
@@ -225,7 +225,7 @@ def _answers(documents: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
 
 def _keyed(frame: pd.DataFrame) -> pd.DataFrame:
     """Return rows whose columns of the key are all there, as groups need them."""
-    return frame.assign(fraction=frame["fraction"].fillna(0.0))
+    return keyed(frame).assign(fraction=frame["fraction"].fillna(0.0))
 
 
 def _fraction_of_some(frame: pd.DataFrame) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from icl_helpers.errors import InputError, MissingArtefactError
-from icl_helpers.evaluation.store import CELL, ROW
+from icl_helpers.evaluation.store import CELL, ROW, keyed
 from icl_helpers.files import atomic_path, embedded_dir
 from icl_helpers.results.statistics import accuracy_intervals, comparisons
 from icl_helpers.tasks.specs import get_task_spec, task_names
@@ -32,6 +32,8 @@ CONDITION_TITLES = {
     "induction_pattern": "induction pattern", "random_heads": "random heads",
 }  # fmt: skip
 _GAP = "induction minus random"
+# The paper's control needs no name.
+_PLAIN = ("", "published")
 
 
 def table_rows(frame: pd.DataFrame, number: int) -> pd.DataFrame:
@@ -148,14 +150,14 @@ def cell_frame(cells: pd.DataFrame) -> pd.DataFrame:
 
     ``cells`` has those columns, condition, fraction, control and ``text``.
     """
-    keyed = cells.assign(fraction=cells["fraction"].fillna(0.0))
-    wide = keyed.pivot(index=ROW, columns=["condition", "control", "fraction"], values="text")
+    filled = keyed(cells).assign(fraction=cells["fraction"].fillna(0.0))
+    wide = filled.pivot(index=ROW, columns=["condition", "control", "fraction"], values="text")
     order = [*CONDITION_TITLES, _GAP]
     columns = sorted(wide, key=lambda column: (order.index(column[0]), *column[1:]))
     wide = wide.reindex(pd.MultiIndex.from_frame(cells[ROW].drop_duplicates()))[columns]
     wide.columns = pd.MultiIndex.from_tuples(
         (
-            CONDITION_TITLES.get(name, name) + (f", {control}" if control else ""),
+            CONDITION_TITLES.get(name, name) + ("" if control in _PLAIN else f", {control}"),
             f"{share:.1%}" if share else "",
         )
         for name, control, share in wide
@@ -179,7 +181,7 @@ def summarise(results: pd.DataFrame, *, ablation: str = "mean") -> dict[str, Any
     rows = abstract_results(results)
     rows = rows[_label_counts(rows["task"]) == 2]
     larger = float(rows["fraction"].max())
-    rows = rows[rows["fraction"].fillna(larger) == larger]
+    rows = rows[(rows["fraction"] == larger) | (rows["condition"] == "full")]
     rows = rows[rows["ablation"].isin(["none", "knockout", ablation])]
     few = rows[rows["shots"] == rows.groupby("task")["shots"].transform("max")]
     zero = rows[rows["shots"] == 0]

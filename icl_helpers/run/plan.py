@@ -24,7 +24,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.store import KEYS, read_frame
+from icl_helpers.evaluation.store import KEYS, keyed, read_frame
 from icl_helpers.files import check_run_dir, content_key, embedded_models
 from icl_helpers.models.fingerprint import model_fractions
 from icl_helpers.models.reference_text import reference_texts
@@ -148,15 +148,16 @@ class Plan:
             full = row.condition == "full"
             return (
                 (row.task, row.labels, row.shots, row.demonstration_seed) in wanted
-                and (pd.isna(row.fraction) if full else row.fraction in self.fractions)
+                and (full or row.fraction in self.fractions)
                 and (pd.isna(row.ablation_seed) or row.ablation_seed in p.ablation_seeds)
                 and (row.control == "" or row.control in p.control)
                 and row.setting == setting(row.task, row.condition, row.ablation)
             )
 
         p = self.parameters
-        # Of versions that did not write these columns no row belongs.
-        frame = frame.assign(**{name: "" for name in ("control", "setting") if name not in frame})
+        if "setting" not in frame:
+            frame = frame.assign(setting="")
+        frame = keyed(frame)
         keys = frame[[*KEYS, "setting"]].drop_duplicates()
         return frame.merge(keys[[belongs(row) for row in keys.itertuples(index=False)]])
 

@@ -21,10 +21,10 @@ from typing import NamedTuple
 from icl_helpers.errors import InputError
 from icl_helpers.tasks.data import load_rows, load_splits
 from icl_helpers.tasks.demonstrations import Pool, draw_demonstrations
-from icl_helpers.tasks.specs import Sampler, TaskSpec, TextTaskSpec, get_task_spec
+from icl_helpers.tasks.specs import SAMPLINGS, Sampler, TaskSpec, TextTaskSpec, get_task_spec
 
 __all__ = [
-    "SAMPLINGS", "Prompt", "PromptSet", "Shots", "build_prompts", "prompt_sets", "resolve_sampling",
+    "Prompt", "PromptSet", "Shots", "build_prompts", "prompt_sets", "resolve_sampling",
     "resolve_shots", "sample_documents", "text_contexts",
 ]  # fmt: skip
 
@@ -86,10 +86,6 @@ def resolve_shots(task: str, shots: Shots) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise InputError(f"shots must be whole numbers >= 0, got {value!r} for {task}")
     return values
-
-
-# How a limit takes documents of a task.
-SAMPLINGS = ("balanced", "first")
 
 
 def resolve_sampling(task: str, data: str, sampling: str | None) -> str:

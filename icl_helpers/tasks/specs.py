@@ -22,7 +22,7 @@ import yaml
 from icl_helpers.errors import InputError
 
 __all__ = [
-    "DESCRIPTION", "NLP_TASKS", "STAND_IN_TASKS", "HubSource", "Sampler", "TaskSpec",
+    "DESCRIPTION", "NLP_TASKS", "SAMPLINGS", "STAND_IN_TASKS", "HubSource", "Sampler", "TaskSpec",
     "TextTaskSpec", "get_task_spec", "pattern_spec", "task_names", "text_spec",
 ]  # fmt: skip
 
@@ -31,6 +31,8 @@ DESCRIPTION = (
     "examples provided to understand how to classify each sequence correctly."
 )
 Sampler = Literal["balanced", "disjoint_words"]
+# How a limit takes documents of a task.
+SAMPLINGS = ("balanced", "first")
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_evaluate_equals_the_reference_path_on_every_document(tiny, all_conditio
     model, tokenizer = tiny
     results = icl.evaluate(
         model, tokenizer, tasks=["wordseq1_4way", "repetition"], shots=[0, 6],
-        conditions=all_conditions, seeds=[42], limit=12, batch_size=5,
+        conditions=all_conditions, seeds=[42], limit=12, sampling="first", batch_size=5,
     )  # fmt: skip
     documents = results.documents
     for task in ("wordseq1_4way", "repetition"):
@@ -101,7 +101,9 @@ def test_full_model_equals_stock_lm_eval_to_the_last_digit(tiny, task, shots, se
         num_fewshot=shots, fewshot_random_seed=seed, limit=60, bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(tasks_dir()), include_defaults=False),
     )  # fmt: skip
-    ours = icl.evaluate(model, tokenizer, tasks=[task], shots=shots, seeds=[seed], limit=60)
+    ours = icl.evaluate(
+        model, tokenizer, tasks=[task], shots=shots, seeds=[seed], limit=60, sampling="first"
+    )
     assert float(ours["accuracy"].iloc[0]) == stock["results"][task]["acc,none"]
 
 
@@ -215,7 +217,7 @@ def test_second_evaluation_scores_nothing_and_changed_inputs_are_never_stale(tok
     assert not calls
     files = set(tmp_path.glob("cells/*.json"))
     changes = [
-        {"limit": 5}, {"shots": 3}, {"seeds": [43]}, {"revision": "other"},
+        {"limit": 5}, {"sampling": "first"}, {"shots": 3}, {"seeds": [43]}, {"revision": "other"},
         {"conditions": [icl.Condition("induction_heads", "zero", 0.1, None, (icl.Head(0, 0),))]},
         {"conditions": [icl.Condition("induction_heads", "zero", 0.1, None, (icl.Head(0, 1),))]},
     ]  # fmt: skip

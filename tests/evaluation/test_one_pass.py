@@ -286,7 +286,8 @@ COLUMNS = [*KEYS, "doc_id", "correct", "margin", "valid", "target", "chosen", *A
 def test_documents_keep_what_every_label_scored(tokenizer, tmp_path):
     model = make_llama()
     found = icl.evaluate(
-        model, tokenizer, tasks=["wordseq1_4way"], shots=2, seeds=[42], limit=9, run_dir=tmp_path,
+        model, tokenizer, tasks=["wordseq1_4way"], shots=2, seeds=[42], limit=9, sampling="first",
+        run_dir=tmp_path,
         conditions=["full", Condition("induction_heads", "zero", 0.1, heads=(icl.Head(1, 1),))],
     ).documents  # fmt: skip
     assert list(found.columns) == [*COLUMNS, "setting"]

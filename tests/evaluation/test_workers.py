@@ -35,7 +35,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def job(first: int, cells: int, *, task: str = "repetition") -> Job:
-    group = CellGroup(task, "unrelated", 5, 42, 4, "synthetic", (icl.Condition("full"),) * cells)
+    group = CellGroup(
+        task, "unrelated", 5, 42, 4, "first", "synthetic", (icl.Condition("full"),) * cells
+    )
     indices = range(first, first + cells)
     return pack(group, source=ModelSource(), key={}, cells_dir=None, cell_indices=indices)
 

@@ -79,6 +79,7 @@ def test_tokens_are_those_of_all_prompts_under_all_conditions(tokenizer):
     parameters = icl.stage_parameters(
         tasks=["repetition", "wordseq1_4way"], nlp_tasks=[], shots=[0, 5], fractions=[0.1, 0.2],
         seeds=[42, 43], ablation_seeds=[1, 2, 3], limit=30,
+        control="strict",
     )  # fmt: skip
     cost = costs.estimate_cost(parameters, tokenizer=tokenizer, tokens_per_second=1000)
     # Full model; for each fraction mean and zero of one induction and three random sets; knockout.

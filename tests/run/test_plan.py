@@ -20,8 +20,8 @@ SMALL = {
 # not here, other weights and remote code have tests of their own.
 CHANGES = {
     "tasks": ["recursion"], "shots": [1], "seeds": [43], "limit": 2, "fractions": [0.2],
-    "ablation_seeds": [43], "control": "strict", "categories": ["labels"],
-    "average": "head_output", "dtype": "bfloat16",
+    "ablation_seeds": [43], "control": "strict", "sampling": "first", "categories": ["labels"],
+    "average": "head_output", "positions": 300, "dtype": "bfloat16",
 }  # fmt: skip
 ELSEWHERE = {
     "model", "revision", "quantization", "trust_remote_code", "nlp_tasks", "labels", "data",

@@ -314,7 +314,7 @@ def _levels(rows: pd.DataFrame, name: str) -> dict[tuple[Any, ...], dict[int, _L
     """Compute accuracy and conclusion of every cell at each single seed (``name``) on its own."""
     found: dict[tuple[Any, ...], dict[int, _Level]] = {}
     for value in sorted(rows[name].dropna().unique()):
-        part = rows[(rows[name] == value) | rows[name].isna()]
+        part = rows[(rows[name] == value) | (rows[name].isna() & (rows["condition"] == "full"))]
         tests = filled_keys(comparisons(part, over_draws=False)).query("against == 'full'")
         tests = tests.set_index(CELL)
         own = set(part.loc[part[name].notna(), CELL].itertuples(index=False, name=None))

@@ -214,10 +214,11 @@ def cohens_g(first: np.ndarray, second: np.ndarray) -> float:
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """Correct p-values by Holm's method for all of them being looked at."""
-    from statsmodels.stats.multitest import multipletests
-
     values = np.asarray(p_values, dtype=np.float64)
-    return values if values.size == 0 else multipletests(values, method="holm")[1]
+    order = values.argsort()
+    corrected = np.empty_like(values)
+    corrected[order] = np.maximum.accumulate(np.arange(len(values), 0, -1) * values[order])
+    return corrected.clip(max=1.0)
 
 
 def is_distinguishable(

@@ -15,7 +15,7 @@ from icl_helpers.errors import InputError
 
 __all__ = [
     "CONTROLS", "SCORE_THRESHOLD", "Head", "any_layer_heads", "check_fraction", "head_count",
-    "head_fractions", "layer_matched_heads", "random_heads", "top_heads",
+    "head_fractions", "heads_in_words", "layer_matched_heads", "random_heads", "top_heads",
 ]  # fmt: skip
 
 
@@ -46,6 +46,16 @@ def head_count(n_total: int, fraction: float) -> int:
     Rounded to nine decimals first, so that 0.07 x 100 is 7 and not 8.
     """
     return math.ceil(round(n_total * check_fraction(fraction), 9))
+
+
+def heads_in_words(fraction: float, n_total: int) -> str:
+    """Say how many heads a fraction is: 0.02 of 64 is "2 of 64 heads (3.1 %)".
+
+    The count is that of :func:`top_heads`, the share is of the count: rounding up makes it larger
+    than the fraction asked for.
+    """
+    count = head_count(n_total, fraction)
+    return f"{count} of {n_total:,} heads ({100 * count / n_total:.1f} %)"
 
 
 def top_heads(scores: Float[torch.Tensor, "layers heads"], fraction: float) -> list[Head]:

@@ -1,42 +1,47 @@
 """How sure an accuracy or a difference is: intervals, paired tests, ICL benefit (paper, section 8).
 
-Correctness is an array [documents, demonstration seeds, ablation seeds]. An interval has to reflect
-that other documents *and* other seeds might have been drawn: three seeds say little about their
-spread, so where seeds matter intervals are wide, and rightly so. A test of two conditions compares
-them document by document, takes the seeds as given and speaks about other documents only. The
-benefit of examples is the accuracy with the most of them minus that without any, on the same
-documents (Figures 4 and 9).
+Correctness is an array [documents, demonstration seeds, control draws]. An interval has to reflect
+that other documents, seeds *and* draws might have been taken: three say little about their spread,
+so intervals over them are wide, and rightly so. A test of two conditions compares them document by
+document and takes the seeds as given. A difference counts only where both agree
+(:func:`is_distinguishable`). The benefit of examples is the accuracy with the most of them minus
+that without any, on the same documents (Figures 4 and 9).
 
 Example
 -------
 >>> documents = icl.document_results("runs/icl-tiny")
 >>> accuracy_intervals(documents)
 >>> comparisons(documents).query("distinguishable")
->>> simulate_coverage(seeds=3, documents=100, seed_spread=0.02)
-0.96
+>>> simulate_coverage(documents=100, draws=3, loss=0.1, uneven=True)
+0.976
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import optimize, special, stats
 
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import CELL, keyed
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
-    "Interval", "accuracy_intervals", "benefit_changes", "bootstrap_interval", "cohens_g",
-    "comparisons", "coverage_table", "holm", "icl_benefit", "left_out_tasks", "paired_test",
-    "simulate_coverage",
+    "Interval", "accuracy_interval", "accuracy_intervals", "benefit_changes", "cohens_g",
+    "comparisons", "coverage_table", "difference_interval", "filled_keys", "holm", "icl_benefit",
+    "is_distinguishable", "left_out_tasks", "mean_interval", "paired_test", "simulate_coverage",
 ]  # fmt: skip
 
+LEVEL = 0.95
+# A control draw is one set of heads for every document, and few draws may agree by accident: their
+# standard deviation is taken to be 2 points at least. The coverage table says what that achieves.
+LEAST_DRAW_SPREAD = 0.02
 # What stands for the full model, of whose heads no share is removed, in keys.
 _FULL = ("full", "none", 0.0, "")
 _TASK = ["task", "labels"]
@@ -50,62 +55,128 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap_interval(
-    values: np.ndarray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """Compute the interval of the mean over documents (first axis) and seeds (any further axes).
+def accuracy_interval(right: np.ndarray, *, level: float = LEVEL, drawn: bool = False) -> Interval:
+    """Compute the interval of an accuracy over documents, and over seeds and draws where several.
 
-    ``values`` [documents] or [documents, seeds, ...] is correctness, 0 or 1, or differences of it.
+    ``right`` [documents] or [documents, seeds] or [documents, seeds, draws] is 0 or 1; ``drawn``
+    says that the last axis holds control draws, be it one.
 
-    A hierarchical bootstrap for crossed factors. The documents' mean effects are resampled with
-    replacement. Three seeds are too few to resample, so the contribution of each kind of seed is
-    drawn from Student's t distribution with their observed spread. That spread holds the noise of
-    single answers as well, and so does the documents'; it is counted once, with the seeds, where
-    the wide tails of t allow for having seen few of them. :func:`simulate_coverage` measures how
-    often the interval holds the true value.
+    Over documents: the exact binomial interval for as many answers as the correlated ones of each
+    document are worth (Korn & Graubard 1998), so neither 0 nor 100 % is taken for certain. Each
+    kind of seed widens it by its observed spread times Student's t quantile, by squares (Zou &
+    Donner 2008); :func:`simulate_coverage` measures how often the result holds the true value.
     """
-    if values.ndim < 1 or values.shape[0] < 2 or not 0 < level < 1 or resamples < 1:
-        raise InputError(
-            f"an interval needs at least 2 documents, a level inside (0, 1) and resamples, got "
-            f"values of shape {values.shape}, level {level}, resamples {resamples}"
-        )
-    data = values.astype(np.float64)
-    mean = float(data.mean())
-    rng = np.random.default_rng(seed)
-    documents, *seeds = _effects(data)
-    picks = rng.integers(len(documents), size=(resamples, len(documents)))
-    draws = mean + documents[picks].mean(axis=1)
-    for effects in seeds:
-        error = np.sqrt((effects**2).mean() / len(effects))
-        draws += error * rng.standard_t(len(effects) - 1, size=resamples)
+    spread = _Spread(right, level)
+    count, n = spread.data.mean() * spread.answers, spread.answers
     tail = (1 - level) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Interval(mean, float(low), float(high))
+    low = special.betaincinv(count, n - count + 1, tail) if count > 0 else 0.0
+    high = special.betaincinv(count + 1, n - count, 1 - tail) if count < n else 1.0
+    found = spread.widened(float(low), float(high), drawn=drawn)
+    return Interval(found.mean, max(0.0, found.low), min(1.0, found.high))
 
 
-def _effects(data: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield effects of documents, then of each kind of seed that there are several of.
+def difference_interval(
+    first: np.ndarray, second: np.ndarray, *, level: float = LEVEL, drawn: bool = False
+) -> Interval:
+    """Compute the interval of the difference of two accuracies on the same documents.
 
-    Scaled so that their mean square over their number is the variance of their mean.
+    Arrays and ``drawn`` are as in :func:`accuracy_interval`. Over documents: the score interval
+    for paired proportions (Tango 1998), which never leaves [-1, 1] and is not empty where nothing
+    differs, or everything; it is widened over seeds and draws in the same way.
     """
-    centred = data - data.mean()
-    marginal = {
-        axis: centred.mean(axis=tuple({*range(data.ndim)} - {axis}), keepdims=True)
-        for axis, levels in enumerate(data.shape)
-        if levels > 1
-    }
-    residual = functools.reduce(operator.sub, marginal.values(), centred)
-    freedom = data.size - 1 - sum(effects.size - 1 for effects in marginal.values())
-    noise = float((residual**2).sum()) / freedom if freedom > 0 else 0.0
-    for axis, effects in marginal.items():
-        levels = effects.size
-        scale = levels / (levels - 1)
-        if axis == 0:
-            # Mean square of the documents: their own spread plus the noise of single answers.
-            square = float((effects**2).sum()) * (data.size / levels) / (levels - 1)
-            kinds = len(marginal) - 1
-            scale *= max(0.0, 1 - kinds * noise / square) if square > 0 else 0.0
-        yield effects.ravel() * np.sqrt(scale)
+    spread = _Spread(_gaps(first, second), level)
+    n = spread.answers
+    wins, losses = n * (spread.data > 0).mean(), n * (spread.data < 0).mean()
+    quantile = float(special.stdtrit(len(first) - 1, (1 + level) / 2))
+    low = _score_bound(wins, losses, n, quantile)
+    found = spread.widened(low, -_score_bound(losses, wins, n, quantile), drawn=drawn)
+    return Interval(found.mean, max(-1.0, found.low), min(1.0, found.high))
+
+
+def mean_interval(values: np.ndarray, *, level: float = LEVEL, drawn: bool = False) -> Interval:
+    """Compute the interval of the mean of any values; arguments as in :func:`accuracy_interval`."""
+    spread = _Spread(values, level)
+    margin = special.stdtrit(len(values) - 1, (1 + level) / 2) * math.sqrt(spread.variances[0])
+    mean = float(spread.data.mean())
+    return spread.widened(mean - margin, mean + margin, drawn=drawn)
+
+
+class _Spread:
+    """Variance of a mean over crossed factors, by factor: ``variances`` [axis], and ``noise``.
+
+    The variance of a factor holds the noise of single answers as well. ``answers`` is how many
+    independent answers the documents' correlated ones are worth: at least one a document.
+    """
+
+    def __init__(self, values: np.ndarray, level: float) -> None:
+        if values.ndim < 1 or values.shape[0] < 2 or not 0 < level < 1:
+            raise InputError(
+                f"an interval needs at least 2 documents and a level inside (0, 1), got values of "
+                f"shape {values.shape}, level {level}"
+            )
+        self.data, self.level = values.astype(np.float64), level
+        centred = self.data - self.data.mean()
+        axes = range(self.data.ndim)
+        effects = [centred.mean(tuple({*axes} - {axis}), keepdims=True) for axis in axes]
+        residual = functools.reduce(operator.sub, effects, centred)
+        freedom = self.data.size - 1 - sum(effect.size - 1 for effect in effects)
+        square = float((residual**2).sum())
+        self.noise = square / freedom / self.data.size if freedom else 0.0
+        self.variances = [
+            float((effect**2).sum()) / effect.size / max(effect.size - 1, 1) for effect in effects
+        ]
+        self.answers = self._answers()
+
+    def _answers(self) -> float:
+        n, variance = len(self.data), self.data.var()
+        if variance < 1e-15 or self.variances[0] < 1e-15:
+            return float(n)
+        rare = (self.data != np.median(self.data)).reshape(n, -1).any(axis=1).sum()
+        # Few documents with a rare answer tell little about how alike a document's answers are:
+        # two more are added whose answers are all alike.
+        share = (rare * self.variances[0] / variance + 2 / n) / (rare + 2)
+        return float(np.clip(1 / share, n, self.data.size))
+
+    def widened(self, low: float, high: float, *, drawn: bool) -> Interval:
+        """Widen an interval over documents by what seeds and draws vary beyond the noise in it."""
+        tail = (1 + self.level) / 2
+        extra = 0.0
+        for axis, levels in enumerate(self.data.shape[1:], start=1):
+            variance = self.variances[axis]
+            if drawn and axis == self.data.ndim - 1:
+                variance = max(variance, LEAST_DRAW_SPREAD**2 / levels)
+            elif levels == 1:
+                continue
+            quantile = special.stdtrit(max(levels - 1, 1), tail)
+            extra += max(0.0, quantile**2 * variance - special.ndtri(tail) ** 2 * self.noise)
+        mean = float(self.data.mean())
+        return Interval(
+            mean,
+            mean - math.sqrt((mean - low) ** 2 + extra),
+            mean + math.sqrt((high - mean) ** 2 + extra),
+        )
+
+
+def _score_bound(wins: float, losses: float, n: float, quantile: float) -> float:
+    """Return the lower bound of Tango's interval; numbers of answers need not be whole."""
+    if losses >= n:
+        return -1.0
+
+    def excess(gap: float) -> float:
+        # The share of losses that is likeliest given the difference, a root of a quadratic.
+        linear = -wins - losses + (2 * n - wins + losses) * gap
+        root = max(0.0, linear**2 + 8 * n * losses * gap * (1 - gap))
+        share = (math.sqrt(root) - linear) / (4 * n)
+        variance = max(0.0, n * (2 * share + gap * (1 - gap)))
+        return wins - losses - n * gap - quantile * math.sqrt(variance)
+
+    return float(optimize.brentq(excess, -1, (wins - losses) / n - 1e-12))
+
+
+def _gaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    if first.shape != second.shape:
+        raise InputError(f"paired arrays must have one shape, got {first.shape}, {second.shape}")
+    return first.astype(np.int64) - second.astype(np.int64)
 
 
 def paired_test(first: np.ndarray, second: np.ndarray) -> float:
@@ -116,10 +187,7 @@ def paired_test(first: np.ndarray, second: np.ndarray) -> float:
     exact McNemar test; with several, a document's runs stay together, since they are not
     independent. Arrays are [documents] or [documents, runs], 0 or 1.
     """
-    if first.shape != second.shape:
-        raise InputError(f"paired arrays must have one shape, got {first.shape}, {second.shape}")
-    gap = first.astype(np.int64) - second.astype(np.int64)
-    gap = gap.reshape(len(gap), -1).sum(axis=1)
+    gap = _gaps(first, second).reshape(len(first), -1).sum(axis=1)
     sizes, counts = np.unique(np.abs(gap[gap != 0]), return_counts=True)
     # Distribution of the signed sum: one binomial for each size of difference, convolved.
     chances = np.ones(1)
@@ -128,7 +196,9 @@ def paired_test(first: np.ndarray, second: np.ndarray) -> float:
         spaced[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
         chances = np.convolve(chances, spaced)
     sums = np.arange(len(chances)) - len(chances) // 2
-    return float(min(1.0, chances[np.abs(sums) >= abs(int(gap.sum()))].sum()))
+    p = float(chances[np.abs(sums) >= abs(int(gap.sum()))].sum())
+    # No p-value is zero; below the smallest double there is only that it is smaller still.
+    return min(1.0, max(p, float(np.finfo(np.float64).tiny)))
 
 
 def cohens_g(first: np.ndarray, second: np.ndarray) -> float:
@@ -144,42 +214,52 @@ def cohens_g(first: np.ndarray, second: np.ndarray) -> float:
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """Correct p-values by Holm's method for all of them being looked at."""
-    from statsmodels.stats.multitest import multipletests
-
     values = np.asarray(p_values, dtype=np.float64)
-    return values if values.size == 0 else multipletests(values, method="holm")[1]
+    order = values.argsort()
+    corrected = np.empty_like(values)
+    corrected[order] = np.maximum.accumulate(np.arange(len(values), 0, -1) * values[order])
+    return corrected.clip(max=1.0)
+
+
+def is_distinguishable(
+    p: pd.Series, low: pd.Series, high: pd.Series, *, level: float = LEVEL
+) -> pd.Series:
+    """Tell which differences are distinguishable from none: the one rule of tables and sentences.
+
+    The corrected exact test (``p``) and the interval over documents, seeds and draws must both
+    say so.
+    """
+    return (p < 1 - level) & ((low > 0) | (high < 0))
 
 
 def accuracy_intervals(
-    documents: pd.DataFrame, *, level: float = 0.95, resamples: int = 2000
+    documents: pd.DataFrame, *, level: float = LEVEL, over_draws: bool = True
 ) -> pd.DataFrame:
     """Compute accuracies in percent with their intervals, per task, labels, shots and condition.
 
-    ``documents`` is :func:`icl_helpers.document_results`. Columns of the result: the key, accuracy,
-    low, high, documents, runs. Where every answer is right, or every one wrong, there is nothing to
-    resample: the bounds are then the exact binomial ones for that many documents.
+    ``documents`` is :func:`icl_helpers.document_results`. Columns of the result: the key,
+    accuracy, low, high, documents, runs. Without examples seeds do not differ:
+    one is counted. ``over_draws`` False takes the control's draws as given.
     """
     rows = []
     for key, answers in _answers(documents).items():
-        n, runs = answers.shape
-        mean, low, high = bootstrap_interval(_array(answers), level=level, resamples=resamples)
-        if mean in (0.0, 1.0):
-            low, high = stats.binomtest(round(n * mean), n).proportion_ci(level)
-        # No accuracy lies beyond these ends, whatever the tails of an interval say.
-        bounds = max(0.0, 100 * low), min(100.0, 100 * high)
-        rows.append((*key, 100 * mean, *bounds, n, runs))
+        array = _array(answers)
+        drawn = over_draws and _is_drawn(key)
+        interval = accuracy_interval(_once(array, key), level=level, drawn=drawn)
+        rows.append((*key, *(100 * value for value in interval), len(array), answers.shape[1]))
     columns = [*CELL, "accuracy", "low", "high", "documents", "runs"]
     return _fraction_of_some(pd.DataFrame(rows, columns=columns))
 
 
 def comparisons(
-    documents: pd.DataFrame, *, level: float = 0.95, resamples: int = 2000
+    documents: pd.DataFrame, *, level: float = LEVEL, over_draws: bool = True
 ) -> pd.DataFrame:
     """Compare each condition with the full model, and induction with random heads.
 
     Columns: the key of the first condition, ``against`` and ``against_control``, difference
-    (percentage points, first minus against), low, high, p, p_holm (corrected over the whole frame),
-    cohens_g, and distinguishable: p_holm below ``1 - level``.
+    (percentage points, first minus against), low, high, p, p_holm, cohens_g, and distinguishable
+    (:func:`is_distinguishable`). p is corrected over the frame's rows with examples, and apart from
+    these over those without. ``over_draws`` is as in :func:`accuracy_intervals`.
     """
     answers = _answers(documents)
     rows = []
@@ -194,18 +274,30 @@ def comparisons(
         for rival in rivals:
             if rival not in answers:
                 continue
-            first, second = _aligned(first_answers, answers[rival])
-            interval = bootstrap_interval(first - second, level=level, resamples=resamples)
+            pair = _aligned(first_answers, answers[rival])
+            first, second = (_once(array, key) for array in pair)
+            drawn = over_draws and (_is_drawn(key) or _is_drawn(rival))
+            interval = difference_interval(first, second, level=level, drawn=drawn)
             tests = paired_test(first, second), cohens_g(first, second)
             rows.append((*key, rival[3], rival[-1], *(100 * bound for bound in interval), *tests))
     columns = [*CELL, "against", "against_control", "difference", "low", "high", "p", "cohens_g"]
     frame = pd.DataFrame(rows, columns=columns)
-    frame["p_holm"] = holm(frame["p"].to_numpy())
-    return _fraction_of_some(frame).assign(distinguishable=frame["p_holm"] < 1 - level)
+    frame["p_holm"] = frame.groupby(frame["shots"] == 0)["p"].transform(holm)
+    found = is_distinguishable(frame["p_holm"], frame["low"], frame["high"], level=level)
+    return _fraction_of_some(frame).assign(distinguishable=found)
+
+
+def _is_drawn(key: tuple[Any, ...]) -> bool:
+    return bool(key[3] == "random_heads")
+
+
+def _once(array: np.ndarray, key: tuple[Any, ...]) -> np.ndarray:
+    """Keep one demonstration seed of answers without demonstrations: they do not differ."""
+    return array[:, :1] if key[2] == 0 else array
 
 
 def _answers(documents: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
-    """Return correctness by (task, labels, shots, condition, ablation, fraction).
+    """Return correctness by (task, labels, shots, condition, ablation, fraction, control).
 
     One row a document, one column a demonstration seed and ablation seed (-1 without one), all
     ascending. Documents that some run of the cell lacks are left out.
@@ -216,20 +308,23 @@ def _answers(documents: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
     known = documents.reindex(columns=seeds).astype("Int64").fillna(-1).astype("int64")
     documents = documents.assign(**known, correct=documents["correct"].astype("float64"))
     answers = {}
-    for key, rows in _keyed(documents).groupby(CELL, sort=False):
+    for key, rows in filled_keys(documents).groupby(CELL, sort=False):
         wide = rows.pivot(index="doc_id", columns=seeds, values="correct")
         every_run = pd.MultiIndex.from_product(wide.columns.levels)
-        answers[key] = wide.reindex(columns=every_run).dropna().astype("int64")
+        kept = wide.reindex(columns=every_run).dropna().astype("int64")
+        # Of fewer than two documents there is no interval.
+        if len(kept) > 1:
+            answers[key] = kept
     return answers
 
 
-def _keyed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return rows whose columns of the key are all there, as groups need them."""
+def filled_keys(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return rows whose columns of the key are all there, as groups and comparisons need them."""
     return keyed(frame).assign(fraction=frame["fraction"].fillna(0.0))
 
 
 def _fraction_of_some(frame: pd.DataFrame) -> pd.DataFrame:
-    """Take a full model's fraction away again; the inverse of :func:`_keyed`."""
+    """Take a full model's fraction away again; the inverse of :func:`filled_keys`."""
     return frame.assign(fraction=frame["fraction"].where(frame["fraction"] > 0))
 
 
@@ -262,7 +357,7 @@ def icl_benefit(results: pd.DataFrame, *, shots: int = 10) -> pd.DataFrame:
     full model gains nothing) or ``at chance`` (its few-shot accuracy is within 1.96 standard
     errors of guessing), the cases that the paper leaves out.
     """
-    means = 100 * _keyed(results).groupby(CELL)["accuracy"].mean()
+    means = 100 * filled_keys(results).groupby(CELL)["accuracy"].mean()
     table = means.unstack("shots")
     if 0 not in table or shots not in table:
         raise InputError(f"the results need 0-shot and {shots}-shot rows to compare")
@@ -307,21 +402,22 @@ def benefit_changes(results: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFr
     for (task, labels, shots), rows in table[table["left_out"] == ""].groupby([*_TASK, "shots"]):
         keys = [(task, labels, n, *_FULL) for n in (shots, 0)]
         few, zero = _aligned(*(answers[key] for key in keys))
-        if bootstrap_interval(few - zero).low <= 0:
+        if difference_interval(few, zero).low <= 0:
             table.loc[rows.index, ["left_out", "relative_change"]] = "benefit within noise", np.nan
             continue
         ablated = rows.loc[rows["condition"] != "full", CELL[3:]]
         for index, *condition in ablated.itertuples(name=None):
-            pairs = [(task, labels, n, *condition) for n in (shots, 0)] + keys
-            few, zero, full_few, full_zero = _aligned(*(answers[key] for key in pairs))
-            table.loc[index, ["low", "high"]] = _change_interval(few - zero, full_few - full_zero)
+            pairs = [(task, labels, n, *condition) for n in (shots, 0)]
+            few, zero, full_few, full_zero = _aligned(*(answers[key] for key in [*pairs, *keys]))
+            bounds = _change_interval(few - zero, full_few - full_zero, drawn=_is_drawn(pairs[0]))
+            table.loc[index, ["low", "high"]] = bounds
     return table
 
 
-def _change_interval(benefit: np.ndarray, full: np.ndarray) -> tuple[float, float]:
+def _change_interval(benefit: np.ndarray, full: np.ndarray, *, drawn: bool) -> tuple[float, float]:
     """Return the bounds, in percent, of the change from the full model's benefit."""
     ratio = benefit.mean() / full.mean()
-    change = bootstrap_interval((benefit - ratio * full) / full.mean())
+    change = mean_interval((benefit - ratio * full) / full.mean(), drawn=drawn)
     centre = 100 * (ratio - 1)
     return centre + 100 * change.low, centre + 100 * change.high
 
@@ -333,42 +429,74 @@ def left_out_tasks(changes: pd.DataFrame) -> pd.DataFrame:
     return full[columns].rename(columns={"left_out": "why"}).reset_index(drop=True)
 
 
-_ACCURACY = 0.6
-
-
 def simulate_coverage(
-    *, seeds: int, documents: int, seed_spread: float, document_spread: float = 0.25,
-    trials: int = 500, resamples: int = 400, level: float = 0.95, seed: int = 0,
+    *, documents: int, accuracy: float = 0.6, seeds: int = 3, seed_spread: float = 0.0,
+    draws: int = 0, loss: float = 0.0, uneven: bool = False, trials: int = 500, seed: int = 0,
 ) -> float:  # fmt: skip
-    """Return the share of simulated runs whose interval holds the true accuracy, 0.6.
+    """Return the share of simulated runs whose 95 % interval holds the true value.
 
-    A document's chance of a right answer is 0.6, plus its own difficulty, uniform between minus and
-    plus ``document_spread``, plus the effect of the demonstration seed, normal with standard
-    deviation ``seed_spread``; documents and seeds are drawn anew in every trial.
+    Without ``draws`` that is of ``accuracy``: documents differ in their chance of a right answer
+    (by a beta distribution), and so do seeds, with standard deviation ``seed_spread``, or less
+    where there is no room for it below 0 and above 1. With ``draws`` it is of the difference of a
+    control to the full model: one answer in twenty is given anew, and each draw loses (where the
+    accuracy is below one half, gains) up to twice ``loss``, every size as likely; with ``uneven``,
+    one draw in three loses the whole of ``loss`` and the others nothing.
     """
-    if trials < 1 or seeds < 1 or min(document_spread, seed_spread) < 0:
+    if trials < 1 or seeds < 1 or not 0 < accuracy < 1 or min(seed_spread, loss, draws) < 0:
         raise InputError(
-            f"trials and seeds must be >= 1 and spreads >= 0, got {trials}, {seeds}, "
-            f"{document_spread}, {seed_spread}"
+            f"trials and seeds must be >= 1, the accuracy inside (0, 1) and the rest >= 0, got "
+            f"{trials}, {seeds}, {accuracy}, {seed_spread}, {loss}, {draws}"
         )
+    often = max(accuracy, 1 - accuracy)
+    room = 2 / 3 * often * (1 - often)
     held = 0
     for trial in range(trials):
         rng = np.random.default_rng([seed, trial])
-        difficulty = rng.uniform(-document_spread, document_spread, (documents, 1))
-        chance = _ACCURACY + difficulty + rng.normal(0, seed_spread, (1, seeds))
-        right = (rng.random((documents, seeds)) < chance).astype(np.int64)
-        interval = bootstrap_interval(right, level=level, resamples=resamples, seed=trial)
-        held += interval.low <= _ACCURACY <= interval.high
+        chance = rng.beta(2 * often, 2 - 2 * often, (documents, 1))
+        shift = rng.normal(0, min(seed_spread, room / 2), seeds).clip(-room, room)
+        full = rng.random((documents, seeds)) < chance + shift / room * chance * (1 - chance)
+        full = full if accuracy == often else ~full
+        if draws == 0:
+            truth, interval = accuracy, accuracy_interval(full)
+        else:
+            some = loss * (rng.random(draws) < 1 / 3)
+            changed = some if uneven else rng.uniform(0, 2 * loss, draws)
+            truth = (loss / 3 if uneven else loss) * (-1 if accuracy == often else 1)
+            shape = (documents, seeds, draws)
+            anew = rng.random(shape) < 0.05
+            control = np.where(anew, rng.random(shape) < accuracy, full[..., None])
+            # The same documents in all seeds: what a draw loses is a matter of its heads.
+            hit = rng.random((documents, 1, draws)) < changed / often
+            control = np.where(hit, accuracy != often, control)
+            whole = np.broadcast_to(full[..., None], shape)
+            interval = difference_interval(control, whole, drawn=True)
+        held += interval.low <= truth <= interval.high
     return held / trials
 
 
 def coverage_table(
-    *, documents: int, seeds: int = 3, spreads: tuple[float, ...] = (0.0, 0.02, 0.05)
-) -> pd.DataFrame:
-    """Return coverage in percent over 500 simulations for several spreads over seeds, in points."""
-    coverage = [
-        100 * simulate_coverage(seeds=seeds, documents=documents, seed_spread=spread)
-        for spread in spreads
-    ]
-    index = pd.Index([100 * spread for spread in spreads], name="spread over seeds, points")
-    return pd.DataFrame({"95 % interval holds the truth, %": coverage}, index=index)
+    *, documents: int, seeds: int = 3, draws: Sequence[int] = (3, 20),
+    accuracies: Sequence[float] = (0.02, 0.1, 0.5, 0.9, 0.98), trials: int = 500,
+) -> pd.DataFrame:  # fmt: skip
+    """Return coverage in percent of 95 % intervals, a row a setting, a column an accuracy."""
+    settings: dict[str, dict[str, Any]] = {
+        f"accuracy, seeds {100 * spread:.0f} points apart": {"seed_spread": spread}
+        for spread in (0.0, 0.02, 0.05)
+    }
+    for count in draws:
+        control = {"draws": count, "seed_spread": 0.02}
+        name = f"difference to the control, {count} draws"
+        settings[f"{name}, each losing up to 10 points"] = {**control, "loss": 0.05}
+        settings[f"{name}, one in three losing 10 points"] = {
+            **control, "loss": 0.1, "uneven": True,
+        }  # fmt: skip
+    rows = {
+        name: {
+            f"{100 * accuracy:.0f} %": 100 * simulate_coverage(
+                documents=documents, seeds=seeds, accuracy=accuracy, trials=trials, **setting
+            )
+            for accuracy in accuracies
+        }
+        for name, setting in settings.items()
+    }  # fmt: skip
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("simulated")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -604,7 +605,7 @@ def test_plain_passes_under_interventions_give_what_the_published_code_gives(smo
     for prompt in prompts:
         whole = icl.induction_pattern(prompt.context, tokenizer, categories=CATEGORIES)
         newline = [token == "\u010a" for token in tokenizer.tokenize(prompt.context)]
-        second = [False, *(a and b for a, b in zip(newline, newline[1:], strict=False))]
+        second = [False, *(a and b for a, b in itertools.pairwise(newline))]
         first_only = whole.clone()
         first_only[:, torch.tensor(second)] = False
         assert (first_only != whole).any()

@@ -582,7 +582,7 @@ def test_evaluate_gives_what_the_published_code_gives_on_every_document(smollm2,
     expected, prompts, conditions = published
     documents = icl.evaluate(
         *smollm2, tasks=["wordseq1_binary"], shots=10, seeds=[42], limit=len(prompts),
-        conditions=list(conditions.values()), data=str(SHARED / "original_data"),
+        sampling="first", conditions=list(conditions.values()), data=str(SHARED / "original_data"),
     ).documents  # fmt: skip
     for name, condition in conditions.items():
         key = ["condition", "ablation", "fraction"]

@@ -46,12 +46,14 @@ from icl_helpers.attention.interventions import intervene
 from icl_helpers.attention.scores import prefix_matching_scores
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.conditions import FULL, Condition
+from icl_helpers.results.comparison import read_published
 from icl_helpers.tasks.data import load_rows, original_data_dir
 from icl_helpers.tasks.prompts import Prompt, build_prompts
 from icl_helpers.tasks.specs import pattern_spec
 
 __all__ = [
-    "Answers", "WordMatch", "answers", "compare", "control_overlap", "lost_demonstrations",
+    "Answers", "WordMatch", "answers", "blank_line_sentence", "compare", "control_overlap",
+    "lost_demonstrations",
     "published_letters", "published_rule_rows", "resampled_accuracy", "row_audit", "score_term",
     "search_audit", "small_tokenizer", "string_matched_pattern", "string_matches",
     "summary_sentence", "task_audit",
@@ -228,6 +230,22 @@ def summary_sentence(frame: pd.DataFrame) -> str:
     accuracies = ", ".join(f"{row.accuracy:.1f} % {side}" for side, row in sides.iterrows())
     changed = " and ".join(f"{share:.1f} %" for share in sides["changed"].iloc[1:])
     return f"accuracy {accuracies}; {changed} of the answers changed"
+
+
+def blank_line_sentence() -> str:
+    """Say what blocking the second token of a blank line changes, where the tokenizer has two.
+
+    By what the published code gives on a model whose tokenizer does; see ``published/README.md``.
+    """
+    rows = read_published("knockout_readings.csv").set_index(["blocked", "fraction", "doc_id"])
+    first, both = rows.loc["first token"], rows.loc["whole blank line"]
+    difference = (both - first).abs().to_numpy()
+    changed = int((both.idxmax(axis=1) != first.idxmax(axis=1)).sum())
+    return (
+        f"on SmolLM2-135M (instruct, 4-bit weights) log-probabilities differ by up to "
+        f"{difference.max():.2f} nats, {difference.mean():.3f} on average, and {changed} of "
+        f"{len(first)} answers change"
+    )
 
 
 def score_term(

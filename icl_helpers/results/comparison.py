@@ -1,4 +1,4 @@
-"""The paper's published accuracies, and runs beside them and beside each other.
+"""Published accuracies and scores of heads, and runs beside them and beside each other.
 
 Example
 -------
@@ -14,23 +14,57 @@ from pathlib import Path
 
 import pandas as pd
 
+from icl_helpers.attention.heads import SCORE_THRESHOLD
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import CELL, ROW, keyed
 from icl_helpers.results.statistics import accuracy_intervals
 from icl_helpers.results.tables import cell_frame
 
 __all__ = [
-    "PAPER_MODELS", "compare_runs", "overlay", "published_accuracy", "published_name",
-    "published_table",
+    "PAPER_MODELS", "compare_runs", "count_induction_heads", "overlay", "published_accuracy",
+    "published_head_scores", "published_name", "published_table", "read_published",
 ]  # fmt: skip
 
 # Published name of each of the paper's models, by the last part of its hub id.
 PAPER_MODELS = {"meta-llama-3-8b": "Llama-3-8B", "internlm2-20b": "InternLM2-20B"}
 
 
+def read_published(name: str) -> pd.DataFrame:
+    """Read a table of the folder ``published``, whose ``README.md`` has columns and sources."""
+    path = Path(__file__).parents[1] / "published" / name
+    return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+
+
 def published_accuracy() -> pd.DataFrame:
-    """Read every published accuracy, in percent; columns as in ``published/README.md``."""
-    return pd.read_csv(Path(__file__).parents[1] / "published" / "accuracy.csv")
+    """Read every accuracy that the paper published, in percent."""
+    return read_published("accuracy.csv")
+
+
+def published_head_scores() -> pd.DataFrame:
+    """Read the scores of single heads that Feucht et al. (2025) published.
+
+    Columns: model, checkpoint, layer, head, score (0 to 1), step (of training; missing for the
+    final weights).
+    """
+    scores = read_published("head_scores.parquet")
+    steps = scores["checkpoint"].str.extract(r"step(\d+)")[0]
+    return scores.assign(step=pd.to_numeric(steps).astype("Int64"))
+
+
+def count_induction_heads(scores: pd.DataFrame) -> pd.DataFrame:
+    """Count the heads that score 0.3 or more, for every model and training step.
+
+    ``scores`` has the columns model, step, layer, head and score. Columns: model, step (final
+    weights last), heads (all of the model), induction (those of 0.3 or more), and the highest score
+    with its layer and head.
+    """
+    ranked = scores.sort_values("score", ascending=False, kind="stable")
+    ranked["induction"] = ranked["score"] >= SCORE_THRESHOLD
+    groups = ranked.groupby(["model", "step"], dropna=False)
+    return groups.agg(
+        heads=("score", "size"), induction=("induction", "sum"), score=("score", "first"),
+        layer=("layer", "first"), head=("head", "first"),
+    ).reset_index()  # fmt: skip
 
 
 def _published_rows(model: str) -> pd.DataFrame:

@@ -19,8 +19,8 @@ from icl_helpers.evaluation.store import CELL, keyed
 
 __all__ = [
     "accuracy_bars", "accuracy_lines", "attention_over_prompt", "bars_alt", "benefit_alt",
-    "benefit_bars", "intervention_lines", "loss_lines", "ranked_heads", "score_heatmap",
-    "score_lines",
+    "benefit_bars", "intervention_lines", "loss_lines", "ranked_heads", "rise_lines",
+    "score_heatmap", "score_lines",
 ]  # fmt: skip
 
 _FULL, _INDUCTION, _RANDOM, _OTHER, _GUIDE = "#444444", "#b2182b", "#2166ac", "#bbbbbb", "#999999"
@@ -239,6 +239,27 @@ def score_lines(frame: pd.DataFrame, *, phases: Sequence[int], threshold: float)
     axes.plot(wide[heads], color=_INDUCTION, marker="o", markersize=2.5)
     axes.axhline(threshold, color=_GUIDE, linewidth=0.8)
     axes.set(ylabel="prefix-matching score", ylim=(-0.02, 1.02))
+    return _closed(figure)
+
+
+def rise_lines(counts: pd.DataFrame, *, threshold: float) -> Figure:
+    """Draw each model's highest score and share of heads at the threshold over training steps.
+
+    ``counts`` is that of :func:`icl_helpers.results.comparison.count_induction_heads`; rows without
+    a step, and the step 0, have no place on the axis and are left out.
+    """
+    figure, (highest, share) = _new_figure(8, 5, rows=2)
+    rows = counts[counts["step"].fillna(0) > 0]
+    styles = itertools.cycle(_TASK_STYLES)
+    for (name, part), (colour, marker) in zip(rows.groupby("model"), styles, strict=False):
+        steps, percent = part["step"].astype(int), 100 * part["induction"] / part["heads"]
+        for axes, values in ((highest, part["score"]), (share, percent)):
+            axes.plot(steps, values, label=name, color=colour, marker=marker, markersize=3.5)
+    highest.axhline(threshold, color=_GUIDE, linewidth=0.8)
+    highest.set(ylabel="highest score", ylim=(0, 1.02), xscale="log")
+    share.set(xlabel="training step", ylabel=f"heads at {threshold} or more (%)", ylim=(0, None))
+    handles, names = share.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False)
     return _closed(figure)
 
 

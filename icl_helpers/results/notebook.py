@@ -10,14 +10,28 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 
 from icl_helpers.errors import InputError
-from icl_helpers.results.comparison import PAPER_MODELS, overlay, published_table
-from icl_helpers.results.figures import accuracy_bars, bars_alt, benefit_alt, benefit_bars
+from icl_helpers.results.comparison import (
+    PAPER_MODELS,
+    count_induction_heads,
+    overlay,
+    published_head_scores,
+    published_table,
+)
+from icl_helpers.results.figures import (
+    accuracy_bars,
+    bars_alt,
+    benefit_alt,
+    benefit_bars,
+    score_heatmap,
+)
 from icl_helpers.results.statistics import left_out_tasks
 from icl_helpers.results.tables import annotated_table, write_table
 from icl_helpers.tasks.data import load_splits
@@ -25,7 +39,7 @@ from icl_helpers.tasks.specs import STAND_IN_TASKS, text_spec
 
 __all__ = [
     "DESCRIPTION", "describe_text_tasks", "show_bars", "show_benefit", "show_figure",
-    "show_paper_table", "show_published", "show_table", "text_task_table",
+    "show_paper_table", "show_published", "show_published_scores", "show_table", "text_task_table",
 ]  # fmt: skip
 
 DESCRIPTION = "icl_description"
@@ -120,6 +134,28 @@ def show_published(model: str, documents: pd.DataFrame, number: int, directory: 
         label = f"table {number} as published for {model_name}"
         name = f"published-{number}-{model_name.lower()}"
         show_table(cells, label=label, directory=directory, name=name)
+
+
+def show_published_scores() -> None:
+    """Display the scores of Llama-3-8B that Feucht et al. published, to stand beside the paper's.
+
+    The caption says how many heads score 0.3 or more and whether the best is the paper's.
+    """
+    scores = published_head_scores().query("model == 'Meta-Llama-3-8B'")
+    count: Any = next(count_induction_heads(scores).itertuples())
+    same = (count.layer, count.head) == (15, 30)
+    facts = (
+        f"{count.induction} of {count.heads:,} heads score 0.3 or more "
+        f"({100 * count.induction / count.heads:.1f} %); the best is layer {count.layer}, head "
+        f"{count.head}, with {count.score:.2f}, "
+        f"{'the same head as' if same else 'another head than'} in the paper"
+    )
+    grid = scores.pivot(index="layer", columns="head", values="score")
+    show_figure(
+        score_heatmap(torch.tensor(grid.to_numpy()), label="next-token matching score"),
+        alt=f"Heatmap of layers by heads of Llama-3-8B, as published by Feucht et al.: {facts}.",
+        caption=f"Llama-3-8B, as published by Feucht et al. (2025), not measured here: {facts}.",
+    )
 
 
 def _narrow(cells: pd.DataFrame) -> pd.DataFrame:

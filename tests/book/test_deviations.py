@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,3 +231,22 @@ def test_resampled_accuracy_spreads_as_a_binomial():
     drawn = data.resampled_accuracy(correct, 100, draws=4000)
     assert drawn.mean() == pytest.approx(0.75, abs=0.01)
     assert drawn.std() == pytest.approx((0.75 * 0.25 / 100) ** 0.5, rel=0.1)
+
+
+def test_blank_line_sentence_is_what_the_shipped_log_probabilities_give():
+    rows: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    path = Path(icl.__file__).parent / "published" / "knockout_readings.csv"
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            pair = rows.setdefault((row["fraction"], row["doc_id"]), {})
+            pair[row["blocked"]] = (float(row["Foo"]), float(row["Bar"]))
+    differences, changed = [], 0
+    for pair in rows.values():
+        one, two = pair["first token"], pair["whole blank line"]
+        differences += [abs(a - b) for a, b in zip(one, two, strict=True)]
+        changed += (one[0] > one[1]) != (two[0] > two[1])
+    said = deviations.blank_line_sentence()
+    assert f"up to {max(differences):.2f} nats" in said
+    assert f"{sum(differences) / len(differences):.3f} on average" in said
+    assert f"{changed} of {len(rows)} answers" in said
+    assert "SmolLM2-135M (instruct, 4-bit weights)" in said

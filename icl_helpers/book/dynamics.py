@@ -1,0 +1,131 @@
+"""What the chapter on training dynamics says of its measurements, by rule.
+
+Example
+-------
+>>> measured = read_measurements("dynamics", model="icl-tiny")
+>>> counts = rise_counts(measured, "icl-tiny")
+>>> rise_sentences(counts)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from icl_helpers.results.comparison import count_induction_heads, published_head_scores
+
+__all__ = [
+    "episode_sentences", "loss_sentences", "removal_sentences", "rise_counts", "rise_sentences",
+]  # fmt: skip
+
+
+def rise_counts(measured: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Count induction heads over training: the embedded model's, and those that are published.
+
+    ``measured`` is the shipped ``dynamics`` of the model. Columns are those of
+    :func:`icl_helpers.results.comparison.count_induction_heads`; a model's name says who measured
+    it, and with which seed it was trained where there are several.
+    """
+    ours = measured[measured["measure"] == "prefix_score"].rename(columns={"value": "score"})
+    names = model + ", seed " + ours["training_seed"].astype(str) + " (here)"
+    theirs = published_head_scores()
+    trained = theirs[theirs["step"].groupby(theirs["model"]).transform("count") > 0]
+    published = trained.assign(model=trained["model"] + " (Feucht et al.)")
+    return count_induction_heads(pd.concat([ours.assign(model=names), published]))
+
+
+def rise_sentences(counts: pd.DataFrame) -> str:
+    """Say of each model between which checkpoints induction heads appear, and what becomes of them.
+
+    They have appeared with the first checkpoint after which none is without a head of 0.3 or more.
+    """
+    return "\n".join(f"- **{name}**: {_rise(rows)}." for name, rows in counts.groupby("model"))
+
+
+def _rise(counts: pd.DataFrame) -> str:
+    rows: list[Any] = list(counts.itertuples())
+    without = [place for place, row in enumerate(rows) if not row.induction]
+    last, most = rows[-1], max(rows, key=lambda row: row.induction)
+    if not last.induction:
+        return f"no head scores 0.3 or more at the end; the best has {last.score:.2f}"
+    end = (
+        f"{most.induction} at most ({_step(most.step)}), {last.induction} of {last.heads:,} heads "
+        f"({100 * last.induction / last.heads:.1f} %) at the end, where the best has "
+        f"{last.score:.2f}"
+    )
+    if not without:
+        return f"heads score 0.3 or more at every checkpoint; {end}"
+    before, after = rows[without[-1]], rows[without[-1] + 1]
+    earlier = max(row.induction for row in rows[: without[-1] + 1])
+    lost = f" (up to {earlier} did so before, and no longer)" if earlier else ""
+    return (
+        f"no head scores 0.3 or more at {_step(before.step)}, {after.induction} of "
+        f"{after.heads:,} at the next checkpoint, {_step(after.step)}{lost}; {end}"
+    )
+
+
+def _step(step: int) -> str:
+    return "the final weights" if pd.isna(step) else f"step {step:,}"
+
+
+def episode_sentences(measured: pd.DataFrame) -> str:
+    """Say of each training seed what its heads score where the few-shot episodes begin."""
+    sentences = []
+    for seed, frame in measured.groupby("training_seed"):
+        begin = int(frame.loc[frame["measure"] == "phase_begins", "value"].min())
+        rows = frame[(frame["measure"] == "prefix_score") & (frame["step"] == begin)]
+        scores = rows.assign(model=seed, score=rows["value"])
+        count: Any = next(count_induction_heads(scores).itertuples())
+        found = f"{count.induction} of {count.heads} heads score"
+        found = found if count.induction else "no head scores"
+        sentences.append(
+            f"In training seed {seed} the episodes begin at step {begin:,}; there {found} 0.3 or "
+            f"more on the sequences of this page, and the best has {count.score:.2f}."
+        )
+    return " ".join(sentences)
+
+
+def loss_sentences(measured: pd.DataFrame, vocabulary: int) -> str:
+    """Say how the losses of each training seed stand to an even guess among all tokens."""
+    even = math.log(vocabulary)
+    sentences = [f"An even guess among {vocabulary:,} tokens costs {even:.1f} nats."]
+    for seed, frame in measured.groupby("training_seed"):
+        first, last = (
+            frame[frame["measure"] == f"loss_{copy}_copy"].groupby("step")["value"].mean()
+            for copy in ("first", "last")
+        )
+        peak = last.idxmax()
+        side = "more" if last[peak] > even else "no more"
+        sentences.append(
+            f"In training seed {seed} the last copy costs {side} than that at its worst, "
+            f"{last[peak]:.1f} nats at step {peak:,}, where the first costs {first[peak]:.1f}; at "
+            f"the end the last costs {last.iloc[-1]:.2f} and the first {first.iloc[-1]:.1f}."
+        )
+    return " ".join(sentences)
+
+
+def removal_sentences(measured: pd.DataFrame, *, level: float = 0.75) -> str:
+    """Say what is left without the induction heads at the steps where the full model is good.
+
+    Those are the steps at which its accuracy, averaged over the tasks, is ``level`` or more.
+    """
+    sentences = []
+    for seed, frame in measured.groupby("training_seed"):
+        wide = frame.pivot_table("value", "step", "measure")
+        good = wide[wide["accuracy"] >= level]
+        if good.empty:
+            sentences.append(f"In training seed {seed} no step has {100 * level:.0f} % or more.")
+            continue
+        left, control = (
+            f"{100 * good[name].min():.0f} to {100 * good[name].max():.0f} %"
+            for name in ("accuracy_without_induction_heads", "accuracy_without_random_heads")
+        )
+        sentences.append(
+            f"In training seed {seed} the full model has {100 * level:.0f} % or more at "
+            f"{len(good)} of {len(wide)} saved steps, the first of them {good.index[0]:,}; at "
+            f"these, {left} remain without its induction heads and {control} without as many "
+            f"others; chance is 50 %."
+        )
+    return " ".join(sentences)

@@ -68,13 +68,25 @@ def _use_workers(args: argparse.Namespace) -> None:
 def _parameters(args: argparse.Namespace) -> Any:
     from icl_helpers.parameters import about, read_parameters, stage_parameters
 
-    values = read_parameters(args.parameters) if args.parameters else {}
+    values = _imported_parameters(args.run_dir)
+    values |= read_parameters(args.parameters) if args.parameters else {}
     options = {name: getattr(args, name) for name, *_ in about()}
     values |= {name: value for name, value in options.items() if value is not None}
     if isinstance(values.get("batch_size"), str) and values["batch_size"].isdigit():
         values["batch_size"] = int(values["batch_size"])
     values.setdefault("run_dir", f"runs/{_slug(str(values.get('model', 'icl-tiny')))}")
     return stage_parameters(**values)
+
+
+def _imported_parameters(run_dir: str | None) -> dict[str, Any]:
+    """Parameters of an imported run, which go on as they were; none for any other."""
+    from icl_helpers.files import imported_dir
+
+    if run_dir is None or imported_dir(run_dir) is None:
+        return {}
+    from icl_helpers.run.plan import run_info
+
+    return {**run_info(run_dir)["parameters"], "run_dir": run_dir}
 
 
 def _slug(model: str) -> str:
@@ -125,6 +137,22 @@ def _evaluate(args: argparse.Namespace) -> int:
     _use_workers(args)
     results = Run(_parameters(args)).evaluate(*args.conditions)
     print(results.to_string(index=False))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from icl_helpers.run.bundle import export_run
+    from icl_helpers.run.run import run_at
+
+    print(export_run(run_at(args.run), args.out))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from icl_helpers.run.bundle import import_bundle
+
+    name = os.path.basename(os.path.abspath(args.bundle))
+    print(import_bundle(args.bundle, args.run_dir or os.path.join("runs", name)))
     return 0
 
 
@@ -197,6 +225,14 @@ def _parser() -> argparse.ArgumentParser:
         "--conditions", type=_list_of(str), default=["full"],
         help="any of full, mean, zero, knockout, comma separated (default full)",
     )  # fmt: skip
+    export = add("export", _export, "write a run as a bundle: a small directory to pass on")
+    export.add_argument("run", metavar="RUN", help="directory of the run")
+    export.add_argument("--out", required=True, metavar="DIR", help="directory to make")
+    bundle = add("import", _import, "make a run of a bundle; it needs no model")
+    bundle.add_argument("bundle", metavar="BUNDLE")
+    bundle.add_argument(
+        "--run-dir", "--out", metavar="RUN", help="directory of the run (default runs/NAME)"
+    )
     book = add("book", _book, "build the HTML book from the runs")
     book.add_argument("--runs", default="runs", help="directory of the runs (default runs)")
     book.add_argument("--out", default="_build", help="directory of the book (default _build)")

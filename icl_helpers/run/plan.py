@@ -25,7 +25,7 @@ import pandas as pd
 
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import KEYS, read_frame
-from icl_helpers.files import check_run_dir, content_key, embedded_models
+from icl_helpers.files import check_run_dir, content_key, embedded_models, file_name
 from icl_helpers.models.fingerprint import model_fractions
 from icl_helpers.models.reference_text import reference_texts
 from icl_helpers.parameters import StageParameters, about
@@ -34,7 +34,8 @@ from icl_helpers.tasks.prompts import PromptSet, prompt_sets, resolve_shots
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
 
 __all__ = [
-    "GROUPS", "KINDS", "Group", "Plan", "check_same_model", "run_info", "run_table", "shown_name",
+    "GROUPS", "KINDS", "Group", "Plan", "bundle_name", "check_same_model", "run_info", "run_table",
+    "shown_name",
 ]  # fmt: skip
 
 # Kinds of conditions; the second is evaluated beside the first wherever it is evaluated at all.
@@ -129,6 +130,7 @@ class Plan:
         results under such a condition.
         """
         values = self.parameters.as_dict() | {"data": self.data(task), "data_dir": None}
+        values |= {name: file_name(values[name]) for name, *_, it in about() if it.path}
         decisive = {"prompts", condition, ablation}
         chosen = {name: values[name] for name, *_, it in about() if it.decides in decisive}
         return content_key([chosen, dict(model_key)])
@@ -184,7 +186,7 @@ class Plan:
 def check_same_model(info: Mapping[str, Any], parameters: StageParameters) -> None:
     """Raise :class:`InputError` when the run that says this is of another model."""
     stored = info.get("model", parameters.model)
-    if stored != parameters.model:
+    if stored not in (parameters.model, "imported" in info and bundle_name(parameters.model)):
         raise InputError(
             f"run directory {parameters.run_dir} holds the run of model {stored!r}, not of "
             f"{parameters.model!r}; choose another run_dir"
@@ -194,6 +196,12 @@ def check_same_model(info: Mapping[str, Any], parameters: StageParameters) -> No
 def shown_name(model: str) -> str:
     """Return a model's name as it is published: of a folder its last part."""
     return Path(model).name if Path(model).is_absolute() else model
+
+
+def bundle_name(model: str) -> str:
+    """Return a model's name in a bundle; that of a GGUF file without its ending, as no file."""
+    name = shown_name(model)
+    return name if name == model else name.removesuffix(".gguf")
 
 
 def run_info(run_dir: str | os.PathLike[str]) -> dict[str, Any]:

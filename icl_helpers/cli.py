@@ -156,6 +156,23 @@ def _import(args: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from icl_helpers.files import write_json
+    from icl_helpers.run.verify import verify_bundle
+
+    share = args.share or (0.01 if args.seconds is None else 1.0)
+    found = verify_bundle(
+        args.bundle, share=share, seconds=args.seconds, seed=args.seed, model=args.model,
+        device=args.device, data_dir=args.data_dir, trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    if args.json is not None:
+        write_json(Path(args.json), found.as_dict())
+    print(found)
+    return 0 if found.agrees else 1
+
+
 def _book(args: argparse.Namespace) -> int:
     from icl_helpers.book.build import build_book
 
@@ -232,6 +249,18 @@ def _parser() -> argparse.ArgumentParser:
     bundle.add_argument("bundle", metavar="BUNDLE")
     bundle.add_argument(
         "--run-dir", "--out", metavar="RUN", help="directory of the run (default runs/NAME)"
+    )
+    verify = add("verify", _verify, "compute a share of a bundle again and compare; 1: disagrees")
+    verify.add_argument("bundle", metavar="BUNDLE")
+    verify.add_argument("--share", type=float, help="of its documents (default 0.01)")
+    verify.add_argument("--seconds", type=float, help="time limit; then the default share is all")
+    verify.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
+    verify.add_argument("--json", metavar="FILE", help="write the report here too")
+    verify.add_argument("--model", help="where the model is, if not at the name in the bundle")
+    verify.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    verify.add_argument("--data-dir", help="rows of tasks that were read from a directory")
+    verify.add_argument(
+        "--trust-remote-code", action="store_true", help="run code from the model's repository"
     )
     book = add("book", _book, "build the HTML book from the runs")
     book.add_argument("--runs", default="runs", help="directory of the runs (default runs)")

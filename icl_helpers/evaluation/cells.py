@@ -17,10 +17,15 @@ from icl_helpers.evaluation.conditions import Condition
 from icl_helpers.evaluation.shared_work import Encoded
 from icl_helpers.evaluation.store import CellStore
 from icl_helpers.files import content_key, file_name
+from icl_helpers.tasks.data import load_rows, load_splits
 from icl_helpers.tasks.lm_eval_task import load_task
 from icl_helpers.tasks.prompts import sample_documents
+from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
-__all__ = ["Cell", "CellGroup", "Prompts", "Scorer", "build", "score_group", "stored_cells"]
+__all__ = [
+    "Cell", "CellGroup", "Prompts", "Scorer", "build", "score_documents", "score_group",
+    "stored_cells",
+]  # fmt: skip
 
 # A finished cell: everything that decides it, and its documents' columns.
 Cell = tuple[dict[str, Any], dict[str, list[Any]]]
@@ -77,6 +82,14 @@ class CellGroup:
         values = {f.name: spec[f.name] for f in fields(cls) if f.name in spec}
         return cls(**values | {"seed": seed, "data": data, "conditions": ()})
 
+    def check_data(self) -> None:
+        """Read the group's rows. Raises as :func:`icl_helpers.build_prompts` does."""
+        spec = get_task_spec(self.task)
+        if isinstance(spec, TextTaskSpec):
+            load_splits(spec, data=self.data)
+        else:
+            load_rows(self.task, data=self.data)
+
     def prompts_name(self) -> str:
         """What an imported run finds the key of the group's prompts by."""
         return content_key([self.spec(), self.seed])
@@ -131,7 +144,7 @@ def score_group(
                 encoded = lm.encode(prompts.pairs)
                 lm.share(group.conditions)
             with lm.under(condition):
-                documents = _score(lm, prompts.task, encoded)
+                documents = _score(lm, prompts.task, prompts.task.instances, encoded)
             if store is not None:
                 store.write(spec, documents)
         cells.append((spec, documents))
@@ -200,11 +213,25 @@ def _sample(group: CellGroup, task: Any) -> list[int] | None:
     return sample_documents(targets, group.limit, sampling=group.sampling)
 
 
-def _score(lm: Scorer, task: Any, encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
+def score_documents(lm: Scorer, prompts: Prompts, doc_ids: Sequence[int]) -> dict[str, list[Any]]:
+    """Score some of the documents under the scorer's condition; columns as in a cell."""
+    wanted = set(doc_ids)
+    chosen = [
+        (instance, pair)
+        for instance, pair in zip(prompts.task.instances, prompts.pairs, strict=True)
+        if instance.doc["doc_id"] in wanted
+    ]
+    encoded = lm.encode([pair for _, pair in chosen])
+    return _score(lm, prompts.task, [instance for instance, _ in chosen], encoded)
+
+
+def _score(
+    lm: Scorer, task: Any, instances: Sequence[Any], encoded: Sequence[Encoded]
+) -> dict[str, list[Any]]:
     """Score one cell: of each document the target, and of each of its labels what was found."""
     scored = lm._loglikelihood_tokens(encoded)
     by_document: dict[int, list[tuple[Any, Encoded, tuple[float, bool]]]] = {}
-    for instance, request, result in zip(task.instances, encoded, scored, strict=True):
+    for instance, request, result in zip(instances, encoded, scored, strict=True):
         # lm-eval numbers the documents of a sample anew.
         by_document.setdefault(instance.doc["doc_id"], []).append((instance, request, result))
     documents: dict[str, list[Any]] = {

@@ -51,7 +51,7 @@ from icl_helpers.files import (
 from icl_helpers.parameters import about
 from icl_helpers.redaction import check_leaks, redact
 from icl_helpers.results.viewer import PromptView
-from icl_helpers.run.plan import GROUPS, Plan, bundle_name
+from icl_helpers.run.plan import GROUPS, Plan, bundle_name, run_info
 
 __all__ = [
     "FORMAT", "Bundle", "BundledCell", "export_run", "import_bundle", "open_bundle",
@@ -222,7 +222,7 @@ def import_bundle(directory: str | os.PathLike[str], run_dir: str | os.PathLike[
     target = check_run_dir(run_dir)
     digest = _sha256(bundle.folder / _MANIFEST)
     if (target / "run.json").is_file():
-        if json.loads((target / "run.json").read_text(encoding="utf-8")).get("imported") == digest:
+        if run_info(target).get("imported") == digest:
             return target
         raise InputError(f"{target} holds another run; give another run_dir, or remove that one")
     cells = bundle.cells()
@@ -242,7 +242,8 @@ def import_bundle(directory: str | os.PathLike[str], run_dir: str | os.PathLike[
             with atomic_path(place) as temporary:
                 temporary.write_bytes((bundle.folder / name).read_bytes())
     info = bundle.json("run.json")
-    info["parameters"]["run_dir"] = os.fspath(run_dir)
+    # What a bundle says may not run code.
+    info["parameters"] |= {"run_dir": os.fspath(run_dir), "trust_remote_code": False}
     # Last: what was cut off before is imported anew.
     write_json(target / "run.json", info | {"imported": digest})
     return target

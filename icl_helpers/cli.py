@@ -84,9 +84,9 @@ def _imported_parameters(run_dir: str | None) -> dict[str, Any]:
 
     if run_dir is None or imported_dir(run_dir) is None:
         return {}
-    from icl_helpers.run.plan import run_info
+    from icl_helpers.run.plan import stated_parameters
 
-    return {**run_info(run_dir)["parameters"], "run_dir": run_dir}
+    return dict(stated_parameters(run_dir).as_dict())
 
 
 def _slug(model: str) -> str:
@@ -175,7 +175,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _book(args: argparse.Namespace) -> int:
     from icl_helpers.book.build import build_book
+    from icl_helpers.book.shipped import prepare_shipped
 
+    if args.bundles is not None:
+        prepare_shipped(args.bundles, args.runs)
     print(build_book(args.runs, args.out))
     return 0
 
@@ -265,6 +268,10 @@ def _parser() -> argparse.ArgumentParser:
     book = add("book", _book, "build the HTML book from the runs")
     book.add_argument("--runs", default="runs", help="directory of the runs (default runs)")
     book.add_argument("--out", default="_build", help="directory of the book (default _build)")
+    book.add_argument(
+        "--bundles", metavar="DIR",
+        help="directory of bundles whose runs are imported, executed and verified before",
+    )  # fmt: skip
     data = add("data", _data, "fetch the published repository's data files")
     data.add_argument("what", choices=["original"])
     data.add_argument("--from", dest="source", metavar="DIR", help="copy from a local clone")

@@ -35,7 +35,7 @@ from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
 
 __all__ = [
     "GROUPS", "KINDS", "Group", "Plan", "bundle_name", "check_same_model", "run_info", "run_table",
-    "shown_name",
+    "shown_name", "stated_parameters",
 ]  # fmt: skip
 
 # Kinds of conditions; the second is evaluated beside the first wherever it is evaluated at all.
@@ -211,6 +211,11 @@ def run_info(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{path} does not exist; {run_dir} is not the directory of a run")
     info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return info
+
+
+def stated_parameters(run_dir: str | os.PathLike[str]) -> StageParameters:
+    """The parameters that a run's ``run.json`` states, there; raises as :func:`run_info` does."""
+    return StageParameters(**run_info(run_dir)["parameters"] | {"run_dir": os.fspath(run_dir)})
 
 
 def run_table(

@@ -63,7 +63,7 @@ from icl_helpers.models.reference_text import (
 from icl_helpers.parameters import StageParameters
 from icl_helpers.results.viewer import PromptView, prompt_view, viewer_prompts
 from icl_helpers.run.bundle import Bundle
-from icl_helpers.run.plan import KINDS, Group, Plan, check_same_model, run_info
+from icl_helpers.run.plan import KINDS, Group, Plan, check_same_model, run_info, stated_parameters
 from icl_helpers.tasks.prompts import Prompt, build_prompts
 
 __all__ = ["Run", "run_at", "source_of"]
@@ -462,12 +462,8 @@ def _now() -> str:
 
 
 def run_at(directory: str | os.PathLike[str]) -> Run:
-    """The run in a directory, with the parameters that its ``run.json`` states.
-
-    Raises :class:`InputError` where there is none.
-    """
-    stated = run_info(directory)["parameters"] | {"run_dir": os.fspath(directory)}
-    return Run(StageParameters(**stated))
+    """The run in a directory, with its parameters; raises :class:`InputError` where none is."""
+    return Run(stated_parameters(directory))
 
 
 def source_of(parameters: StageParameters) -> ModelSource:

@@ -209,7 +209,7 @@ def _check_heads(bundle: Bundle, cells: Sequence[BundledCell], scores: torch.Ten
     for spec in (cell.spec for cell in cells if cell.spec["condition"].startswith("induction")):
         if spec["heads"] != sorted(map(list, top_heads(scores, spec["fraction"]))):
             raise InputError(
-                f"bundle {bundle.folder}: cells.parquet has a cell of {spec['task']} with induction "
+                f"bundle {bundle.folder}: cells.parquet has induction "
                 f"heads that are not the highest of prefix_scores.safetensors"
             )
 

@@ -249,17 +249,21 @@ def import_bundle(directory: str | os.PathLike[str], run_dir: str | os.PathLike[
     return target
 
 
-def export_run(run: Any, out: str | os.PathLike[str]) -> Path:
+def export_run(run: Any, out: str | os.PathLike[str], *, positions: int | None = None) -> Path:
     """Write a run as a bundle into the new directory ``out``, and return that directory.
 
     ``run`` is a :class:`icl_helpers.Run` whose model and data are here: attention over the viewer's
     prompts is computed, and so are scores and means that are not there yet. Exported is every
-    finished cell of the run's model; of mean ablation those with its present means.
+    finished cell of the run's model; of mean ablation those with its present means. ``positions``
+    bounds the means, most of a bundle where prompts are long: on longer ones mean ablation cannot
+    be verified.
 
     Raises :class:`InputError` where ``out`` exists or the run was imported, and
     :class:`icl_helpers.LeakError` rather than publish a secret.
     """
     target = user_path(out)
+    if positions is not None and positions < 1:
+        raise InputError(f"positions must be at least 1, got {positions}")
     if target.exists():
         raise InputError(f"{target} exists; give a directory that does not, or remove it first")
     if imported_dir(run.directory) is not None:
@@ -270,7 +274,7 @@ def export_run(run: Any, out: str | os.PathLike[str]) -> Path:
     means = run.mean_head_outputs()
     cells = _table_rows(run.directory, _cells(run, means))
     prompts, longest = _prompts(run, cells)
-    reach = _reach(cells, longest, means.shape[1])
+    reach = _reach(cells, longest, min(means.shape[1], positions or means.shape[1]))
     views = run.views(every=True)
     with atomic_directory(target) as folder:
         for name in _COPIED:
@@ -419,7 +423,21 @@ def _write_attention(path: Path, views: Mapping[str, PromptView]) -> None:
 def _write_table(path: Path, columns: Mapping[str, list[Any]]) -> None:
     table = pa.table(dict(columns))
     table = pa.table({name: _narrowed(table[name]) for name in table.column_names})
-    pq.write_table(table, path, compression="zstd", compression_level=19)
+    # Signs and exponents of floats beside each other compress; their digits never repeat.
+    floats = {name: leaf for name in table.column_names if (leaf := _float_leaf(table[name].type))}
+    pq.write_table(
+        table, path, compression="zstd", compression_level=19,
+        use_dictionary=[name for name in table.column_names if name not in floats],
+        use_byte_stream_split=[f"{name}{leaf}" for name, leaf in floats.items()],
+    )  # fmt: skip
+
+
+def _float_leaf(kind: pa.DataType) -> str:
+    """Path below a column of numbers in nested lists; empty for any other."""
+    path = ""
+    while pa.types.is_list(kind):
+        kind, path = kind.value_type, f"{path}.list.element"
+    return path if pa.types.is_floating(kind) else ""
 
 
 def _narrowed(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -144,7 +144,7 @@ def _export(args: argparse.Namespace) -> int:
     from icl_helpers.run.bundle import export_run
     from icl_helpers.run.run import run_at
 
-    print(export_run(run_at(args.run), args.out, positions=args.positions))
+    print(export_run(run_at(args.run), args.out))
     return 0
 
 
@@ -248,10 +248,6 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "write a run as a bundle: a small directory to pass on")
     export.add_argument("run", metavar="RUN", help="directory of the run")
     export.add_argument("--out", required=True, metavar="DIR", help="directory to make")
-    export.add_argument(
-        "--positions", type=int, metavar="N",
-        help="means at the first N positions only, to bound the size (default: all that matter)",
-    )  # fmt: skip
     bundle = add("import", _import, "make a run of a bundle; it needs no model")
     bundle.add_argument("bundle", metavar="BUNDLE")
     bundle.add_argument(

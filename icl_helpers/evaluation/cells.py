@@ -80,7 +80,9 @@ class CellGroup:
     def of_spec(cls, spec: Mapping[str, Any], *, seed: int, data: str) -> CellGroup:
         """The group, without conditions, of a finished cell; its spec has no seed and no place."""
         values = {f.name: spec[f.name] for f in fields(cls) if f.name in spec}
-        return cls(**values | {"seed": seed, "data": data, "conditions": ()})
+        # Without a limit, how one takes documents is nowhere.
+        values = {"sampling": ""} | values | {"seed": seed, "data": data, "conditions": ()}
+        return cls(**values)
 
     def check_data(self) -> None:
         """Read the group's rows. Raises as :func:`icl_helpers.build_prompts` does."""

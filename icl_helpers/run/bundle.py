@@ -65,7 +65,6 @@ _FILES = (
     *_COPIED, "attention.parquet", "cells.parquet", "means.parquet", "prompts.json", "run.json",
     "shown.json",
 )  # fmt: skip
-_CONTROLS: Any = CONTROLS
 # Shares of attention are kept in steps of 1/255.
 _STEPS = 255
 
@@ -249,21 +248,17 @@ def import_bundle(directory: str | os.PathLike[str], run_dir: str | os.PathLike[
     return target
 
 
-def export_run(run: Any, out: str | os.PathLike[str], *, positions: int | None = None) -> Path:
+def export_run(run: Any, out: str | os.PathLike[str]) -> Path:
     """Write a run as a bundle into the new directory ``out``, and return that directory.
 
     ``run`` is a :class:`icl_helpers.Run` whose model and data are here: attention over the viewer's
     prompts is computed, and so are scores and means that are not there yet. Exported is every
-    finished cell of the run's model; of mean ablation those with its present means. ``positions``
-    bounds the means, most of a bundle where prompts are long: on longer ones mean ablation cannot
-    be verified.
+    finished cell of the run's model; of mean ablation those with its present means.
 
     Raises :class:`InputError` where ``out`` exists or the run was imported, and
     :class:`icl_helpers.LeakError` rather than publish a secret.
     """
     target = user_path(out)
-    if positions is not None and positions < 1:
-        raise InputError(f"positions must be at least 1, got {positions}")
     if target.exists():
         raise InputError(f"{target} exists; give a directory that does not, or remove it first")
     if imported_dir(run.directory) is not None:
@@ -274,7 +269,7 @@ def export_run(run: Any, out: str | os.PathLike[str], *, positions: int | None =
     means = run.mean_head_outputs()
     cells = _table_rows(run.directory, _cells(run, means))
     prompts, longest = _prompts(run, cells)
-    reach = _reach(cells, longest, min(means.shape[1], positions or means.shape[1]))
+    reach = _reach(cells, longest, means.shape[1])
     views = run.views(every=True)
     with atomic_directory(target) as folder:
         for name in _COPIED:
@@ -298,14 +293,11 @@ def _cells(run: Any, means: torch.Tensor) -> list[BundledCell]:
     def present(fraction: float, seed: int | None) -> set[str]:
         """Keys of the present means of the heads at a fraction, by whichever control."""
         seeds = [] if seed is None else [seed]
-        return {
-            condition.identity()["means"]
-            for control in _CONTROLS
-            for condition in conditions(
-                scores, fractions=[fraction], ablations=["mean"], head_outputs=means,
-                ablation_seeds=seeds, control=control, full=False,
-            )
-        }  # fmt: skip
+        found = conditions(
+            scores, fractions=[fraction], ablations=["mean"], head_outputs=means,
+            ablation_seeds=seeds, control=CONTROLS, full=False,
+        )  # fmt: skip
+        return {condition.identity()["means"] for condition in found}
 
     found = {}
     for spec, documents in CellStore(run.directory / "cells").cells():
@@ -322,33 +314,28 @@ def _cells(run: Any, means: torch.Tensor) -> list[BundledCell]:
 
 def _table_rows(directory: Path, cells: list[BundledCell]) -> list[BundledCell]:
     """The cells with their places in the run's table of documents."""
-    keys = [name for name in KEYS if name != "demonstration_seed"]
-    places = {}
-    for position, cell in enumerate(cells):
-        row = [cell.spec.get(key) for key in keys]
-        places[content_key(row), _content(cell.documents)] = position
+    places = {
+        _row_key(document_frame(cell.spec, cell.documents, 0)): number
+        for number, cell in enumerate(cells)
+    }
     rows: list[list[tuple[int, int, str]]] = [[] for _ in cells]
     if (directory / "documents.parquet").is_file():
         frame = read_frame(directory / "documents.parquet")
         groups = frame.groupby([*KEYS, "setting"], dropna=False, sort=False)
         for place, (_, group) in enumerate(groups):
-            first = group.iloc[0]
-            values: list[Any] = [None if pd.isna(first[key]) else first[key] for key in keys]
-            plain = [v.item() if isinstance(v, np.generic) else v for v in values]
-            number = places.get((content_key(plain), _content(group)))
+            number = places.get(_row_key(group))
             if number is not None:
+                first = group.iloc[0]
                 seed = int(first["demonstration_seed"])
                 rows[number].append((place, seed, str(first["setting"])))
     return [replace(cell, rows=own) for cell, own in zip(cells, rows, strict=True)]
 
 
-def _content(documents: Any) -> str:
-    """Hash of what a cell, or its rows of a table, say of each document."""
-    values = [
-        [None if v is None or not np.isfinite(v) else float(v) for v in scores]
-        for scores in documents["log_probabilities"]
-    ]
-    return content_key([[int(target) for target in documents["target"]], values])
+def _row_key(rows: pd.DataFrame) -> tuple[Any, ...]:
+    """Rows of one cell as they are told apart whatever their seed is, by their scores too."""
+    keys = [name for name in KEYS if name != "demonstration_seed"]
+    scores = np.concatenate(rows["log_probabilities"].tolist()).tobytes()
+    return *map(str, rows.iloc[0][keys]), hashlib.sha256(scores).hexdigest()
 
 
 def _prompts(run: Any, cells: list[BundledCell]) -> tuple[dict[str, str], dict[str, int | None]]:
@@ -468,12 +455,11 @@ def _shown(
 ) -> dict[str, Any]:
     n_layers, _, n_heads, d_head = means.shape
     keys = {content_key(c.spec["heads"]): c.spec["means"] for c in cells if "means" in c.spec}
-    parameters = run.parameters
     return {
         "views": {name: {"text": view.text, "spans": view.spans} for name, view in views.items()},
         "means": {
-            "shape": [n_layers, n_heads, d_head], "keys": keys, "average": parameters.average,
-            "reference": file_name(parameters.reference),
+            "shape": [n_layers, n_heads, d_head], "keys": keys,
+            "of": run.plan.means_parameters(),
         },
     }  # fmt: skip
 

@@ -135,6 +135,12 @@ class Plan:
         chosen = {name: values[name] for name, *_, it in about() if it.decides in decisive}
         return content_key([chosen, dict(model_key)])
 
+    def means_parameters(self) -> dict[str, Any]:
+        """The parameters that decide the means, as they are in a bundle."""
+        values = self.parameters.as_dict()
+        decisive = [(name, it.path) for name, *_, it in about() if it.decides == "mean"]
+        return {name: file_name(values[name]) if path else values[name] for name, path in decisive}
+
     def selected(
         self, frame: pd.DataFrame, group: Group, model_key: Mapping[str, Any]
     ) -> pd.DataFrame:

@@ -243,18 +243,19 @@ class Run:
         whole = functools.cache(self.mean_head_outputs)
         filled = []
         for condition in found:
-            brought = self._bundle and self._brought_means and self._bundle.means(condition.heads)
+            brought = self._brought_means(condition)
             outputs, key = brought or (whole(), None)
             filled.append(replace(condition, head_outputs=outputs, means_key=key))
         return filled
 
-    @property
-    def _brought_means(self) -> bool:
-        """Whether the bundle's means are those that the parameters ask for."""
-        stated = self._bundle.shown["means"] if self._bundle is not None else {}
-        p = self.parameters
-        asked = {"average": p.average, "reference": file_name(p.reference)}
-        return asked.items() <= stated.items()
+    def _brought_means(self, condition: Condition) -> tuple[torch.Tensor, str] | None:
+        """The bundle's means of a condition's heads, where they are those that are asked for."""
+        if (
+            self._bundle is None
+            or self._bundle.shown["means"]["of"] != self.plan.means_parameters()
+        ):
+            return None
+        return self._bundle.means(condition.heads)
 
     def evaluate(self, *kinds: str, group: Group = "tasks") -> pd.DataFrame:
         """Accuracies of a group's tasks under the conditions of these kinds.

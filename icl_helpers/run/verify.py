@@ -161,11 +161,6 @@ def verify_bundle(
                 f"otherwise here than in bundle {directory}: the rows of {group.data!r} differ"
             )
         compared.add(lm, bundle, prompts, own, documents)
-    if compared.too_long:
-        left_out.append(
-            f"{len(compared.too_long)} cells of mean ablation on prompts that are longer than the "
-            f"bundle's means"
-        )
     if not compared.differences:
         raise InputError(f"bundle {directory}: nothing can be compared ({'; '.join(left_out)})")
     facts = model_facts(loaded)
@@ -282,7 +277,6 @@ class _Compared:
         self.differences: list[float] = []
         self.equal: list[bool] = []
         self.cells: set[int] = set()
-        self.too_long: set[int] = set()
 
     def add(
         self,
@@ -293,13 +287,9 @@ class _Compared:
         documents: Sequence[int],
     ) -> None:
         """Score these documents under the conditions of the cells."""
-        longest = max(len(ids) + len(label) for _, ids, label in lm.encode(prompts.pairs))
-        fitting = [(cell, _condition(cell, bundle)) for cell in cells]
-        # The last token of a label is not run.
-        fitting = [(cell, c) for cell, c in fitting if longest - 1 <= _positions(c, longest)]
-        self.too_long |= {id(cell) for cell in cells} - {id(cell) for cell, _ in fitting}
-        lm.share([condition for _, condition in fitting])
-        for cell, condition in fitting:
+        conditions = [_condition(cell, bundle) for cell in cells]
+        lm.share(conditions)
+        for cell, condition in zip(cells, conditions, strict=True):
             with lm.under(condition):
                 found = score_documents(lm, prompts, documents)
             self.cells.add(id(cell))
@@ -328,11 +318,6 @@ def _condition(cell: BundledCell, bundle: Bundle) -> Condition:
     if not condition.identity().items() <= cell.spec.items():
         raise InputError(f"bundle {bundle.folder} was made by another version: update icl-helpers")
     return condition
-
-
-def _positions(condition: Condition, otherwise: int) -> int:
-    means = condition.head_outputs
-    return otherwise if means is None else means.shape[1]
 
 
 def _answer(scores: Sequence[float | None]) -> int | None:

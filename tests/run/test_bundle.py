@@ -34,7 +34,7 @@ SST2 = [
 PARAMETERS = {
     "model": "icl-tiny", "tasks": ["wordseq1_binary", "repetition"], "nlp_tasks": ["sst2"],
     "labels": "semantic", "shots": [0, 2], "seeds": [42, 43], "ablation_seeds": [42], "limit": 3,
-    "control": "strict",
+    "control": ["strict"],
 }  # fmt: skip
 KINDS = {"tasks": ("full", "mean", "zero", "knockout"), "nlp_tasks": ("full", "mean", "zero")}
 

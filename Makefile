@@ -4,9 +4,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  ?= icl-tiny
-RUN    ?= runs/$(notdir $(MODEL:/=))
+NAME   := $(notdir $(MODEL:/=))
+# A run of a model whose results are shipped lies beside theirs, and is computed here.
+RUN    ?= runs/$(NAME)$(if $(wildcard book/runs/$(NAME)/manifest.json),-live)
 # Parameters of the run; the embedded model has its own file.
-PARAMETERS ?= $(wildcard notebooks/parameters/$(notdir $(MODEL:/=)).yaml)
+PARAMETERS ?= $(wildcard notebooks/parameters/$(NAME).yaml)
+
+# Shipped runs: imported, executed from there, and checked by a sample.
+BUNDLES ?= $(if $(wildcard book/runs/*/manifest.json),--bundles book/runs)
 
 # Processes that share the tests out between them; each takes about 1 GB.
 JOBS   ?= 2
@@ -32,7 +37,7 @@ run: setup
 	$(BIN)/icl run $(if $(PARAMETERS),-f $(PARAMETERS)) --model $(MODEL) --run-dir $(RUN)
 
 book: run
-	$(BIN)/icl book --runs $(dir $(RUN:/=)) --out _build
+	$(BIN)/icl book --runs $(dir $(RUN:/=)) --out _build $(BUNDLES)
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal

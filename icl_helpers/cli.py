@@ -68,13 +68,25 @@ def _use_workers(args: argparse.Namespace) -> None:
 def _parameters(args: argparse.Namespace) -> Any:
     from icl_helpers.parameters import about, read_parameters, stage_parameters
 
-    values = read_parameters(args.parameters) if args.parameters else {}
+    values = _imported_parameters(args.run_dir)
+    values |= read_parameters(args.parameters) if args.parameters else {}
     options = {name: getattr(args, name) for name, *_ in about()}
     values |= {name: value for name, value in options.items() if value is not None}
     if isinstance(values.get("batch_size"), str) and values["batch_size"].isdigit():
         values["batch_size"] = int(values["batch_size"])
     values.setdefault("run_dir", f"runs/{_slug(str(values.get('model', 'icl-tiny')))}")
     return stage_parameters(**values)
+
+
+def _imported_parameters(run_dir: str | None) -> dict[str, Any]:
+    """Parameters of an imported run, which go on as they were; none for any other."""
+    from icl_helpers.files import imported_dir
+
+    if run_dir is None or imported_dir(run_dir) is None:
+        return {}
+    from icl_helpers.run.plan import stated_parameters
+
+    return dict(stated_parameters(run_dir).as_dict())
 
 
 def _slug(model: str) -> str:
@@ -128,9 +140,45 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from icl_helpers.run.bundle import export_run
+    from icl_helpers.run.run import run_at
+
+    print(export_run(run_at(args.run), args.out))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from icl_helpers.run.bundle import import_bundle
+
+    name = os.path.basename(os.path.abspath(args.bundle))
+    print(import_bundle(args.bundle, args.run_dir or os.path.join("runs", name)))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from icl_helpers.files import write_json
+    from icl_helpers.run.verify import verify_bundle
+
+    share = args.share or (0.01 if args.seconds is None else 1.0)
+    found = verify_bundle(
+        args.bundle, share=share, seconds=args.seconds, seed=args.seed, model=args.model,
+        device=args.device, data_dir=args.data_dir, trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    if args.json is not None:
+        write_json(Path(args.json), found.as_dict())
+    print(found)
+    return 0 if found.agrees else 1
+
+
 def _book(args: argparse.Namespace) -> int:
     from icl_helpers.book.build import build_book
+    from icl_helpers.book.shipped import prepare_shipped
 
+    if args.bundles is not None:
+        prepare_shipped(args.bundles, args.runs)
     print(build_book(args.runs, args.out))
     return 0
 
@@ -197,9 +245,33 @@ def _parser() -> argparse.ArgumentParser:
         "--conditions", type=_list_of(str), default=["full"],
         help="any of full, mean, zero, knockout, comma separated (default full)",
     )  # fmt: skip
+    export = add("export", _export, "write a run as a bundle: a small directory to pass on")
+    export.add_argument("run", metavar="RUN", help="directory of the run")
+    export.add_argument("--out", required=True, metavar="DIR", help="directory to make")
+    bundle = add("import", _import, "make a run of a bundle; it needs no model")
+    bundle.add_argument("bundle", metavar="BUNDLE")
+    bundle.add_argument(
+        "--run-dir", "--out", metavar="RUN", help="directory of the run (default runs/NAME)"
+    )
+    verify = add("verify", _verify, "compute a share of a bundle again and compare; 1: disagrees")
+    verify.add_argument("bundle", metavar="BUNDLE")
+    verify.add_argument("--share", type=float, help="of its documents (default 0.01)")
+    verify.add_argument("--seconds", type=float, help="time limit; then the default share is all")
+    verify.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
+    verify.add_argument("--json", metavar="FILE", help="write the report here too")
+    verify.add_argument("--model", help="where the model is, if not at the name in the bundle")
+    verify.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    verify.add_argument("--data-dir", help="rows of tasks that were read from a directory")
+    verify.add_argument(
+        "--trust-remote-code", action="store_true", help="run code from the model's repository"
+    )
     book = add("book", _book, "build the HTML book from the runs")
     book.add_argument("--runs", default="runs", help="directory of the runs (default runs)")
     book.add_argument("--out", default="_build", help="directory of the book (default _build)")
+    book.add_argument(
+        "--bundles", metavar="DIR",
+        help="directory of bundles whose runs are imported, executed and verified before",
+    )  # fmt: skip
     data = add("data", _data, "fetch the published repository's data files")
     data.add_argument("what", choices=["original"])
     data.add_argument("--from", dest="source", metavar="DIR", help="copy from a local clone")

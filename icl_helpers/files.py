@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,10 +27,10 @@ from safetensors.torch import save_file
 from icl_helpers.errors import ICLError, InputError, MissingArtefactError
 
 __all__ = [
-    "SMOLLM2", "SMOLLM2_SHA256", "StorageError", "assets_dir", "atomic_path", "book_dir",
-    "cache_dir", "cached_tensor", "check_run_dir", "content_key", "embedded_dir", "embedded_models",
-    "notebooks_dir", "project_root", "quarantine", "read_text", "smollm2_dir", "synthetic_dir",
-    "tasks_dir", "user_path", "write_json",
+    "SMOLLM2", "SMOLLM2_SHA256", "StorageError", "assets_dir", "atomic_directory", "atomic_path",
+    "book_dir", "cache_dir", "cached_tensor", "check_run_dir", "content_key", "embedded_dir",
+    "embedded_models", "file_name", "imported_dir", "notebooks_dir", "project_root", "quarantine",
+    "read_text", "smollm2_dir", "synthetic_dir", "tasks_dir", "user_path", "write_json",
 ]  # fmt: skip
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -72,6 +74,17 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8, or convert it, for "
             f"example with: iconv -f latin1 -t utf-8"
         ) from None
+
+
+def file_name(given: str | None) -> str | None:
+    """The last part of a path: what may be published of it, and the same on every machine."""
+    return given and Path(given).name
+
+
+def imported_dir(run_dir: str | os.PathLike[str]) -> Path | None:
+    """Folder of what an imported run has of its bundle; None for any other run."""
+    path = check_run_dir(run_dir) / "bundle"
+    return path if path.is_dir() else None
 
 
 def project_root() -> Path:
@@ -129,6 +142,8 @@ def embedded_dir() -> Path:
     return _PACKAGE / "embedded"
 
 
+# Seconds after which whoever left a temporary directory behind was surely killed.
+_ABANDONED = 3600.0
 # Less than file systems allow: archives and copies add to a directory's name.
 _LONGEST_PART = 200
 
@@ -182,6 +197,45 @@ def atomic_path(path: Path) -> Iterator[Path]:
         # What cannot be removed was never there: its own error would hide the first one.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(
+    target: Path, *, way_out: str = "Free space or choose another directory, then try again"
+) -> Iterator[Path]:
+    """Yield an empty directory beside ``target``; it takes that name when the block succeeds.
+
+    Raises :class:`StorageError` naming the target when the disk is full or not writable.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _remove_abandoned(target)
+        yield temporary
+        for path in temporary.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        try:
+            temporary.rename(target)
+        except OSError:
+            # Another process was first, and made the same.
+            if not target.is_dir():
+                raise
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, ICLError):
+            raise
+        why = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot write {target}: {why}. {way_out}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes left behind; a process cannot clean up after its own kill."""
+    for path in target.parent.glob(f".{target.name}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:

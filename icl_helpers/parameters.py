@@ -256,7 +256,7 @@ def _type_error(error: ValidationError) -> InputError:
 def _check_values(parameters: StageParameters) -> None:
     from icl_helpers.attention.heads import CONTROLS, check_fraction
     from icl_helpers.attention.induction_pattern import check_categories
-    from icl_helpers.files import check_run_dir
+    from icl_helpers.files import check_run_dir, imported_dir
     from icl_helpers.tasks.data import check_local
     from icl_helpers.tasks.specs import SAMPLINGS, get_task_spec, text_spec
 
@@ -265,7 +265,8 @@ def _check_values(parameters: StageParameters) -> None:
         get_task_spec(task)
     for task in parameters.nlp_tasks or []:
         text_spec(task)
-    if parameters.data_dir is not None:
+    # An imported run names data that need not be here.
+    if parameters.data_dir is not None and imported_dir(parameters.run_dir) is None:
         check_local(parameters.data_dir, [*(parameters.nlp_tasks or []), *(parameters.tasks or [])])
     for fraction in parameters.fractions or []:
         check_fraction(fraction)

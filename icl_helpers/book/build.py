@@ -23,7 +23,13 @@ from icl_helpers.book import pages
 from icl_helpers.book.pages import front_page, recipe_table, run_slug, stage_table
 from icl_helpers.book.performance import write_benchmark_page
 from icl_helpers.errors import ICLError, InputError
-from icl_helpers.files import book_dir, check_run_dir, notebooks_dir, project_root
+from icl_helpers.files import (
+    book_dir,
+    check_run_dir,
+    embedded_models,
+    notebooks_dir,
+    project_root,
+)
 from icl_helpers.parameters import read_parameters, stage_parameters
 from icl_helpers.redaction import check_leaks
 from icl_helpers.results.notebook import DESCRIPTION
@@ -48,9 +54,17 @@ class BookError(ICLError, RuntimeError):
 
 
 def find_runs(runs: str | os.PathLike[str]) -> list[Path]:
-    """Run directories with a full set of executed notebooks, the embedded model's first."""
+    """Run directories with a full set of executed notebooks: shipped ones first.
+
+    Those of embedded models come last, for what they show is no evidence about others.
+    """
     complete = [run for run, missing in _missing_stages(runs).items() if not missing]
-    return sorted(complete, key=lambda path: (path.name != "icl-tiny", path.name))
+
+    def place(run: Path) -> tuple[bool, bool, str]:
+        info = run_info(run)
+        return info["model"] in embedded_models(), "imported" not in info, run.name
+
+    return sorted(complete, key=place)
 
 
 def _missing_stages(runs: str | os.PathLike[str]) -> dict[Path, list[str]]:
@@ -107,7 +121,7 @@ def build_book(
 
 def _stage(staged: Path, runs: list[Path]) -> list[str]:
     """Lay out the book's source; return the pages that must come out of it."""
-    shutil.copytree(book_dir(), staged)
+    shutil.copytree(book_dir(), staged, ignore=shutil.ignore_patterns("runs"))
     root = project_root()
     toc = yaml.safe_load((root / "_toc.yml").read_text())
     config = yaml.safe_load((root / "_config.yml").read_text())
@@ -117,13 +131,18 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
     if len(runs) > 1:
         (staged / "comparison.md").write_text(pages.comparison_page(runs, staged))
         study.append({"file": "comparison"})
-    for run in runs:
+    parts = []
+    for run, title in pages.run_titles(runs).items():
         chapters = [{"file": page} for page in _stage_run(staged, run)]
-        toc["parts"].append(
-            {"caption": f"Run: {shown_name(run_info(run)['model'])}", "chapters": chapters}
-        )
+        parts.append({"caption": f"Run: {title}", "chapters": chapters})
     _generated(staged, runs)
     reference += [{"file": page} for page in ("runs", "notebooks", "cite")]
+    verification = pages.verification_page(runs)
+    if verification is not None:
+        (staged / "verification.md").write_text(verification)
+        study.append({"file": "verification"})
+    toc["parts"][:0] = [part for part in parts[:1] if verification is not None]
+    toc["parts"] += parts[1:] if verification is not None else parts
     config["parse"]["myst_substitutions"] = {
         **front_page(staged, runs[0]),
         **_costs(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,14 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from icl_helpers.files import assets_dir, book_dir, embedded_models, notebooks_dir, project_root
+from icl_helpers.files import (
+    SMOLLM2,
+    assets_dir,
+    book_dir,
+    embedded_models,
+    notebooks_dir,
+    project_root,
+)
 from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
 from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
@@ -27,7 +35,8 @@ from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
     "chapter_notebooks", "citation_page", "comparison_page", "front_page", "notebooks_page",
-    "overlay_page", "recipe_table", "run_slug", "runs_page", "stage_table",
+    "overlay_page", "recipe_table", "run_slug", "run_titles", "runs_page", "stage_table",
+    "verification_page",
 ]  # fmt: skip
 
 _FACTS = (
@@ -54,6 +63,53 @@ def chapter_notebooks() -> list[Path]:
 def _page(name: str, **values: Any) -> str:
     """Fill the page template of that name."""
     return _PAGES.get_template(f"{name}.md").render(values).strip()
+
+
+def run_titles(runs: Sequence[Path]) -> dict[Path, str]:
+    """What each run is called: by its model, and by its own name where others are of that model."""
+    names = {run: shown_name(run_info(run)["model"]) for run in runs}
+    several = {name for name in names.values() if list(names.values()).count(name) > 1}
+    titles = {}
+    for run, name in names.items():
+        remarks = ["instruct, 4-bit weights"] if name == SMOLLM2 else []
+        remarks += [run.name] if name in several and run.name != name else []
+        titles[run] = f"{name} ({'; '.join(remarks)})" if remarks else name
+    return titles
+
+
+def verification_page(runs: Sequence[Path]) -> str | None:
+    """What the verification of each imported run said; None where none was imported."""
+    found = []
+    for run, title in run_titles(runs).items():
+        if "imported" not in run_info(run):
+            continue
+        path = run / "verification.json"
+        report = {"reason": "nobody asked for it"}
+        if path.is_file():
+            report = json.loads(path.read_text(encoding="utf-8"))
+        found.append({**report, "title": title, "table": _report_table(report)})
+    return _page("verification", runs=found) if found else None
+
+
+def _report_table(report: Mapping[str, Any]) -> str:
+    if "reason" in report:
+        return ""
+    rows = [
+        ("documents computed again", f"{report['documents']:,} of {report['of_documents']:,}"),
+        ("in cells", f"{report['cells']:,} of {report['of_cells']:,}"),
+        ("equal answers", f"{report['equal_answers']:.2%}"),
+        ("largest difference of a log-probability", _nats(report["largest"])),
+        ("99 % of the documents differ by at most", _nats(report["percentile_99"])),
+        ("largest difference of a prefix-matching score", f"{report['scores_largest']:.1e}"),
+        ("made on", ", ".join(report["made"].values())),
+        ("computed again on", ", ".join(report["here"].values())),
+        ("seconds", f"{report['seconds']:.0f}"),
+    ]
+    return markdown_table(["what", "found"], rows)
+
+
+def _nats(value: float | None) -> str:
+    return "one has a value, the other none" if value is None else f"{value:.1e} nats"
 
 
 def runs_page(runs: Sequence[Path]) -> str:
@@ -199,6 +255,7 @@ def citation_page() -> str:
     return _page("cite", paper=paper, software=software, authors=authors, cff=text.strip())
 
 
+_SHIPPED = "computed beforehand and shipped with it (see [](verification))"
 _FIGURE = ("mean", "knockout")
 _VIEWER = "07_attention_patterns"
 
@@ -206,7 +263,7 @@ _VIEWER = "07_attention_patterns"
 def front_page(staged: Path, run: Path) -> dict[str, str]:
     """Draw the front page's figure into ``staged/_static``; return what is inserted into prose.
 
-    Keys: model, model_described, answer, figure, accuracies, stages, viewer, about_model.
+    Keys: model, model_described, origin, answer, figure, accuracies, stages, viewer, about_model.
     """
     info = run_info(run)
     results = abstract_results(run_table(run, "results", "tasks"))
@@ -215,18 +272,19 @@ def front_page(staged: Path, run: Path) -> dict[str, str]:
     figure.savefig(staged / "_static" / "front.png", dpi=160)
     numbers = summarise(results)
     embedded = info["model"] in embedded_models()
-    name = shown_name(info["model"])
+    name, title = shown_name(info["model"]), run_titles([run])[run]
     parameters = info["parameters"] | {"model": name}
     alt = bars_alt(results, ablations=list(_FIGURE))
     return {
         "model": name,
-        "model_described": f"{name}, a small model that travels with it" if embedded else name,
+        "model_described": f"{name}, a small model that travels with it" if embedded else title,
+        "origin": "computed when the book was built" if "imported" not in info else _SHIPPED,
         "answer": _page("answer", **numbers),
         "figure": _page("figure", **parameters, alt=alt, fraction=numbers["fraction"]),
         "accuracies": _accuracies(results),
         "stages": str(len(stage_notebooks())),
         "viewer": f"[attention viewer](run/{run_slug(run)}/{_VIEWER})",
-        "about_model": _page("embedded") if embedded else "",
+        "about_model": _page("embedded" if embedded else "real"),
     }
 
 

@@ -7,20 +7,25 @@ scored on them, and each finished cell goes to the store at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.conditions import Condition
 from icl_helpers.evaluation.shared_work import Encoded
 from icl_helpers.evaluation.store import CellStore
-from icl_helpers.files import content_key
+from icl_helpers.files import content_key, file_name
+from icl_helpers.tasks.data import load_rows, load_splits
 from icl_helpers.tasks.lm_eval_task import load_task
 from icl_helpers.tasks.prompts import sample_documents
+from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
-__all__ = ["Cell", "CellGroup", "Scorer", "score_group", "stored_cells"]
+__all__ = [
+    "Cell", "CellGroup", "Prompts", "Scorer", "build", "score_documents", "score_group",
+    "stored_cells",
+]  # fmt: skip
 
 # A finished cell: everything that decides it, and its documents' columns.
 Cell = tuple[dict[str, Any], dict[str, list[Any]]]
@@ -67,9 +72,29 @@ class CellGroup:
         """What decides the prompts."""
         spec = {
             "task": self.task, "labels": self.labels, "shots": self.shots,
-            "limit": self.limit, "data": self.data,
+            "limit": self.limit, "data": file_name(self.data),
         }  # fmt: skip
         return spec if self.limit is None else {**spec, "sampling": self.sampling}
+
+    @classmethod
+    def of_spec(cls, spec: Mapping[str, Any], *, seed: int, data: str) -> CellGroup:
+        """The group, without conditions, of a finished cell; its spec has no seed and no place."""
+        values = {f.name: spec[f.name] for f in fields(cls) if f.name in spec}
+        # Without a limit, how one takes documents is nowhere.
+        values = {"sampling": ""} | values | {"seed": seed, "data": data, "conditions": ()}
+        return cls(**values)
+
+    def check_data(self) -> None:
+        """Read the group's rows. Raises as :func:`icl_helpers.build_prompts` does."""
+        spec = get_task_spec(self.task)
+        if isinstance(spec, TextTaskSpec):
+            load_splits(spec, data=self.data)
+        else:
+            load_rows(self.task, data=self.data)
+
+    def prompts_name(self) -> str:
+        """What an imported run finds the key of the group's prompts by."""
+        return content_key([self.spec(), self.seed])
 
     def describe(self) -> dict[str, Any]:
         """What is evaluated, as JSON values, without the heads."""
@@ -86,7 +111,7 @@ class CellGroup:
 
 
 @dataclass(frozen=True)
-class _PromptSet:
+class Prompts:
     """lm-eval's task object, the text of its requests, and a hash of it and the answers."""
 
     task: Any
@@ -105,12 +130,15 @@ def score_group(
     ``key`` is :func:`model_key` of the model that ``load`` gives; it is asked for when the first
     cell is missing.
     """
-    prompts = _prompt_set(group)
+    known = {} if store is None else _known_cells(group, key, store)
+    if len(known) == len(group.conditions):
+        return list(known.values())
+    prompts = build(group)
     lm: Scorer | None = None
     encoded: list[Encoded] = []
     cells = []
     for condition in group.conditions:
-        spec = _spec(group, condition, prompts, key)
+        spec = _spec(group, condition, prompts.key, key)
         documents = None if store is None else store.read(spec)
         if documents is None:
             if lm is None:
@@ -118,7 +146,7 @@ def score_group(
                 encoded = lm.encode(prompts.pairs)
                 lm.share(group.conditions)
             with lm.under(condition):
-                documents = _score(lm, prompts.task, encoded)
+                documents = _score(lm, prompts.task, prompts.task.instances, encoded)
             if store is not None:
                 store.write(spec, documents)
         cells.append((spec, documents))
@@ -133,7 +161,21 @@ def stored_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dic
     # Building the prompts takes longer than looking whether there is any file for them.
     if not store.stems().intersection(stems):
         return {}
-    prompts = _prompt_set(group)
+    known = _known_cells(group, key, store)
+    if len(known) == len(group.conditions):
+        return known
+    return _found(group, build(group).key, key, store)
+
+
+def _known_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dict[int, Cell]:
+    """Cells of an imported run, whose prompts are known by name: their data may not be here."""
+    prompts = store.known_prompts.get(group.prompts_name())
+    return {} if prompts is None else _found(group, prompts, key, store)
+
+
+def _found(
+    group: CellGroup, prompts: str, key: dict[str, Any], store: CellStore
+) -> dict[int, Cell]:
     found = {}
     for place, condition in enumerate(group.conditions):
         spec = _spec(group, condition, prompts, key)
@@ -144,13 +186,14 @@ def stored_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dic
 
 
 def _spec(
-    group: CellGroup, condition: Condition, prompts: _PromptSet, key: dict[str, Any]
+    group: CellGroup, condition: Condition, prompts: str, key: dict[str, Any]
 ) -> dict[str, Any]:
     """Everything that decides a cell."""
-    return {**group.spec(), "prompts": prompts.key, **key, **condition.identity()}
+    return {**group.spec(), "prompts": prompts, **key, **condition.identity()}
 
 
-def _prompt_set(group: CellGroup) -> _PromptSet:
+def build(group: CellGroup) -> Prompts:
+    """Build the group's prompts. Raises as :func:`icl_helpers.build_prompts` does."""
     loaded = load_task(
         group.task, shots=group.shots, seed=group.seed, labels=group.labels, data=group.data
     )
@@ -162,7 +205,7 @@ def _prompt_set(group: CellGroup) -> _PromptSet:
         )
     # Without demonstrations a row's label is in no prompt, but it decides what is right.
     targets = [int(loaded.doc_to_target(instance.doc)) for instance in loaded.instances]
-    return _PromptSet(loaded, pairs, content_key([pairs, targets]))
+    return Prompts(loaded, pairs, content_key([pairs, targets]))
 
 
 def _sample(group: CellGroup, task: Any) -> list[int] | None:
@@ -172,11 +215,25 @@ def _sample(group: CellGroup, task: Any) -> list[int] | None:
     return sample_documents(targets, group.limit, sampling=group.sampling)
 
 
-def _score(lm: Scorer, task: Any, encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
+def score_documents(lm: Scorer, prompts: Prompts, doc_ids: Sequence[int]) -> dict[str, list[Any]]:
+    """Score some of the documents under the scorer's condition; columns as in a cell."""
+    wanted = set(doc_ids)
+    chosen = [
+        (instance, pair)
+        for instance, pair in zip(prompts.task.instances, prompts.pairs, strict=True)
+        if instance.doc["doc_id"] in wanted
+    ]
+    encoded = lm.encode([pair for _, pair in chosen])
+    return _score(lm, prompts.task, [instance for instance, _ in chosen], encoded)
+
+
+def _score(
+    lm: Scorer, task: Any, instances: Sequence[Any], encoded: Sequence[Encoded]
+) -> dict[str, list[Any]]:
     """Score one cell: of each document the target, and of each of its labels what was found."""
     scored = lm._loglikelihood_tokens(encoded)
     by_document: dict[int, list[tuple[Any, Encoded, tuple[float, bool]]]] = {}
-    for instance, request, result in zip(task.instances, encoded, scored, strict=True):
+    for instance, request, result in zip(instances, encoded, scored, strict=True):
         # lm-eval numbers the documents of a sample anew.
         by_document.setdefault(instance.doc["doc_id"], []).append((instance, request, result))
     documents: dict[str, list[Any]] = {

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -50,7 +50,8 @@ class Condition:
     ``name`` is full, induction_heads, random_heads or induction_pattern; ``ablation`` is none,
     mean, zero or knockout. ``categories`` matter to knockout only; ``ablation_seed`` and
     ``control``, how they were drawn, to random heads only. ``borrowed`` lists random heads taken
-    from neighbouring layers.
+    from neighbouring layers. ``means_key`` stands for the means in the identity where
+    ``head_outputs`` is only a part of them.
     """
 
     name: ConditionName
@@ -64,6 +65,16 @@ class Condition:
     categories: tuple[str, ...] = CATEGORIES
     borrowed: tuple[Head, ...] = ()
     control: str = ""
+    means_key: str | None = None
+
+    @classmethod
+    def of_spec(cls, spec: Mapping[str, Any], means: torch.Tensor | None = None) -> Condition:
+        """The condition of a finished cell, whose spec holds :meth:`identity`."""
+        values = {f.name: spec[f.name] for f in fields(cls) if f.name in spec}
+        values |= {"name": spec["condition"], "heads": tuple(Head(*h) for h in spec["heads"])}
+        if "categories" in values:
+            values["categories"] = tuple(values["categories"])
+        return cls(**values, head_outputs=means, means_key=spec.get("means"))
 
     def interventions(self, blocked: torch.Tensor | None = None) -> list[Intervention]:
         """Interventions for one batch; knockout needs ``blocked`` [batch, query, key]."""
@@ -92,7 +103,9 @@ class Condition:
             identity["control"] = self.control
         if self.ablation == "knockout":
             identity["categories"] = sorted(self.categories)
-        if self.ablation == "mean" and self.head_outputs is not None:
+        if self.ablation == "mean" and self.means_key is not None:
+            identity["means"] = self.means_key
+        elif self.ablation == "mean" and self.head_outputs is not None:
             chosen = torch.stack([self.head_outputs[h.layer, :, h.head] for h in self.heads])
             raw = chosen.float().contiguous().cpu().numpy().tobytes()
             identity["means"] = hashlib.sha256(raw).hexdigest()[:16]

@@ -7,6 +7,7 @@ its key, and the accuracies made from them.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -20,7 +21,14 @@ import numpy as np
 import pandas as pd
 
 from icl_helpers.errors import InputError
-from icl_helpers.files import atomic_path, check_run_dir, content_key, quarantine, write_json
+from icl_helpers.files import (
+    atomic_path,
+    check_run_dir,
+    content_key,
+    imported_dir,
+    quarantine,
+    write_json,
+)
 
 __all__ = [
     "CELL", "KEYS", "ROW", "CellStore", "EvaluationResults", "accuracies", "document_frame",
@@ -37,6 +45,15 @@ class CellStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+
+    @functools.cached_property
+    def known_prompts(self) -> dict[str, str]:
+        """Of an imported run: keys of sets of prompts, by :meth:`CellGroup.prompts_name`."""
+        folder = imported_dir(self.directory.parent)
+        if folder is None:
+            return {}
+        found: dict[str, str] = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+        return found
 
     def path(self, spec: dict[str, Any]) -> Path:
         """File of the cell that ``spec`` describes."""

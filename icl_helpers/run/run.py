@@ -11,30 +11,41 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import icl_helpers
 from icl_helpers.attention.heads import Head, top_heads
 from icl_helpers.attention.hook import attention_layout
+from icl_helpers.attention.induction_pattern import induction_pattern
 from icl_helpers.attention.means import mean_head_outputs
 from icl_helpers.attention.passes import context_length
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences, token_pool
-from icl_helpers.errors import InputError
+from icl_helpers.errors import ICLError, InputError
+from icl_helpers.evaluation.cells import CellGroup, build
 from icl_helpers.evaluation.conditions import FULL, Condition, conditions
 from icl_helpers.evaluation.evaluate import ModelSource, evaluate_request, plan_request
 from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.evaluation.store import KEYS, read_frame
 from icl_helpers.evaluation.workers import workers_from_environment
-from icl_helpers.files import cached_tensor, check_run_dir, content_key, quarantine, write_json
+from icl_helpers.files import (
+    cached_tensor,
+    check_run_dir,
+    content_key,
+    file_name,
+    imported_dir,
+    quarantine,
+    write_json,
+)
 from icl_helpers.models.fingerprint import (
     checkpoint_state,
     model_facts,
@@ -50,14 +61,18 @@ from icl_helpers.models.reference_text import (
     samples_key,
 )
 from icl_helpers.parameters import StageParameters
-from icl_helpers.run.plan import KINDS, Group, Plan, check_same_model, run_info
+from icl_helpers.results.viewer import PromptView, prompt_view, viewer_prompts
+from icl_helpers.run.bundle import Bundle
+from icl_helpers.run.plan import KINDS, Group, Plan, check_same_model, run_info, stated_parameters
+from icl_helpers.tasks.prompts import Prompt, build_prompts
 
-__all__ = ["Run", "source_of"]
+__all__ = ["Run", "run_at", "source_of"]
 
 
 class Run:
     """The artifacts of one model in one directory.
 
+    An imported run has them from its bundle and loads its model for nothing but what is missing.
     Raises :class:`InputError` when the directory holds another model's run.
     """
 
@@ -68,6 +83,9 @@ class Run:
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._identity: dict[str, Any] | None = None
+        imported = imported_dir(self.directory)
+        self._bundle = None if imported is None else Bundle(imported)
+        self._values: dict[str, Any] = {}
         check_same_model(self.info, parameters)
 
     @property
@@ -123,7 +141,9 @@ class Run:
         """
         if self._identity is None:
             kept = self.info.get("identity") or {}
-            if kept.get("state") and kept["state"] == self._checkpoint_state():
+            if self._bundle is not None or (
+                kept.get("state") and kept["state"] == self._checkpoint_state()
+            ):
                 self._identity = kept
                 self._record()
             else:
@@ -133,9 +153,22 @@ class Run:
         return self._identity
 
     def _identify(self) -> dict[str, Any]:
-        """Describe the loaded model and note it in ``run.json``."""
+        """Describe the loaded model and note it in ``run.json``.
+
+        Raises :class:`InputError` where it is not the model that an imported run is of.
+        """
+        key = model_key(self.model, self.tokenizer, self.parameters.revision)
+        if self._bundle is not None:
+            kept: dict[str, Any] = self.info["identity"]
+            other = sorted(name for name in key if key[name] != kept["key"].get(name))
+            if other:
+                raise InputError(
+                    f"{self.directory} was imported, and the model here differs from its model in "
+                    f"{', '.join(other)}; evaluate this one in another run_dir"
+                )
+            return kept
         identity: dict[str, Any] = {
-            "key": model_key(self.model, self.tokenizer, self.parameters.revision),
+            "key": key,
             "context": context_length(self.model),
             "state": self._checkpoint_state(),
         }
@@ -155,7 +188,7 @@ class Run:
 
     def prefix_scores(self) -> torch.Tensor:
         """Prefix-matching scores, [sequences, layers, heads]; computed once."""
-        key = content_key(["prefix scores", self._model_parts(), icl_helpers.__version__])
+        key = content_key(["prefix scores", self._model_parts()])
 
         def compute() -> torch.Tensor:
             sequences = random_sequences(self.tokenizer)
@@ -198,11 +231,31 @@ class Run:
         if kind == "full":
             return [FULL]
         p = self.parameters
-        return conditions(
+        found = conditions(
             self.prefix_scores().mean(0), fractions=self.plan.fractions, ablations=[kind],
-            head_outputs=self.mean_head_outputs() if kind == "mean" else None,
-            ablation_seeds=p.ablation_seeds, control=p.control, categories=p.categories, full=False,
+            head_outputs=torch.empty(0), ablation_seeds=p.ablation_seeds, control=p.control,
+            categories=p.categories, full=False,
         )  # fmt: skip
+        return self._with_means(found) if kind == "mean" else found
+
+    def _with_means(self, found: list[Condition]) -> list[Condition]:
+        """The conditions with their means: those of the bundle where it has them."""
+        whole = functools.cache(self.mean_head_outputs)
+        filled = []
+        for condition in found:
+            brought = self._brought_means(condition)
+            outputs, key = brought or (whole(), None)
+            filled.append(replace(condition, head_outputs=outputs, means_key=key))
+        return filled
+
+    def _brought_means(self, condition: Condition) -> tuple[torch.Tensor, str] | None:
+        """The bundle's means of a condition's heads, where they are those that are asked for."""
+        if (
+            self._bundle is None
+            or self._bundle.shown["means"]["of"] != self.plan.means_parameters()
+        ):
+            return None
+        return self._bundle.means(condition.heads)
 
     def evaluate(self, *kinds: str, group: Group = "tasks") -> pd.DataFrame:
         """Accuracies of a group's tasks under the conditions of these kinds.
@@ -254,13 +307,141 @@ class Run:
             )
         return rows
 
+    def mean_norms(self) -> torch.Tensor:
+        """Norm of each head's mean output, averaged over positions, [layers, heads]."""
+
+        def compute() -> Any:
+            return self.mean_head_outputs().norm(dim=-1).mean(dim=1).tolist()
+
+        return torch.tensor(self._shown("mean norms", compute))
+
+    def example(self, task: str, *, shots: int, labels: str | None = None) -> Prompt:
+        """The first prompt of a task, at the first demonstration seed."""
+
+        def compute() -> Any:
+            prompts = build_prompts(
+                task, shots=shots, seed=self.parameters.seeds[0], labels=labels,
+                data=self.plan.data(task),
+            )  # fmt: skip
+            return asdict(prompts[0])
+
+        found = self._shown(f"example {task} {shots} {labels}", compute)
+        return Prompt(**found | {"choices": tuple(found["choices"])})
+
+    def knockout_example(self) -> dict[str, int]:
+        """Tokens of a prompt with two demonstrations, and the pairs that a knockout blocks."""
+
+        def compute() -> Any:
+            prompt = self.example(self.plan.tasks()[0], shots=2)
+            categories = self.parameters.categories
+            blocked = induction_pattern(prompt.context, self.tokenizer, categories=categories)
+            return {"tokens": len(blocked), "blocked pairs": int(blocked.sum())}
+
+        found: dict[str, int] = self._shown("knockout example", compute)
+        return found
+
+    def text_tasks(self) -> pd.DataFrame:
+        """Data, sizes and labels of the run's text tasks."""
+        # A notebook's module: what it draws with is loaded where it is used.
+        from icl_helpers.results.notebook import text_task_table
+
+        def compute() -> Any:
+            tasks = self.plan.tasks("nlp_tasks")
+            return text_task_table({task: self.plan.data(task) for task in tasks}).to_dict("index")
+
+        return pd.DataFrame.from_dict(self._shown("text tasks", compute), orient="index")
+
+    def showcase(self) -> dict[str, Any]:
+        """What stages show that an imported run can have from its bundle only, as JSON values."""
+        self.mean_norms()
+        self.example(self.plan.tasks()[0], shots=5)
+        self.knockout_example()
+        self.text_tasks()
+        for task in self.plan.tasks("nlp_tasks")[:1]:
+            for labels in ("semantic", "unrelated"):
+                self.example(task, shots=2, labels=labels)
+        return {"values": self._values, "viewed": self._viewed()}
+
+    def _shown(self, what: str, compute: Callable[[], Any]) -> Any:
+        """A JSON value of the bundle, or computed; kept for :meth:`showcase`."""
+        if self._bundle is not None:
+            self._values = self._bundle.shown["values"]
+        if what not in self._values:
+            self._values[what] = compute()
+        return self._values[what]
+
+    def views(self, *, every: bool = False) -> dict[str, PromptView]:
+        """Where the five best heads, or every head, look in the viewer's prompts (stage 7).
+
+        The prompts are of the first word-sequence task and the three first others. Blocked are the
+        five best together.
+        """
+        if self._bundle is not None and self._bundle.shown["viewed"] == self._viewed():
+            return self._bundle.views()
+        p, scores = self.parameters, self.prefix_scores()
+        also = [Head(*head) for head in np.ndindex(*scores.shape[1:])] if every else []
+        return {
+            name: prompt_view(
+                self.model, self.tokenizer, self._viewed_heads(), prompt,
+                categories=p.categories, also=also,
+            )
+            for task in self._viewed_tasks()
+            for name, prompt in viewer_prompts(
+                [task], seed=p.seeds[0], data=self.plan.data(task)
+            ).items()
+        }  # fmt: skip
+
+    def _viewed_heads(self) -> list[Head]:
+        return self.induction_heads()[:5]
+
+    def _viewed_tasks(self) -> list[str]:
+        tasks = self.plan.tasks()
+        first = next((task for task in tasks if task.startswith("wordseq")), tasks[0])
+        return list(dict.fromkeys([first, *tasks]))[:4]
+
+    def _viewed(self) -> str:
+        """What decides the views."""
+        p = self.parameters
+        data = {task: file_name(self.plan.data(task)) for task in self._viewed_tasks()}
+        return content_key([data, p.seeds[0], p.categories, self._viewed_heads()])
+
+    def seeds_of(
+        self, spec: Mapping[str, Any], seeds: Sequence[int]
+    ) -> tuple[dict[str, int], int | None]:
+        """The seeds that give a finished cell's prompts, and the longest of these in tokens.
+
+        Seeds by the name of their group of cells; none where the data are not here any more.
+        """
+        places = [self.plan.data(spec["task"]), spec["data"]]
+        data = next(place for place in places if file_name(place) == spec["data"])
+        groups = [CellGroup.of_spec(spec, seed=seed, data=data) for seed in seeds]
+        for group in groups:
+            try:
+                prompts = build(group)
+            except ICLError:
+                break
+            if prompts.key == spec["prompts"]:
+                texts = [context + label for context, label in prompts.pairs]
+                ids = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+                # Without demonstrations every seed gives the same.
+                equal = groups if group.shots == 0 else [group]
+                return {g.prompts_name(): g.seed for g in equal}, max(map(len, ids))
+        return {}, None
+
     @contextmanager
     def stage(self, name: str) -> Iterator[Run]:
         """Note in ``run.json`` how long a stage took, once it has succeeded."""
         began = time.perf_counter()
         yield self
+        if self._untouched:
+            return
         seconds = {**self.info.get("seconds", {}), name: round(time.perf_counter() - began, 2)}
         self._record(seconds=seconds)
+
+    @property
+    def _untouched(self) -> bool:
+        """Whether everything is as it was imported: no model has been loaded."""
+        return self._bundle is not None and self._loaded is None
 
     def _model_parts(self) -> list[str]:
         return [str(value) for _, value in sorted(self.identity["key"].items())]
@@ -268,13 +449,22 @@ class Run:
     def _record(self, **values: Any) -> None:
         content = {
             **self.info,
-            "model": self.parameters.model,
+            "model": self.info.get("model", self.parameters.model),
             "parameters": self.info.get("parameters", StageParameters().as_dict())
             | self.parameters.as_dict(stated=True),
-            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **({} if self._untouched else {"updated": _now()}),
             **values,
         }
         write_json(self.directory / "run.json", content)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def run_at(directory: str | os.PathLike[str]) -> Run:
+    """The run in a directory, with its parameters; raises :class:`InputError` where none is."""
+    return Run(stated_parameters(directory))
 
 
 def source_of(parameters: StageParameters) -> ModelSource:

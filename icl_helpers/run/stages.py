@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from icl_helpers.errors import ICLError, InputError
-from icl_helpers.files import atomic_path, notebooks_dir, user_path
+from icl_helpers.files import atomic_path, imported_dir, notebooks_dir, user_path
 from icl_helpers.parameters import StageParameters, about, stage_parameters
 from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
@@ -72,15 +72,21 @@ def execute_stages(
         if unknown:
             raise InputError(f"there is no stage {unknown[0]}; the stages are {sorted(known)}")
         chosen = [path for path in chosen if _stage_number(path) in only]
-    Plan(parameters).check_data(path.stem[3:] for path in chosen)
+    if imported_dir(parameters.run_dir) is None:
+        Plan(parameters).check_data(path.stem[3:] for path in chosen)
     run_dir = user_path(parameters.run_dir).resolve()
     if (run_dir / "run.json").is_file():
         check_same_model(run_info(run_dir), parameters)
     values = {**parameters.as_dict(), "run_dir": str(run_dir)}
     # Notebooks run in their own folder: what is a path from here must stay one from there.
     for name, *_, declared in about():
-        if declared.path and values[name] not in (None, "synthetic", "original"):
-            values[name] = str(user_path(values[name]).resolve())
+        given = values[name]
+        if (
+            declared.path
+            and given not in (None, "synthetic", "original")
+            and user_path(given).exists()
+        ):
+            values[name] = str(user_path(given).resolve())
     executed = []
     for notebook in tqdm(chosen, desc="stages", unit="notebook", disable=not progress):
         number = _stage_number(notebook)

@@ -344,7 +344,7 @@ def test_unwritable_cache_is_named(pretended, tmp_path, monkeypatch):
 
 def test_second_process_that_converts_at_the_same_time_is_no_trouble(pretended, empty_cache):
     target = files.smollm2_dir()
-    with package._whole_directory(target) as folder:
+    with files.atomic_directory(target) as folder:
         (folder / "mine").touch()
         package.convert_smollm2()
     assert (target / "model.safetensors").is_file()
@@ -356,8 +356,8 @@ def test_second_process_that_converts_at_the_same_time_is_no_trouble(pretended, 
 def test_killed_conversion_leaves_nothing_half_and_is_cleared_away_later(pretended, empty_cache):
     target = files.smollm2_dir()
     code = (
-        "import os, sys; from pathlib import Path; from icl_helpers.models import gguf\n"
-        "with gguf._whole_directory(Path(sys.argv[1])) as folder:\n"
+        "import os, sys; from pathlib import Path; from icl_helpers import files\n"
+        "with files.atomic_directory(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'model.safetensors').write_bytes(b'half')\n"
         f"    os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
     )
@@ -366,7 +366,7 @@ def test_killed_conversion_leaves_nothing_half_and_is_cleared_away_later(pretend
     left = list(empty_cache.iterdir())
     assert len(left) == 1
     assert not target.exists()
-    long_ago = time.time() - 2 * package._ABANDONED
+    long_ago = time.time() - 2 * files._ABANDONED
     os.utime(left[0], (long_ago, long_ago))
     icl.load_model("smollm2-135m")
     assert list(empty_cache.iterdir()) == [target]

@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.conditions import Condition
+from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.evaluation.shared_work import Encoded
 from icl_helpers.evaluation.store import CellStore
 from icl_helpers.files import content_key
+from icl_helpers.tasks.demonstrations import Rule
 from icl_helpers.tasks.lm_eval_task import load_task
+from icl_helpers.tasks.prompts import Prompt
 
 __all__ = ["Cell", "CellGroup", "Scorer", "score_group", "stored_cells"]
 
@@ -43,6 +45,9 @@ class Scorer(Protocol):
     def _loglikelihood_tokens(self, requests: Sequence[Encoded]) -> list[tuple[float, bool]]:
         """Log-probability and greediness of each label."""
 
+    def blocked_pairs(self, requests: Sequence[Encoded]) -> list[int]:
+        """How many query-key pairs the knockout blocks in each request's prompt."""
+
 
 @dataclass(frozen=True)
 class CellGroup:
@@ -55,6 +60,7 @@ class CellGroup:
     limit: int | None
     data: str
     conditions: tuple[Condition, ...]
+    demonstrations: Rule | None = None
 
     def split(self, size: int) -> list[CellGroup]:
         """The same cells in groups of at most ``size``."""
@@ -63,9 +69,11 @@ class CellGroup:
 
     def spec(self) -> dict[str, Any]:
         """What decides the prompts."""
+        # What came later is named only where it is not the default: finished cells stay good.
+        rule = {} if self.demonstrations is None else {"demonstrations": self.demonstrations}
         return {
             "task": self.task, "labels": self.labels, "shots": self.shots,
-            "limit": self.limit, "data": self.data,
+            "limit": self.limit, "data": self.data, **rule,
         }  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
@@ -88,6 +96,13 @@ class _PromptSet:
     task: Any
     pairs: list[tuple[str, str]]
     key: str
+    prompts: list[Prompt]
+
+    def counted(self, documents: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The documents of a cell, and what stands in the prompt of each."""
+        shown = [self.prompts[doc_id] for doc_id in documents["doc_id"]]
+        names = ("n_demonstrations", "n_leaked", "n_dropped")
+        return documents | {name: [getattr(prompt, name) for prompt in shown] for name in names}
 
 
 def score_group(
@@ -113,11 +128,21 @@ def score_group(
                 lm = load()
                 encoded = lm.encode(prompts.pairs)
                 lm.share(group.conditions)
-            with lm.under(condition):
+            # A prompt without demonstrations has an induction pattern of no pairs.
+            unblocked = condition.ablation == "knockout" and group.shots == 0
+            with lm.under(FULL if unblocked else condition):
                 documents = _score(lm, prompts.task, encoded)
+                if condition.ablation == "knockout":
+                    first = {
+                        i.doc_id: r for i, r in zip(prompts.task.instances, encoded, strict=True)
+                    }
+                    pairs = (
+                        [0] * len(first) if unblocked else lm.blocked_pairs(list(first.values()))
+                    )
+                    documents["n_blocked"] = pairs
             if store is not None:
                 store.write(spec, documents)
-        cells.append((spec, documents))
+        cells.append((spec, prompts.counted(documents)))
     if lm is not None:
         lm.forget()
     return cells
@@ -135,7 +160,7 @@ def stored_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dic
         spec = _spec(group, condition, prompts, key)
         documents = store.read(spec)
         if documents is not None:
-            found[place] = spec, documents
+            found[place] = spec, prompts.counted(documents)
     return found
 
 
@@ -148,8 +173,9 @@ def _spec(
 
 def _prompt_set(group: CellGroup) -> _PromptSet:
     loaded = load_task(
-        group.task, shots=group.shots, seed=group.seed, labels=group.labels, data=group.data
-    )
+        group.task, shots=group.shots, seed=group.seed, labels=group.labels, data=group.data,
+        demonstrations=group.demonstrations,
+    )  # fmt: skip
     loaded.build_all_requests(limit=group.limit, rank=0, world_size=1)
     pairs = [cast("tuple[str, str]", instance.args) for instance in loaded.instances]
     if not pairs:
@@ -158,7 +184,7 @@ def _prompt_set(group: CellGroup) -> _PromptSet:
         )
     # Without demonstrations a row's label is in no prompt, but it decides what is right.
     targets = [int(loaded.doc_to_target(instance.doc)) for instance in loaded.instances]
-    return _PromptSet(loaded, pairs, content_key([pairs, targets]))
+    return _PromptSet(loaded, pairs, content_key([pairs, targets]), loaded.prompts(group.shots))
 
 
 def _score(lm: Scorer, task: Any, encoded: Sequence[Encoded]) -> dict[str, list[Any]]:

@@ -26,7 +26,7 @@ import icl_helpers
 from icl_helpers.attention.heads import Head, top_heads
 from icl_helpers.attention.hook import attention_layout
 from icl_helpers.attention.means import mean_head_outputs
-from icl_helpers.attention.passes import context_length
+from icl_helpers.attention.passes import one_angle_length
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences, token_pool
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.conditions import FULL, Condition, conditions
@@ -119,7 +119,8 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What decides the model's results; remembered while the checkpoint's files are as before.
 
-        The model's key, its context in tokens, and the state of its files, as JSON values.
+        The model's key, its context in tokens (up to where rotary angles change), and the state of
+        its files, as JSON values.
         """
         if self._identity is None:
             kept = self.info.get("identity") or {}
@@ -136,7 +137,7 @@ class Run:
         """Describe the loaded model and note it in ``run.json``."""
         identity: dict[str, Any] = {
             "key": model_key(self.model, self.tokenizer, self.parameters.revision),
-            "context": context_length(self.model),
+            "context": one_angle_length(self.model),
             "state": self._checkpoint_state(),
         }
         self._record(

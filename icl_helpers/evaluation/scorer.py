@@ -255,7 +255,7 @@ class InterventionLM(HFLM):
         return max(1, budget // len(longest.ids))
 
     def _prepare_patterns(self, contexts: Sequence[str]) -> None:
-        """Find the blocked pairs of these prompts; raises :class:`InputError` where none has any."""
+        """Find the blocked pairs of prompts; raises :class:`InputError` where none has any."""
         if self.condition.ablation != "knockout":
             return
         categories = self.condition.categories

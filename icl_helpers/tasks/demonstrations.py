@@ -188,8 +188,8 @@ def _too_few(
     name = max(shares, key=lambda name: shares[name] - usable[name])
     return InputError(
         f"{pool.name}: class {name!r} has {usable[name]} rows that can stand before the document "
-        f"{content[:60]!r}, where {shares[name]} are drawn for {shots} demonstrations; {shown} would "
-        f"be shown. Ask for fewer shots, give the pool more rows, or let fewer be shown with "
+        f"{content[:60]!r}, where {shares[name]} are drawn for {shots} demonstrations; {shown} "
+        f"would be shown. Ask for fewer shots, give the pool more rows, or let fewer be shown with "
         f"demonstrations='fewer'"
     )
 

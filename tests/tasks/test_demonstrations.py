@@ -103,7 +103,7 @@ def test_exact_draw_shows_what_is_asked_for_without_the_query_or_says_who_falls_
     request = {"shots": shots, "seed": seed, "same_split": True}
     published = draw_demonstrations(pool, rows, **request, rule="published")
     fewer = draw_demonstrations(pool, rows, **request, rule="fewer")
-    for (text, label), theirs, ours in zip(rows, published, fewer, strict=True):
+    for (text, _), theirs, ours in zip(rows, published, fewer, strict=True):
         shown = [rows[i] for i in ours.rows]
         assert len(set(ours.rows)) == len(ours.rows) <= shots
         assert text not in [t for t, _ in shown]

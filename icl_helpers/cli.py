@@ -200,23 +200,6 @@ def _bench(args: argparse.Namespace) -> int:
     return subprocess.run(command, cwd=project_root(), check=False).returncode
 
 
-def _lm_eval(arguments: Sequence[str]) -> int:
-    """lm-eval's own command line, with ``hf-icl`` registered and our tasks included."""
-    import icl_helpers.evaluation.scorer  # noqa: F401 - registers hf-icl
-    from icl_helpers.files import tasks_dir
-
-    found = list(arguments)
-    if found[:1] != ["ls"] and found[:1] != ["validate"] and found[:1] != ["run"]:
-        found = ["run", *found]
-    if "--include_path" not in found:
-        found += ["--include_path", str(tasks_dir())]
-    from lm_eval.__main__ import cli_evaluate
-
-    sys.argv = ["lm-eval", *found]
-    cli_evaluate()
-    return 0
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="icl",
@@ -311,7 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         if given[:1] == ["lm-eval"]:
-            return _lm_eval(given[1:])
+            from icl_helpers.lm_eval_command import run_lm_eval
+
+            return run_lm_eval(given[1:])
         args = _parser().parse_args(given)
         function: Callable[[argparse.Namespace], int] = args.function
         return function(args)

@@ -42,7 +42,8 @@ class About:
 
     ``stages`` are the numbers of the notebooks that use it. ``decides`` says which results change
     with it: all of a ``model``, all on some ``prompts``, those under one kind of condition; only
-    which results there are (``selection``); or ``nothing``. A ``path`` is one of the user's.
+    which results there are (``selection``); or ``nothing``. A ``path`` is one of the user's. What
+    came ``later`` than finished rows decides nothing while it has its default.
     """
 
     help: str
@@ -50,6 +51,7 @@ class About:
     decides: Decides
     allowed: tuple[Any, ...] | None = None
     path: bool = False
+    later: bool = False
 
 
 def _parameter(default: Any, *about: Any, **more: Any) -> Any:
@@ -117,6 +119,10 @@ class StageParameters(BaseModel):
     data_dir: str | None = _parameter(
         None, "local files of NLP tasks, DIR/TASK/train.jsonl, ...", (3, 4, 5, 6, 7, 8), "prompts",
         path=True,
+    )  # fmt: skip
+    demonstrations: str | None = _parameter(
+        None, "exact, fewer or published; None: what suits the data", _EVALUATING, "prompts",
+        allowed=(None, "exact", "fewer", "published"), later=True,
     )  # fmt: skip
     control: list[str] = _parameter(
         ["published", "strict"], "draws of random heads: published, strict, any_layer",

@@ -62,12 +62,13 @@ def prompt_elements(prompt: str, *, opening: bool = False) -> list[Element]:
     """Elements of a prompt after its description, in the order of the text.
 
     The description ends with the first blank line, itself an element with ``opening``. Every block
-    after it is ``sequence:label``, the last one ``sequence:``; raises :class:`InputError` for a
-    block without a colon.
+    after it is ``sequence:label``, the last one ``sequence:``; raises :class:`InputError` for any
+    other prompt, for which the paper defines no induction pattern: without a blank line, with a
+    block that holds no colon or several, or a label that does not directly follow its colon.
     """
     description, separator, body = prompt.partition(_BLANK_LINE)
     if not separator:
-        return []
+        raise _no_pattern(f"the prompt {prompt[:60]!r} holds no blank line")
     start = len(description) + len(separator)
     first = Element("blank_lines", len(description), start, (start, start + 1))
     elements: list[Element] = [first] if opening else []
@@ -75,11 +76,18 @@ def prompt_elements(prompt: str, *, opening: bool = False) -> list[Element]:
     for number, block in enumerate(blocks):
         colon = start + block.rfind(":")
         end = start + len(block)
+        sequence, _, label = block.rpartition(":")
+        last = number == len(blocks) - 1
         if colon < start:
-            raise InputError(
-                f"the prompt's block {block!r} holds no colon; expected 'sequence:label' blocks "
-                f"separated by blank lines"
-            )
+            raise _no_pattern(f"the prompt's block {block[:60]!r} holds no colon")
+        if (
+            not sequence
+            or ":" in sequence
+            or "\n" in block
+            or bool(label) == last
+            or label[:1] == " "
+        ):
+            raise _no_pattern(f"the prompt's block {block[:60]!r} is no labelled sequence")
         elements += _words(block[: colon - start], start, colon)
         has_label = end > colon + 1
         elements.append(
@@ -92,6 +100,13 @@ def prompt_elements(prompt: str, *, opening: bool = False) -> list[Element]:
             elements.append(Element("blank_lines", end, following, (following, following + 1)))
             start = following
     return elements
+
+
+def _no_pattern(why: str) -> InputError:
+    return InputError(
+        f"{why}, so no induction pattern is defined for it; a knockout needs 'sequence:label' "
+        f"blocks behind a description, separated by blank lines, and 'sequence:' at the end"
+    )
 
 
 def _words(sequence: str, start: int, colon: int) -> list[Element]:

@@ -28,7 +28,7 @@ from icl_helpers.attention.hook import (
     attention_layout,
     edited_attention,
 )
-from icl_helpers.attention.passes import check_ids
+from icl_helpers.attention.passes import check_ids, forget_lengths, one_angle_length
 from icl_helpers.errors import InputError, UnsupportedArchitectureError
 
 __all__ = ["mean_head_outputs"]
@@ -49,7 +49,8 @@ def mean_head_outputs(
     device; nothing is written to disk. The result is float32, on the CPU.
 
     Raises :class:`InputError` for an unknown ``average``, and for ``input_ids`` that are empty,
-    misshapen or not the model's, or longer than its context.
+    misshapen or not the model's, longer than its context, or than sequences whose rotary angles are
+    those of short ones.
     """
     if average not in ("attention_input", "head_output"):
         raise InputError(
@@ -60,6 +61,13 @@ def mean_head_outputs(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     layout = attention_layout(model)
     check_ids(model, input_ids, way_out="use shorter reference samples")
+    if input_ids.shape[1] > one_angle_length(model):
+        raise InputError(
+            f"reference samples of {input_ids.shape[1]} tokens are beyond the model's trained "
+            f"{one_angle_length(model)}, where it turns all positions otherwise than in shorter "
+            f"prompts; cut them to that length"
+        )
+    forget_lengths(model)
     if average == "head_output":
         return _mean_outputs(model, layout, input_ids, batch_size)
     means = _mean_inputs(model, layout, input_ids, batch_size)

@@ -33,8 +33,8 @@ from icl_helpers.errors import InputError, InterventionError, UnsupportedArchite
 
 __all__ = [
     "SUPPORTED_ARCHITECTURES", "AttentionCall", "Branches", "Passes", "attention_probabilities",
-    "branching_mask", "check_ids", "check_usable", "context_length", "learned_positions",
-    "position_limit", "rope_switch",
+    "branching_mask", "check_ids", "check_usable", "context_length", "forget_lengths",
+    "learned_positions", "one_angle_length", "position_limit", "rope_switch",
 ]  # fmt: skip
 
 
@@ -116,6 +116,8 @@ class Passes:
             )
         ids = self._given.get("input_ids", self._given.get("inputs_embeds"))
         end = self._offset + (0 if ids is None else ids.shape[1])
+        if self._rope_switch is not None and not self._offset:
+            forget_lengths(module)
         branches = _APPLIED.get()
         if branches is not None:  # side by side in columns, but not in positions
             end = int(branches.positions.max()) + 1
@@ -494,6 +496,26 @@ def rope_switch(model: PreTrainedModel) -> tuple[int, bool] | None:
             trained = part.get("original_max_position_embeddings", config.max_position_embeddings)
             return int(trained), part["rope_type"] == "dynamic"
     return None
+
+
+def forget_lengths(model: PreTrainedModel) -> None:
+    """Set dynamic rotary angles, which stay those of the longest sequence so far, to the start."""
+    switch = rope_switch(model)
+    for module in model.modules() if switch is not None and switch[1] else ():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            trained = getattr(module, f"{prefix}original_inv_freq", None)
+            if trained is not None:
+                module.register_buffer(
+                    f"{prefix}inv_freq", trained.to(model.device), persistent=False
+                )
+                setattr(module, name, module.original_max_seq_len)
+
+
+def one_angle_length(model: PreTrainedModel) -> int:
+    """Most tokens in a sequence whose rotary angles are those of a shorter one."""
+    switch = rope_switch(model)
+    return context_length(model) if switch is None else min(context_length(model), switch[0])
 
 
 def check_ids(model: PreTrainedModel, ids: torch.Tensor, *, way_out: str) -> None:

@@ -10,6 +10,7 @@ Example
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 
 import torch
@@ -29,6 +30,9 @@ from icl_helpers.errors import InputError
 
 __all__ = ["attention_patterns", "prefix_matching_scores", "random_sequences", "token_pool"]
 
+# No word in angle or square brackets is ordinary text to a tokenizer that has it as one token.
+_RESERVED = re.compile(r"<[^<>\s]+>|\[\w+\]")
+
 
 def token_pool(
     tokenizer: PreTrainedTokenizerBase, *, exclude_ratio: float = 0.04
@@ -37,7 +41,8 @@ def token_pool(
 
     Tokens made by BPE merges in merge order, without the earliest and the latest ``exclude_ratio``
     of them (paper, section 2). A tokenizer without merges is ranked by token id among its ordinary
-    tokens. Returns ``(ids, "merges" or "token ids")``.
+    tokens: none that was added to it, nor that its name shows to be reserved (``[unused7]``,
+    ``<extra_id_0>``) or a byte (``<0x0A>``). Returns ``(ids, "merges" or "token ids")``.
     """
     if not 0 <= exclude_ratio < 0.5:
         raise InputError(f"exclude_ratio must lie in [0, 0.5), got {exclude_ratio}")
@@ -46,6 +51,8 @@ def token_pool(
     ranked = [vocabulary[token] for token in _merged_tokens(tokenizer) if token in vocabulary]
     ranking = "merges"
     if not ranked:
+        special |= set(tokenizer.added_tokens_decoder)
+        special |= {number for token, number in vocabulary.items() if _RESERVED.fullmatch(token)}
         ranked, ranking = sorted(vocabulary.values()), "token ids"
     ranked = [token for token in dict.fromkeys(ranked) if token not in special]
     cut = int(len(ranked) * exclude_ratio)

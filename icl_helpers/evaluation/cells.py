@@ -13,13 +13,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
 
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.conditions import Condition
+from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.evaluation.shared_work import Encoded
 from icl_helpers.evaluation.store import CellStore
 from icl_helpers.files import content_key, file_name
 from icl_helpers.tasks.data import load_rows, load_splits
+from icl_helpers.tasks.demonstrations import Rule
 from icl_helpers.tasks.lm_eval_task import load_task
-from icl_helpers.tasks.prompts import sample_documents
+from icl_helpers.tasks.prompts import Prompt, sample_documents
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "stored_cells",
 ]  # fmt: skip
 
+# What is counted in each document's prompt.
+COUNTS = ("n_demonstrations", "n_leaked", "n_dropped")
 # A finished cell: everything that decides it, and its documents' columns.
 Cell = tuple[dict[str, Any], dict[str, list[Any]]]
 
@@ -49,6 +52,9 @@ class Scorer(Protocol):
     def _loglikelihood_tokens(self, requests: Sequence[Encoded]) -> list[tuple[float, bool]]:
         """Log-probability and greediness of each label."""
 
+    def blocked_pairs(self, requests: Sequence[Encoded]) -> list[int]:
+        """How many query-key pairs the knockout blocks in each request's prompt."""
+
 
 @dataclass(frozen=True)
 class CellGroup:
@@ -62,6 +68,7 @@ class CellGroup:
     sampling: str
     data: str
     conditions: tuple[Condition, ...]
+    demonstrations: Rule | None = None
 
     def split(self, size: int) -> list[CellGroup]:
         """The same cells in groups of at most ``size``."""
@@ -74,7 +81,10 @@ class CellGroup:
             "task": self.task, "labels": self.labels, "shots": self.shots,
             "limit": self.limit, "data": file_name(self.data),
         }  # fmt: skip
-        return spec if self.limit is None else {**spec, "sampling": self.sampling}
+        # What came later is named only where it is not the default: finished cells stay good.
+        sampled = {} if self.limit is None else {"sampling": self.sampling}
+        ruled = {} if self.demonstrations is None else {"demonstrations": self.demonstrations}
+        return spec | sampled | ruled
 
     @classmethod
     def of_spec(cls, spec: Mapping[str, Any], *, seed: int, data: str) -> CellGroup:
@@ -117,6 +127,12 @@ class Prompts:
     task: Any
     pairs: list[tuple[str, str]]
     key: str
+    prompts: list[Prompt]
+
+    def counted(self, documents: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The documents of a cell, and what stands in the prompt of each."""
+        shown = [self.prompts[doc_id] for doc_id in documents["doc_id"]]
+        return documents | {name: [getattr(prompt, name) for prompt in shown] for name in COUNTS}
 
 
 def score_group(
@@ -140,19 +156,38 @@ def score_group(
     for condition in group.conditions:
         spec = _spec(group, condition, prompts.key, key)
         documents = None if store is None else store.read(spec)
+        if documents is not None and not set(COUNTS) <= set(documents):
+            # A cell of an earlier version: its prompts are the same.
+            documents = prompts.counted(documents)
+            cast("CellStore", store).write(spec, documents)
         if documents is None:
             if lm is None:
                 lm = load()
                 encoded = lm.encode(prompts.pairs)
                 lm.share(group.conditions)
-            with lm.under(condition):
-                documents = _score(lm, prompts.task, prompts.task.instances, encoded)
+            documents = prompts.counted(_score_under(lm, condition, prompts, encoded, group.shots))
             if store is not None:
                 store.write(spec, documents)
         cells.append((spec, documents))
     if lm is not None:
         lm.forget()
     return cells
+
+
+def _score_under(
+    lm: Scorer, condition: Condition, prompts: Prompts, encoded: list[Encoded], shots: int
+) -> dict[str, list[Any]]:
+    # A prompt without demonstrations has an induction pattern of no pairs.
+    unblocked = condition.ablation == "knockout" and shots == 0
+    with lm.under(FULL if unblocked else condition):
+        documents = _score(lm, prompts.task, prompts.task.instances, encoded)
+        if condition.ablation == "knockout":
+            instances = zip(prompts.task.instances, encoded, strict=True)
+            first = {instance.doc["doc_id"]: request for instance, request in instances}
+            documents["n_blocked"] = (
+                [0] * len(first) if unblocked else lm.blocked_pairs(list(first.values()))
+            )
+    return documents
 
 
 def stored_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dict[int, Cell]:
@@ -164,7 +199,9 @@ def stored_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dic
     known = _known_cells(group, key, store)
     if len(known) == len(group.conditions):
         return known
-    return _found(group, build(group).key, key, store)
+    prompts = build(group)
+    found = _found(group, prompts.key, key, store)
+    return {place: (spec, prompts.counted(cell)) for place, (spec, cell) in found.items()}
 
 
 def _known_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dict[int, Cell]:
@@ -195,8 +232,9 @@ def _spec(
 def build(group: CellGroup) -> Prompts:
     """Build the group's prompts. Raises as :func:`icl_helpers.build_prompts` does."""
     loaded = load_task(
-        group.task, shots=group.shots, seed=group.seed, labels=group.labels, data=group.data
-    )
+        group.task, shots=group.shots, seed=group.seed, labels=group.labels, data=group.data,
+        demonstrations=group.demonstrations,
+    )  # fmt: skip
     loaded.build_all_requests(samples=_sample(group, loaded), rank=0, world_size=1)
     pairs = [cast("tuple[str, str]", instance.args) for instance in loaded.instances]
     if not pairs:
@@ -205,7 +243,7 @@ def build(group: CellGroup) -> Prompts:
         )
     # Without demonstrations a row's label is in no prompt, but it decides what is right.
     targets = [int(loaded.doc_to_target(instance.doc)) for instance in loaded.instances]
-    return Prompts(loaded, pairs, content_key([pairs, targets]))
+    return Prompts(loaded, pairs, content_key([pairs, targets]), loaded.prompts(group.shots))
 
 
 def _sample(group: CellGroup, task: Any) -> list[int] | None:

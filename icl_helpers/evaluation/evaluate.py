@@ -44,6 +44,7 @@ from icl_helpers.evaluation.workers import (
 from icl_helpers.files import check_run_dir, content_key, write_json
 from icl_helpers.models.fingerprint import model_key
 from icl_helpers.models.loading import load_model
+from icl_helpers.tasks.demonstrations import Rule, check_rule
 from icl_helpers.tasks.prompts import (
     PromptSet,
     Shots,
@@ -51,7 +52,7 @@ from icl_helpers.tasks.prompts import (
     resolve_sampling,
     resolve_shots,
 )
-from icl_helpers.tasks.specs import get_task_spec
+from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
     "Job", "ModelSource", "Request", "describe_failures", "evaluate", "evaluate_request", "pack",
@@ -88,6 +89,7 @@ def evaluate(
     run_dir: str | os.PathLike[str] | None = None,
     labels: str | None = None,
     data: str = "synthetic",
+    demonstrations: Rule | None = None,
     revision: str | None = None,
     executor: Executor | Workers | None = None,
     source: ModelSource | None = None,
@@ -111,7 +113,7 @@ def evaluate(
     run_dir
         Keeps every finished cell below ``run_dir/cells`` and writes ``results.parquet`` and
         ``documents.parquet``.
-    labels, data
+    labels, data, demonstrations
         See :func:`icl_helpers.build_prompts`.
     executor, source
         Score the cells elsewhere: any ``concurrent.futures.Executor``, or the workers of
@@ -123,8 +125,10 @@ def evaluate(
     EvaluationResults
         A DataFrame with columns task, labels, shots, condition, ablation, fraction, control,
         ablation_seed, demonstration_seed, n, n_invalid, accuracy. ``n_invalid`` documents had
-        logits that were not finite; they are left out of ``n`` and ``accuracy``. Its attribute
-        ``documents`` is the per-document frame, as :func:`document_results` describes it.
+        logits that were not finite; they are left out of ``n`` and ``accuracy``.
+        ``n_demonstrations`` and ``n_blocked`` are means over the documents of what their prompts
+        show and a knockout blocks, ``n_leaked`` and ``n_dropped`` sums. Its attribute ``documents``
+        is the per-document frame, as :func:`document_results` describes it.
 
     Raises
     ------
@@ -135,12 +139,13 @@ def evaluate(
     """
     if isinstance(tasks, str) or not tasks:
         raise InputError(f"tasks must be a list of task names, got {tasks!r}")
+    check_rule(demonstrations)
     sets = [
         prompts
         for task in dict.fromkeys(tasks)
         for prompts in prompt_sets(
             task, labels or get_task_spec(task).default_labels, resolve_shots(task, shots), seeds,
-            data,
+            data, demonstrations,
         )
     ]  # fmt: skip
     request = plan_request(
@@ -170,6 +175,12 @@ def plan_request(
     directory = None if run_dir is None else check_run_dir(run_dir)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"limit must be a whole number >= 1 or None, got {limit!r}")
+    texts = [s.task for s in sets if isinstance(get_task_spec(s.task), TextTaskSpec)]
+    if texts and any(condition.ablation == "knockout" for condition in chosen):
+        raise InputError(
+            f"task {texts[0]!r} is a text task, for whose prompts the paper defines no induction "
+            f"pattern; leave out the knockout, or the task"
+        )
     groups = tuple(
         CellGroup(
             s.task,
@@ -180,6 +191,7 @@ def plan_request(
             resolve_sampling(s.task, s.data, sampling),
             s.data,
             chosen,
+            s.demonstrations,
         )
         for s in sets
     )

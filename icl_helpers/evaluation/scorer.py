@@ -4,7 +4,8 @@
 tokenised requests: a prompt is run once for all its labels, logits are computed only at the scored
 positions, the interventions of the current condition are applied around every batch, and what
 labels, prompts and conditions share is computed once (:mod:`icl_helpers.evaluation.shared_work`).
-:class:`HFICL` is the same model for lm-eval's command line, registered as ``hf-icl``.
+What lm-eval itself asks for beside that (rolling log-likelihoods, generation) runs under the
+condition too, or is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from lm_eval.api.registry import register_model
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,11 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icl_helpers.attention.hook import attention_layout
 from icl_helpers.attention.induction_pattern import induction_patterns
 from icl_helpers.attention.interventions import intervene
-from icl_helpers.attention.means import mean_head_outputs
-from icl_helpers.attention.passes import Branches, context_length
-from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
-from icl_helpers.errors import InputError
-from icl_helpers.evaluation.conditions import FULL, Condition, conditions
+from icl_helpers.attention.passes import Branches, context_length, one_angle_length, rope_switch
+from icl_helpers.errors import InputError, InterventionError
+from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.evaluation.shared_work import (
     Encoded,
     LayerReuse,
@@ -39,16 +38,9 @@ from icl_helpers.evaluation.shared_work import (
     shares_context,
     shares_start,
 )
-from icl_helpers.models.fingerprint import model_fractions
-from icl_helpers.models.loading import load_model
-from icl_helpers.models.reference_text import (
-    PAPER_POSITIONS,
-    PAPER_SAMPLES,
-    reference_ids,
-    reference_texts,
-)
+from icl_helpers.models.reference_text import PAPER_POSITIONS, PAPER_SAMPLES, reference_ids
 
-__all__ = ["HFICL", "InterventionLM", "reference_samples", "single_condition"]
+__all__ = ["InterventionLM", "reference_samples"]
 
 # A shorter common start is not worth a forward pass of its own.
 _MIN_START = 4
@@ -112,6 +104,8 @@ class InterventionLM(HFLM):
         From :func:`icl_helpers.load_model`.
     batch_size
         Prompts per forward pass, or ``"auto"``: as many as fit a token budget.
+    add_bos_token
+        Of the requests that lm-eval encodes: the published runs put no BOS before a prompt.
     """
 
     def __init__(
@@ -120,6 +114,7 @@ class InterventionLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int | str = "auto",
+        add_bos_token: bool = False,
         **kwargs: Any,
     ) -> None:
         if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
@@ -127,11 +122,11 @@ class InterventionLM(HFLM):
                 f"batch_size must be 'auto' or a whole number >= 1, got {batch_size!r}"
             )
         kwargs.setdefault("max_length", context_length(model))
-        # The published runs put no BOS before a prompt, whatever the tokenizer's default is.
         with _without_notices():
             super().__init__(
-                pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=False, **kwargs
-            )
+                pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=add_bos_token,
+                **kwargs,
+            )  # fmt: skip
         self.condition: Condition = FULL
         self._batch_size_wanted = batch_size
         self._patterns: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}
@@ -164,8 +159,8 @@ class InterventionLM(HFLM):
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         """Tokenise (context, label) pairs as lm-eval does, in two calls of the tokenizer.
 
-        Raises :class:`InputError` for an empty context, a label without tokens, or a sequence
-        longer than the model's context.
+        Raises :class:`InputError` for an empty context, a label without tokens, two labels of the
+        same tokens, or a sequence longer than the model's context.
         """
         # As in lm-eval: spaces at a context's end belong to the label.
         moved = [_move_spaces(context, label) for context, label in pairs]
@@ -173,9 +168,17 @@ class InterventionLM(HFLM):
         context_ids = dict(zip(contexts, self._ids(contexts), strict=True))
         whole_ids = self._ids([context + label for context, label in moved])
         encoded: list[Encoded] = []
-        for pair, (context, _), whole in zip(pairs, moved, whole_ids, strict=True):
+        labels: dict[tuple[str, tuple[int, ...]], str] = {}
+        for pair, (context, label), whole in zip(pairs, moved, whole_ids, strict=True):
             ids = context_ids[context]
             self._check_encoded(pair, ids, whole)
+            other = labels.setdefault((context, tuple(whole[len(ids) :])), label)
+            if other != label:
+                raise InputError(
+                    f"labels {other!r} and {label!r} are the same tokens to this tokenizer "
+                    f"({whole[len(ids) :]}), so they cannot be told apart; use other labels or the "
+                    f"model's own tokenizer"
+                )
             encoded.append((pair, ids, whole[len(ids) :]))
         return encoded
 
@@ -187,11 +190,14 @@ class InterventionLM(HFLM):
             raise InputError("a prompt without any token cannot be scored")
         if len(whole) <= len(ids):
             raise InputError(f"label {pair[1]!r} has no tokens of its own after the prompt")
-        if len(whole) - 1 > self.max_length:
+        self._check_length(pair[0], len(whole) - 1)
+
+    def _check_length(self, text: str, length: int) -> None:
+        if length > self.max_length:
             raise InputError(
-                f"a prompt of {len(whole)} tokens is longer than the model's context of "
+                f"a prompt of {length + 1} tokens is longer than the model's context of "
                 f"{self.max_length} tokens; use fewer shots or a model with a longer context. The "
-                f"prompt ends in {pair[0][-60:]!r}"
+                f"prompt ends in {text[-60:]!r}"
             )
 
     def _loglikelihood_tokens(
@@ -202,8 +208,13 @@ class InterventionLM(HFLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """Log-probability and greediness of each label, in the order of the requests."""
+        for pair, context, label in requests:
+            self._check_length(pair[0] if pair else "", len(context) + len(label) - 1)
         rows = _rows(requests, together=True)
-        if _branched(rows) and not shares_context(self.model, self.condition.ablation):
+        # Where the angles of all tokens depend on the sequence's length, only equals go together.
+        switch = rope_switch(self.model)
+        turned = switch is not None and max(len(row.ids) for row in rows) > switch[0]
+        if _branched(rows) and (turned or not shares_context(self.model, self.condition.ablation)):
             rows = _rows(requests, together=False)
         self._prepare_patterns([row.context for row in rows])
         scored: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
@@ -212,11 +223,13 @@ class InterventionLM(HFLM):
             # Long prompts first, so that running out of memory shows at once; equal lengths meet.
             rows.sort(key=lambda row: len(row.ids), reverse=True)
             budget = _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS["cuda"])
-            shared = self._shared_start(rows)
+            shared = None if turned else self._shared_start(rows)
             start = 0
             while start < len(rows):
                 size = override_bs or self._batch_rows(rows[start], budget)
                 batch = rows[start : start + size]
+                if turned:
+                    batch = [row for row in batch if len(row.ids) == len(batch[0].ids)]
                 try:
                     self._score_batch(batch, requests, scored, shared)
                 except torch.cuda.OutOfMemoryError:
@@ -242,6 +255,7 @@ class InterventionLM(HFLM):
         return max(1, budget // len(longest.ids))
 
     def _prepare_patterns(self, contexts: Sequence[str]) -> None:
+        """Find the blocked pairs of prompts; raises :class:`InputError` where none has any."""
         if self.condition.ablation != "knockout":
             return
         categories = self.condition.categories
@@ -249,15 +263,68 @@ class InterventionLM(HFLM):
         patterns = induction_patterns(new, self.tokenizer, categories=categories) if new else []
         for context, pattern in zip(new, patterns, strict=True):
             self._patterns[context, categories] = pattern
+        if not any(self._patterns[context, categories].any() for context in contexts):
+            raise InputError(
+                f"a knockout of {', '.join(categories)} blocks nothing in any of these prompts; it "
+                f"needs demonstrations (shots, in lm-eval --num_fewshot), and categories that the "
+                f"prompts have"
+            )
+
+    def blocked_pairs(self, requests: Sequence[Encoded]) -> list[int]:
+        """How many query-key pairs the knockout blocks in each request's prompt."""
+        of = self.condition.categories
+        return [int(self._patterns[pair[0].rstrip(), of].sum()) for pair, *_ in requests]
+
+    def _pattern(self, row: _Row) -> torch.Tensor:
+        """The blocked pairs of a row's context, behind a BOS if it has one."""
+        pattern = self._patterns[row.context, self.condition.categories]
+        if (more := row.n_context - len(pattern)) == 0:
+            return pattern
+        if more != 1 or not self.add_bos_token:
+            raise InterventionError(
+                f"the prompt has {row.n_context} tokens, its induction pattern {len(pattern)}; it "
+                f"cannot be blocked with this tokenizer"
+            )
+        return torch.nn.functional.pad(pattern, (1, 0, 1, 0))
 
     def _blocked(self, batch: Sequence[_Row], width: int) -> torch.Tensor | None:
         if self.condition.ablation != "knockout":
             return None
         blocked = torch.zeros(len(batch), width, width, dtype=torch.bool)
         for index, row in enumerate(batch):
-            pattern = self._patterns[row.context, self.condition.categories]
-            blocked[index, : len(pattern), : len(pattern)] = pattern
+            blocked[index, : row.n_context, : row.n_context] = self._pattern(row)
         return blocked.to(self.device)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """As lm-eval's, under the condition; there is no induction pattern in running text."""
+        self._refuse_knockout("rolling log-likelihoods")
+        if self.prefix_token_id is None:
+            raise InputError(
+                "rolling log-likelihoods begin with a BOS or EOS token, and this tokenizer has "
+                "neither; name one with prefix_token_id"
+            )
+        found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        return found
+
+    def _refuse_knockout(self, what: str) -> None:
+        if self.condition.ablation == "knockout":
+            raise InputError(
+                f"{what} cannot be run under the paper's knockout: no induction pattern is defined "
+                f"for them; remove heads instead (ablate=induction or random)"
+            )
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As lm-eval's, under the condition, a prompt at a time; prompts are never cut."""
+        self._refuse_knockout("generated answers")
+        for request in requests:
+            text, options = request.args
+            room = int(options.get("max_gen_toks", self.max_gen_toks))
+            self._check_length(text, len(self.tok_encode(text)) + room - 1)
+        with intervene(self.model, *self.condition.interventions()):
+            found: list[str] = super().generate_until(requests, disable_tqdm)
+        return found
 
     @torch.inference_mode()
     def _shared_start(self, rows: Sequence[_Row]) -> SharedStart | None:
@@ -267,10 +334,7 @@ class InterventionLM(HFLM):
         length = common_start([row.ids for row in rows])
         length = min(length, *(row.n_context - 1 for row in rows))
         if self.condition.ablation == "knockout":
-            blocked = [
-                self._patterns[row.context, self.condition.categories][:length].any(dim=1)
-                for row in rows
-            ]
+            blocked = [self._pattern(row)[:length].any(dim=1) for row in rows]
             length = min(length, *(int(b.int().argmax()) for b in blocked if b.any()), length)
         if length < _MIN_START or not shares_start(self.model):
             return None
@@ -348,7 +412,9 @@ def _rows(requests: Sequence[Encoded], *, together: bool) -> list[_Row]:
     rows: dict[Any, _Row] = {}
     for index, (pair, context, label) in enumerate(requests):
         key = tuple(context), None if together else tuple(label[:-1])
-        row = rows.setdefault(key, _Row(pair[0].rstrip(), list(context), len(context)))
+        # lm-eval's rolling windows are tokens without a text.
+        text = pair[0].rstrip() if pair else ""
+        row = rows.setdefault(key, _Row(text, list(context), len(context)))
         row.add(index, label)
     return list(rows.values())
 
@@ -366,53 +432,6 @@ def _branched(rows: Sequence[_Row]) -> bool:
     return any(len(row.branches) > 1 for row in rows)
 
 
-@register_model("hf-icl")
-class HFICL(InterventionLM):
-    """``hf-icl`` for lm-eval's command line.
-
-    Model arguments: ``pretrained``, ``revision``, ``dtype``, ``device``, ``quantization``,
-    ``trust_remote_code``, and ``ablate`` (none, induction, random, pattern), ``ablation`` (mean or
-    zero), ``fraction``, ``seed`` (random heads), ``control`` (published, strict or any_layer),
-    ``reference`` (a text file for the means, one text a line; default: the embedded model's, or
-    MNLI premises).
-    """
-
-    def __init__(
-        self,
-        pretrained: str = "icl-tiny",
-        *,
-        ablate: str = "none",
-        ablation: str = "mean",
-        fraction: float | None = None,
-        seed: int = 42,
-        control: str = "published",
-        reference: str | None = None,
-        revision: str | None = None,
-        dtype: str = "auto",
-        device: str | None = None,
-        quantization: str | None = None,
-        trust_remote_code: bool = False,
-        batch_size: int | str = "auto",
-        max_batch_size: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            # lm-eval's command line names a GPU when the user names no device.
-            device = None
-
-        model, tokenizer = load_model(
-            pretrained, revision=revision, dtype=dtype, device=device,
-            quantization=quantization, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        size = batch_size if batch_size == "auto" else int(batch_size)
-        super().__init__(model, tokenizer, batch_size=size, **kwargs)
-        self.condition = single_condition(
-            model, tokenizer, pretrained, ablate=ablate, ablation=ablation,
-            fraction=model_fractions(pretrained)[-1] if fraction is None else float(fraction),
-            seed=int(seed), control=control, reference=reference,
-        )  # fmt: skip
-
-
 def reference_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -426,43 +445,5 @@ def reference_samples(
         tokenizer,
         texts,
         n_samples=n_samples or PAPER_SAMPLES,
-        n_positions=n_positions or min(PAPER_POSITIONS, context_length(model)),
+        n_positions=n_positions or min(PAPER_POSITIONS, one_angle_length(model)),
     )
-
-
-def single_condition(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    model_name: str,
-    *,
-    ablate: str,
-    ablation: str,
-    fraction: float,
-    seed: int,
-    control: str,
-    reference: str | None,
-) -> Condition:
-    """One condition from scratch: scores and, where they are needed, means are computed here."""
-    names = {
-        "induction": "induction_heads",
-        "random": "random_heads",
-        "pattern": "induction_pattern",
-    }
-    if ablate == "none":
-        return FULL
-    if ablate not in names or ablation not in ("mean", "zero"):
-        raise InputError(
-            f"ablate must be none, {', '.join(names)} and ablation mean or zero, got {ablate!r} "
-            f"and {ablation!r}"
-        )
-    scores = prefix_matching_scores(model, random_sequences(tokenizer)).mean(0)
-    kind = "knockout" if ablate == "pattern" else ablation
-    means = None
-    if kind == "mean":
-        texts = reference_texts(model_name, reference=reference)
-        means = mean_head_outputs(model, reference_samples(model, tokenizer, texts))
-    found = conditions(
-        scores, fractions=[fraction], ablations=[kind], head_outputs=means,
-        ablation_seeds=[seed], control=control, full=False,
-    )  # fmt: skip
-    return next(condition for condition in found if condition.name == names[ablate])

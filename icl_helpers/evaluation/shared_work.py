@@ -30,7 +30,7 @@ from icl_helpers.attention.interventions import (
     ZeroAblation,
     intervene,
 )
-from icl_helpers.attention.passes import Branches
+from icl_helpers.attention.passes import Branches, forget_lengths
 
 __all__ = [
     "Encoded", "LayerReuse", "SharedStart", "common_start", "scored_logits", "shares_context",
@@ -144,6 +144,7 @@ def scored_logits(
     hooked attention of :func:`icl_helpers.intervene`. Columns are gathered in front of the
     projection, so that whatever the model does to logits (soft-capping, scaling) is done to these.
     """
+    forget_lengths(model)
     skipped = 0 if start is None else start.length
     cache = {"use_cache": False} if start is None else start.arguments(len(ids))
     rows, places = torch.arange(len(ids))[:, None], columns - skipped

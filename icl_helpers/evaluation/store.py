@@ -118,6 +118,16 @@ def keyed(frame: pd.DataFrame) -> pd.DataFrame:
     return frame if "control" in frame else frame.assign(control="")
 
 
+def _total(values: pd.Series) -> float:
+    return float(values.sum(min_count=1))
+
+
+# What is counted in each document's prompt, and how a row of the results sums it up.
+_COUNTED: dict[str, Any] = {
+    "n_demonstrations": "mean", "n_leaked": _total, "n_dropped": _total, "n_blocked": "mean",
+}  # fmt: skip
+
+
 class EvaluationResults(pd.DataFrame):
     """A tidy frame of accuracies; ``documents`` is the per-document frame behind it."""
 
@@ -168,12 +178,20 @@ def _judged(documents: dict[str, Any]) -> pd.DataFrame:
         }
     )
     # Whole numbers that may be missing: rows of an earlier version have none.
-    return frame.astype({"target": "Int64", "chosen": "Int64"})
+    for name in _COUNTED:
+        frame[name] = documents.get(name, pd.NA)
+    return frame.astype(dict.fromkeys(("target", "chosen", *_COUNTED), "Int64"))
 
 
 def accuracies(documents: pd.DataFrame) -> pd.DataFrame:
     """One row per key: n, n_invalid, the accuracy of the valid documents, and their setting."""
-    documents = keyed(documents).assign(
+    documents = keyed(documents)
+    counts = {
+        name: documents[name].astype("float64") if name in documents else np.nan
+        for name in _COUNTED
+    }
+    documents = documents.assign(
+        **counts,
         right=documents["correct"].where(documents["valid"]).astype("float64"),
         # Rows written outside a run, or before there were settings, have none.
         setting=documents["setting"].fillna("") if "setting" in documents else "",
@@ -181,10 +199,10 @@ def accuracies(documents: pd.DataFrame) -> pd.DataFrame:
     grouped = documents.groupby(KEYS, dropna=False, sort=False)
     results = grouped.agg(
         n=("valid", "sum"), total=("valid", "size"), accuracy=("right", "mean"),
-        setting=("setting", "first"),
+        setting=("setting", "first"), **{name: (name, how) for name, how in _COUNTED.items()},
     ).reset_index()  # fmt: skip
     results["n_invalid"] = results.pop("total") - results["n"]
-    return results[[*KEYS, "n", "n_invalid", "accuracy", "setting"]]
+    return results[[*KEYS, "n", "n_invalid", "accuracy", *_COUNTED, "setting"]]
 
 
 def write_results(documents: pd.DataFrame, directory: Path | None) -> EvaluationResults:
@@ -287,9 +305,14 @@ def document_results(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
         Array: the number of tokens of each label.
     greedy
         Array: whether each of the label's tokens is the most probable one at its place.
+    n_demonstrations, n_leaked, n_dropped
+        Demonstrations in the prompt; how many of them are the document itself, by content; and how
+        many more were drawn and left out for that reason.
+    n_blocked
+        Query-key pairs that the knockout blocks in the prompt; missing under other conditions.
 
     Arrays are in the order of the task's labels, to which ``target`` and ``chosen`` are indices.
-    Rows written by a version that did not keep them have nothing from ``target`` on.
+    Rows written by a version that did not keep them have nothing from ``target`` on, or no counts.
     """
     return read_frame(check_run_dir(run_dir) / "documents.parquet")
 

@@ -113,11 +113,12 @@ def load_model(
     MissingArtefactError
         The model is neither here nor in the cache and the hub cannot be reached.
     """
-    source, reading, settings = _located(name, revision, gguf_file, trust_remote_code)
-    gguf = "gguf_file" in reading
+    # First of all: to locate a named model may mean to convert it.
     torch_dtype = _check_dtype(dtype)
     target = _check_device(device, device_map)
     check_quantization(quantization)
+    source, reading, settings = _located(name, revision, gguf_file, trust_remote_code)
+    gguf = "gguf_file" in reading
     if gguf and quantization is not None:
         raise InputError(
             f"quantization={quantization!r} does not go with a GGUF file, which is unpacked to "

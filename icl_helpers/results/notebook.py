@@ -18,6 +18,7 @@ from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 
 from icl_helpers.errors import InputError
+from icl_helpers.evaluation.store import CELL
 from icl_helpers.results.comparison import (
     PAPER_MODELS,
     count_induction_heads,
@@ -32,14 +33,15 @@ from icl_helpers.results.figures import (
     benefit_bars,
     score_heatmap,
 )
-from icl_helpers.results.statistics import left_out_tasks
+from icl_helpers.results.statistics import benefit_changes, left_out_tasks
 from icl_helpers.results.tables import annotated_table, write_table
 from icl_helpers.tasks.data import load_splits
 from icl_helpers.tasks.specs import STAND_IN_TASKS, text_spec
 
 __all__ = [
-    "DESCRIPTION", "describe_text_tasks", "show_bars", "show_benefit", "show_figure",
-    "show_paper_table", "show_published", "show_published_scores", "show_table", "text_task_table",
+    "DESCRIPTION", "benefit_or_none", "describe_text_tasks", "show_bars", "show_benefit",
+    "show_figure", "show_paper_table", "show_published", "show_published_scores", "show_table",
+    "text_task_table",
 ]  # fmt: skip
 
 DESCRIPTION = "icl_description"
@@ -162,6 +164,19 @@ def _narrow(cells: pd.DataFrame) -> pd.DataFrame:
     """Drop the level of labels from a table where there is one kind only."""
     labels = cells.index.get_level_values("labels")
     return cells.droplevel("labels") if labels.nunique() == 1 else cells
+
+
+def benefit_or_none(results: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFrame:
+    """:func:`benefit_changes`, or no rows and a line that says so where no task is fit for it."""
+    by_task = results.groupby(["task", "labels"])["shots"]
+    if ((by_task.min() == 0) & (by_task.max() > 0)).any():
+        return benefit_changes(results, documents)
+    _say(
+        "**No task was evaluated both with and without examples** (`shots` needs 0 and another "
+        "number), so there is no benefit to show."
+    )
+    names = ("zero_shot", "few_shot", "benefit", "left_out", "relative_change", "low", "high")
+    return pd.DataFrame(columns=[*CELL, *names])
 
 
 def show_benefit(changes: pd.DataFrame, *, ablation: str) -> None:

@@ -28,6 +28,7 @@ from icl_helpers.models.loading import load_config, load_tokenizer
 from icl_helpers.models.reference_text import PAPER_POSITIONS, PAPER_SAMPLES
 from icl_helpers.parameters import StageParameters
 from icl_helpers.run.plan import GROUPS, Plan
+from icl_helpers.tasks.demonstrations import Rule
 from icl_helpers.tasks.prompts import PromptSet, build_prompts
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
@@ -216,17 +217,31 @@ def _set_tokens(
     abstract = not isinstance(get_task_spec(prompts.task), TextTaskSpec)
     data = "synthetic" if abstract else prompts.data
     documents, mean, most = _prompt_tokens(
-        prompts.task, prompts.shots, prompts.labels, p.seeds[0], data, tokenizer
-    )
+        prompts.task,
+        prompts.shots,
+        prompts.labels,
+        p.seeds[0],
+        data,
+        prompts.demonstrations,
+        tokenizer,
+    )  # fmt: skip
     return mean * min(p.limit or documents, documents), most
 
 
 @functools.lru_cache(maxsize=128)
 def _prompt_tokens(
-    task: str, shots: int, labels: str, seed: int, data: str, tokenizer: PreTrainedTokenizerBase
+    task: str,
+    shots: int,
+    labels: str,
+    seed: int,
+    data: str,
+    rule: Rule | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[int, float, int]:
     """Documents of a task, and tokens of its prompts, mean and most, by a sample of them."""
-    prompts = build_prompts(task, shots=shots, seed=seed, labels=labels, data=data)
+    prompts = build_prompts(
+        task, shots=shots, seed=seed, labels=labels, data=data, demonstrations=rule
+    )
     texts = [prompt.context for prompt in prompts[:_SAMPLE]]
     counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     return len(prompts), sum(counts) / len(counts), max(counts)

@@ -7,7 +7,8 @@ Example
 -------
 >>> plan = Plan(icl.stage_parameters(model="icl-tiny"))
 >>> plan.prompt_sets("tasks")[0]
-PromptSet(task='repetition', labels='unrelated', shots=0, seeds=(42, 43, 44), data='synthetic')
+PromptSet(task='repetition', labels='unrelated', shots=0, seeds=(42, 43, 44), data='synthetic',
+          demonstrations=None)
 >>> plan.selected(icl.document_results("runs/icl-tiny"), "tasks", model_key)
 """
 
@@ -79,12 +80,13 @@ class Plan:
 
     def prompt_sets(self, group: Group = "tasks") -> list[PromptSet]:
         """Sets of prompts of a group's tasks, in order."""
+        p: Any = self.parameters
         return [
             prompts
             for task in self.tasks(group)
             for labels in self._label_sets(task, group)
             for prompts in prompt_sets(
-                task, labels, self._shots(task, labels), self.parameters.seeds, self.data(task)
+                task, labels, self._shots(task, labels), p.seeds, self.data(task), p.demonstrations
             )
         ]
 
@@ -132,7 +134,11 @@ class Plan:
         values = self.parameters.as_dict() | {"data": self.data(task), "data_dir": None}
         values |= {name: file_name(values[name]) for name, *_, it in about() if it.path}
         decisive = {"prompts", condition, ablation}
-        chosen = {name: values[name] for name, *_, it in about() if it.decides in decisive}
+        chosen = {
+            name: values[name]
+            for name, _, default, it in about()
+            if it.decides in decisive and not (it.later and values[name] == default)
+        }
         return content_key([chosen, dict(model_key)])
 
     def means_parameters(self) -> dict[str, Any]:
@@ -178,11 +184,20 @@ class Plan:
         )
 
     def check_data(self, stages: Iterable[str] = tuple(_STAGES)) -> None:
-        """Read the rows that these stages will need, so that what is missing is known before."""
+        """Read the rows that these stages will need, so that what is missing is known before.
+
+        A text task among those of the knockout is an :class:`InputError`.
+        """
+        stages = tuple(stages)
         groups = {_STAGES[stage][0] for stage in stages if stage in _STAGES}
         for task in dict.fromkeys(task for group in groups for task in self.tasks(group)):
             spec = get_task_spec(task)
             if isinstance(spec, TextTaskSpec):
+                if "attention_knockout" in stages and task in self.tasks():
+                    raise InputError(
+                        f"task {task!r} is a text task, for whose prompts the paper defines no "
+                        f"induction pattern: name it in nlp_tasks, or leave out stage 5"
+                    )
                 load_splits(spec, data=self.data(task))
             else:
                 load_rows(task, data=self.data(task))

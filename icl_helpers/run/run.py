@@ -28,7 +28,7 @@ from icl_helpers.attention.heads import Head, top_heads
 from icl_helpers.attention.hook import attention_layout
 from icl_helpers.attention.induction_pattern import induction_pattern
 from icl_helpers.attention.means import mean_head_outputs
-from icl_helpers.attention.passes import context_length
+from icl_helpers.attention.passes import one_angle_length
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences, token_pool
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.evaluation.cells import CellGroup, build
@@ -137,7 +137,8 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What decides the model's results; remembered while the checkpoint's files are as before.
 
-        The model's key, its context in tokens, and the state of its files, as JSON values.
+        The model's key, its context in tokens (up to where rotary angles change), and the state of
+        its files, as JSON values.
         """
         if self._identity is None:
             kept = self.info.get("identity") or {}
@@ -169,7 +170,7 @@ class Run:
             return kept
         identity: dict[str, Any] = {
             "key": key,
-            "context": context_length(self.model),
+            "context": one_angle_length(self.model),
             "state": self._checkpoint_state(),
         }
         self._record(
@@ -321,7 +322,7 @@ class Run:
         def compute() -> Any:
             prompts = build_prompts(
                 task, shots=shots, seed=self.parameters.seeds[0], labels=labels,
-                data=self.plan.data(task),
+                data=self.plan.data(task), demonstrations=self.parameters.demonstrations,
             )  # fmt: skip
             return asdict(prompts[0])
 

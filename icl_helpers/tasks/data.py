@@ -29,7 +29,7 @@ from icl_helpers.tasks.specs import NLP_TASKS, HubSource, TaskSpec, TextTaskSpec
 
 __all__ = [
     "COMMIT", "HASHES", "HOLD_OUT_SEED", "TextSplits", "check_local", "data_file", "fetch_original",
-    "hold_out", "load_rows", "load_splits", "original_data_dir",
+    "hold_out", "is_published", "load_rows", "load_splits", "original_data_dir",
 ]  # fmt: skip
 
 HOLD_OUT_SEED = 42
@@ -281,6 +281,12 @@ def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:
             f"files, got {os.fspath(data)!r}"
         )
     return directory / spec.original_file
+
+
+def is_published(task: str, *, data: str | os.PathLike[str] = "synthetic") -> bool:
+    """Whether an abstract task's rows are the published repository's own, by their hash."""
+    path = data_file(task, data=data)
+    return HASHES.get(path.name) == _digest(path.read_bytes())
 
 
 def load_rows(task: str, *, data: str | os.PathLike[str] = "synthetic") -> list[tuple[str, str]]:

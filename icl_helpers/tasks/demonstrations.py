@@ -1,7 +1,9 @@
-"""Drawing demonstrations exactly as the published code does (paper, section 7).
+"""Drawing demonstrations exactly as the published code does (paper, section 7), and checking them.
 
 One ``random.Random(seed)`` serves a task's documents in order, so demonstrations are drawn for all
 of them before anything is split or cut short: a prompt does not depend on a limit or on workers.
+What the published code lets pass (fewer demonstrations than asked for, the document among its own
+ones under another id) is mended or refused unless a :data:`Rule` allows it.
 """
 
 from __future__ import annotations
@@ -10,23 +12,46 @@ import functools
 import itertools
 import random
 from collections.abc import Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
 from icl_helpers.errors import InputError
 from icl_helpers.tasks.specs import Sampler
 
-__all__ = ["Pool", "draw_demonstrations"]
+__all__ = ["Demonstrations", "Pool", "Rule", "check_rule", "draw_demonstrations"]
 
 Key = TypeVar("Key", bound=Hashable)
+Rule = Literal["exact", "fewer", "published"]
+
+
+class Demonstrations(NamedTuple):
+    """What is shown before a document: ``rows`` of the pool, in order.
+
+    ``n_leaked`` of them are the document itself, by content; ``n_dropped`` more were drawn and are
+    not shown for that reason.
+    """
+
+    rows: list[int]
+    n_leaked: int = 0
+    n_dropped: int = 0
+
+
+def check_rule(rule: str | None) -> None:
+    """Raise :class:`InputError` for a rule that is none."""
+    if rule is not None and rule not in get_args(Rule):
+        raise InputError(
+            f"demonstrations must be None, {', '.join(map(repr, get_args(Rule)))}, got {rule!r}"
+        )
 
 
 class Pool(Generic[Key]):
     """Labelled rows that demonstrations are drawn from.
 
-    ``texts`` and ``labels`` are parallel. ``sampler`` balanced: every row of a class is a
-    candidate; disjoint_words: those whose first and second word both differ from the query's.
+    ``texts``, ``labels`` and ``contents`` are parallel; a row's content is what a prompt shows of
+    it (default: the text). ``sampler`` balanced: every row of a class is a candidate;
+    disjoint_words: those whose first and second word both differ from the query's. ``name`` is what
+    errors call the pool.
     """
 
     def __init__(
@@ -35,9 +60,12 @@ class Pool(Generic[Key]):
         labels: Sequence[str],
         *,
         sampler: Sampler,
+        contents: Sequence[str] | None = None,
+        name: str = "the demonstration pool",
     ) -> None:
         self.texts, self.labels = list(texts), list(labels)
-        self.sampler = sampler
+        self.contents = list(map(_content, texts if contents is None else contents))
+        self.sampler, self.name = sampler, name
         self.classes = list(dict.fromkeys(self.labels))
         self._rows = {
             label: [i for i, found in enumerate(self.labels) if found == label]
@@ -68,8 +96,10 @@ def draw_demonstrations(
     shots: int,
     seed: int,
     same_split: bool = True,
-) -> list[list[int]]:
-    """Indices into the pool of each query's demonstrations, in the order they are shown.
+    contents: Sequence[str] | None = None,
+    rule: Rule = "exact",
+) -> list[Demonstrations]:
+    """Each query's demonstrations.
 
     Parameters
     ----------
@@ -78,43 +108,99 @@ def draw_demonstrations(
     same_split
         True when the queries are themselves rows of the pool: one more row is drawn. Rows equal to
         the query are dropped in either case, and the first ``shots`` are kept.
+    contents
+        What a prompt shows of each query; default: its text.
+    rule
+        ``exact``: rows with the query's content are dropped; where fewer than ``shots`` are left,
+        other rows of their class take their places, and too few of a class are an error. ``fewer``:
+        the same, but fewer may be shown. ``published``: as the published code, which shows fewer
+        without a word, and drops only what equals the query in text and label.
 
     Raises
     ------
     InputError
         Negative shots, a pool with a single class, or more shots than the pool can give.
     """
-    _check(pool, shots, len(pool.texts) - same_split)
+    _check(pool, shots, len(pool.texts) - same_split, rule)
     if shots == 0:
-        return [[] for _ in queries]
+        return [Demonstrations([]) for _ in queries]
     rng = random.Random(seed)
     wanted = shots + 1 if same_split else shots
+    shown = map(_content, [text for text, _ in queries] if contents is None else contents)
     drawn_for_all = []
-    for text, label in queries:
+    for number, ((text, label), content) in enumerate(zip(queries, shown, strict=True)):
         base, rest = divmod(wanted, len(pool.classes))
         counts = [(name, base) for name in pool.classes]
         # Called even when nothing is left over: it draws from the generator all the same.
         extra = {name for name, _ in rng.sample(counts, rest)}
+        shares = {name: count + (name in extra) for name, count in counts}
         drawn: list[int] = []
-        for name, count in counts:
+        for name, share in shares.items():
             candidates = pool.candidates(name, text)
-            size = min(count + (name in extra), len(candidates))
-            drawn += rng.sample(candidates, size)
+            drawn += rng.sample(candidates, min(share, len(candidates)))
         rng.shuffle(drawn)
-        drawn = [i for i in drawn if (pool.texts[i], pool.labels[i]) != (text, label)]
-        drawn_for_all.append(drawn[:shots])
+        if rule == "published":
+            kept = [i for i in drawn if (pool.texts[i], pool.labels[i]) != (text, label)]
+        else:
+            # A generator of its own: what stands before the other queries stays as it is.
+            again = random.Random(f"{seed} {number}")
+            kept = _without(pool, drawn, text, content, shots, again)
+        if rule == "exact" and len(kept) < shots:
+            raise _too_few(pool, text, content, shots, len(kept), shares)
+        leaks = sum(pool.contents[i] == content for i in drawn)
+        leaked = sum(pool.contents[i] == content for i in kept[:shots])
+        drawn_for_all.append(Demonstrations(kept[:shots], leaked, leaks - leaked))
     return drawn_for_all
 
 
-def _check(pool: Pool[str], shots: int, most: int) -> None:
+def _content(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _without(
+    pool: Pool[str], drawn: list[int], text: str, content: str, shots: int, rng: random.Random
+) -> list[int]:
+    """``drawn`` without rows of this content; others of their class stand in for those missing."""
+    missing = shots - sum(pool.contents[i] != content for i in drawn)
+    kept: list[int] = []
+    for row in drawn:
+        if pool.contents[row] != content:
+            kept.append(row)
+        elif missing > 0:
+            others = [
+                i
+                for i in pool.candidates(pool.labels[row], text)
+                if pool.contents[i] != content and i not in drawn and i not in kept
+            ]
+            kept += rng.sample(others, min(1, len(others)))
+            missing -= bool(others)
+    return kept
+
+
+def _too_few(
+    pool: Pool[str], text: str, content: str, shots: int, shown: int, shares: dict[str, int]
+) -> InputError:
+    """Name the class that is furthest from its share."""
+    usable = {
+        name: sum(pool.contents[i] != content for i in pool.candidates(name, text))
+        for name in shares
+    }
+    name = max(shares, key=lambda name: shares[name] - usable[name])
+    return InputError(
+        f"{pool.name}: class {name!r} has {usable[name]} rows that can stand before the document "
+        f"{content[:60]!r}, where {shares[name]} are drawn for {shots} demonstrations; {shown} "
+        f"would be shown. Ask for fewer shots, give the pool more rows, or let fewer be shown with "
+        f"demonstrations='fewer'"
+    )
+
+
+def _check(pool: Pool[str], shots: int, most: int, rule: Rule) -> None:
     if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0:
         raise InputError(f"shots must be a whole number >= 0, got {shots!r}")
     if len(pool.classes) < 2:
+        raise InputError(f"{pool.name} has a single class, {pool.classes}; at least two are needed")
+    if shots > most and rule != "fewer":
         raise InputError(
-            f"the demonstration pool has a single class, {pool.classes}; at least two are needed"
-        )
-    if shots > most:
-        raise InputError(
-            f"{shots} shots are more than the pool of {len(pool.texts)} rows can give; ask for at "
-            f"most {most}"
+            f"{shots} shots are more than the {len(pool.texts)} rows of {pool.name} can give; ask "
+            f"for at most {most}"
         )

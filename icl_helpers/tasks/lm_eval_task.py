@@ -17,6 +17,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from icl_helpers.errors import InputError
 from icl_helpers.files import tasks_dir
+from icl_helpers.tasks.demonstrations import Rule
 from icl_helpers.tasks.prompts import Prompt, build_prompts
 from icl_helpers.tasks.specs import get_task_spec
 
@@ -27,8 +28,9 @@ class PatternTask(ConfigurableTask):
     """A task of :func:`icl_helpers.build_prompts` as a multiple-choice task of lm-eval.
 
     Its ``metadata`` name the task (``pattern_task``) and may give the label set (``labels``), the
-    data (``data``, default synthetic) and a pinned demonstration seed (``demonstration_seed``);
-    without one the seed is lm-eval's ``fewshot_random_seed``.
+    data (``data``, default synthetic), the rule for demonstrations (``demonstrations``), and a
+    pinned demonstration seed (``demonstration_seed``); without one the seed is lm-eval's
+    ``fewshot_random_seed``.
     """
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
@@ -37,6 +39,7 @@ class PatternTask(ConfigurableTask):
         self._task = str(metadata.get("pattern_task", settings.get("task")))
         self._data = str(metadata.get("data", "synthetic"))
         self._labels: str | None = metadata.get("labels")
+        self._rule: Any = metadata.get("demonstrations")
         self._pinned_seed: int | None = metadata.get("demonstration_seed")
         self._seed = self._pinned_seed
         super().__init__(config=settings)
@@ -50,9 +53,14 @@ class PatternTask(ConfigurableTask):
                 "choices": list(prompt.choices),
                 "target": prompt.target,
             }
-            for prompt in _prompts(self._task, 0, 0, self._labels, self._data)
+            for prompt in self.prompts(0)
         ]
         self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
+
+    def prompts(self, num_fewshot: int) -> list[Prompt]:
+        """Prompts of all documents, in order."""
+        seed = self._seed or 0
+        return _prompts(self._task, num_fewshot, seed, self._labels, self._data, self._rule)
 
     def set_fewshot_seed(self, seed: int | None = None) -> None:
         """Take lm-eval's seed unless the task has one of its own."""
@@ -73,17 +81,26 @@ class PatternTask(ConfigurableTask):
                 f"task {self.config.task} is defined without chat template or system instruction; "
                 f"leave both out"
             )
-        prompts = _prompts(self._task, num_fewshot, self._seed or 0, self._labels, self._data)
-        return prompts[doc["doc_id"]].context
+        return self.prompts(num_fewshot)[doc["doc_id"]].context
 
 
 @functools.lru_cache(maxsize=4)
-def _prompts(task: str, shots: int, seed: int, labels: str | None, data: str) -> list[Prompt]:
-    return build_prompts(task, shots=shots, seed=seed, labels=labels, data=data)
+def _prompts(
+    task: str, shots: int, seed: int, labels: str | None, data: str, rule: Rule | None
+) -> list[Prompt]:
+    return build_prompts(
+        task, shots=shots, seed=seed, labels=labels, data=data, demonstrations=rule
+    )
 
 
 def load_task(
-    name: str, *, shots: int, seed: int, labels: str | None = None, data: str = "synthetic"
+    name: str,
+    *,
+    shots: int,
+    seed: int,
+    labels: str | None = None,
+    data: str = "synthetic",
+    demonstrations: Rule | None = None,
 ) -> PatternTask:
     """lm-eval's task object for a task, shots and demonstration seed.
 
@@ -91,13 +108,14 @@ def load_task(
     :func:`icl_helpers.build_prompts` does.
     """
     _prompts.cache_clear()
-    _prompts(name, shots, seed, labels, data)
+    _prompts(name, shots, seed, labels, data, demonstrations)
     config = yaml.safe_load((tasks_dir() / "_pattern.yaml").read_text())
     config |= {"task": name, "num_fewshot": shots}
     config["metadata"] |= {
         "pattern_task": name,
         "labels": labels,
         "data": data,
+        "demonstrations": demonstrations,
         "demonstration_seed": seed,
     }
     return PatternTask(config)

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from icl_helpers.errors import InputError
-from icl_helpers.tasks.data import load_rows, load_splits
-from icl_helpers.tasks.demonstrations import Pool, draw_demonstrations
+from icl_helpers.tasks.data import data_file, is_published, load_rows, load_splits
+from icl_helpers.tasks.demonstrations import Pool, Rule, check_rule, draw_demonstrations
 from icl_helpers.tasks.specs import SAMPLINGS, Sampler, TaskSpec, TextTaskSpec, get_task_spec
 
 __all__ = [
     "Prompt", "PromptSet", "Shots", "build_prompts", "prompt_sets", "resolve_sampling",
-    "resolve_shots", "sample_documents", "text_contexts",
+    "resolve_shots", "sample_documents",
 ]  # fmt: skip
 
 Shots = int | Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -36,12 +36,17 @@ class Prompt:
     """One prompt: ``context`` + a choice is exactly the text that is scored.
 
     ``target`` is the index of the right choice, ``doc_id`` the row's place in its data set.
+    ``n_demonstrations`` are shown; ``n_leaked`` of them are the document itself, by content, and
+    ``n_dropped`` more were drawn and left out for that reason.
     """
 
     context: str
     choices: tuple[str, ...]
     target: int
     doc_id: int
+    n_demonstrations: int
+    n_leaked: int = 0
+    n_dropped: int = 0
 
 
 class PromptSet(NamedTuple):
@@ -55,10 +60,16 @@ class PromptSet(NamedTuple):
     shots: int
     seeds: tuple[int, ...]
     data: str
+    demonstrations: Rule | None = None
 
 
 def prompt_sets(
-    task: str, labels: str, shots: Sequence[int], seeds: Sequence[int], data: str
+    task: str,
+    labels: str,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    data: str,
+    demonstrations: Rule | None = None,
 ) -> list[PromptSet]:
     """A task's prompts in sets, one a number of shots and seed; what is asked for twice is once."""
     if not seeds:
@@ -70,7 +81,7 @@ def prompt_sets(
             raise InputError(f"seeds must be whole numbers, got {seed!r}")
     drawn = tuple(dict.fromkeys(seeds))
     return [
-        PromptSet(task, labels, n_shots, of, data)
+        PromptSet(task, labels, n_shots, of, data, demonstrations)
         for n_shots in dict.fromkeys(shots)
         for of in ([drawn] if n_shots == 0 else [(seed,) for seed in drawn])
     ]
@@ -124,7 +135,13 @@ def sample_documents(
 
 
 def build_prompts(
-    task: str, *, shots: int, seed: int, labels: str | None = None, data: str = "synthetic"
+    task: str,
+    *,
+    shots: int,
+    seed: int,
+    labels: str | None = None,
+    data: str = "synthetic",
+    demonstrations: Rule | None = None,
 ) -> list[Prompt]:
     """Prompts of all documents of a task, in order.
 
@@ -144,6 +161,11 @@ def build_prompts(
         fetched by ``icl data original``; or a directory that holds those files. NLP tasks come from
         the hub in the first two cases, and from ``<directory>/<task>/train.jsonl`` and
         ``validation.jsonl`` in the third.
+    demonstrations
+        ``"exact"``: as many as asked for, never the document itself, or an error. ``"fewer"``:
+        fewer where a class has too few rows. ``"published"``: as the published code, which shows
+        fewer without a word and takes a document's copy under another id for another row. None:
+        ``"published"`` on the published repository's own files, else ``"exact"``.
 
     Raises
     ------
@@ -155,72 +177,76 @@ def build_prompts(
     spec = get_task_spec(task)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be a whole number, got {seed!r}")
+    check_rule(demonstrations)
     if isinstance(spec, TextTaskSpec):
-        choices = tuple(f" {word}" for word in spec.labels(labels))
-        contexts = text_contexts(spec, shots=shots, seed=seed, labels=labels, data=data)
-        return [
-            Prompt(context, choices, target, doc_id)
-            for doc_id, (context, target) in enumerate(contexts)
-        ]
+        return _text_prompts(spec, shots, seed, labels, data, demonstrations or "exact")
     if labels not in (None, spec.default_labels):
         raise InputError(f"task {task} has {spec.default_labels!r} labels only, got {labels!r}")
-    return _pattern_prompts(spec, shots=shots, seed=seed, data=data)
+    return _pattern_prompts(spec, shots, seed, data, demonstrations)
 
 
-def _pattern_prompts(spec: TaskSpec, *, shots: int, seed: int, data: str) -> list[Prompt]:
+def _pattern_prompts(
+    spec: TaskSpec, shots: int, seed: int, data: str, rule: Rule | None
+) -> list[Prompt]:
     rows = load_rows(spec.name, data=data)
-    pool = _pool(tuple(rows), spec.sampler)
-    drawn = draw_demonstrations(pool, rows, shots=shots, seed=seed)
+    if rule is None:
+        rule = "published" if is_published(spec.name, data=data) else "exact"
+    pool = _pool(tuple(rows), spec.sampler, f"task {spec.name}, {data_file(spec.name, data=data)}")
+    drawn = draw_demonstrations(pool, rows, shots=shots, seed=seed, rule=rule)
     blocks = [f"{text}:{label}\n\n" for text, label in rows]
     target = {label: index for index, label in enumerate(spec.choices)}
     start = spec.description + "\n\n"
     return [
         Prompt(
-            start + "".join(blocks[i] for i in demonstrations) + f"{text}:",
-            spec.choices,
-            target[label],
-            doc_id,
+            start + "".join(blocks[i] for i in shown.rows) + f"{text}:", spec.choices,
+            target[label], doc_id, len(shown.rows), shown.n_leaked, shown.n_dropped,
         )
-        for doc_id, ((text, label), demonstrations) in enumerate(zip(rows, drawn, strict=True))
-    ]
+        for doc_id, ((text, label), shown) in enumerate(zip(rows, drawn, strict=True))
+    ]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)
-def _pool(rows: tuple[tuple[str, str], ...], sampler: Sampler) -> Pool[str]:
+def _pool(rows: tuple[tuple[str, str], ...], sampler: Sampler, name: str) -> Pool[str]:
     """The demonstrations' pool, kept for the other seeds: it remembers what it has looked up."""
-    return Pool([text for text, _ in rows], [label for _, label in rows], sampler=sampler)
+    texts, labels = zip(*rows, strict=True)
+    return Pool(texts, labels, sampler=sampler, name=name)
 
 
-def text_contexts(
-    spec: TextTaskSpec, *, shots: int, seed: int, labels: str | None, data: str | os.PathLike[str]
-) -> list[tuple[str, int]]:
-    """(context, right label) of every row of the validation split, in order.
-
-    A demonstration equal to the document in every column is dropped, as in the published code.
-    """
+def _text_prompts(
+    spec: TextTaskSpec,
+    shots: int,
+    seed: int,
+    labels: str | None,
+    data: str | os.PathLike[str],
+    rule: Rule,
+) -> list[Prompt]:
+    """Prompts of every row of the validation split, in order; the choices carry a space."""
     words = spec.labels(labels)
     splits = load_splits(spec, data=data)
     train, validation = splits.train, splits.validation
+    documents = [spec.render(row) for row in train]
     pool: Pool[str] = Pool(
-        [_key(row) for row in train], [str(row["label"]) for row in train], sampler=spec.sampler
-    )
+        [_key(row) for row in train], [str(row["label"]) for row in train], sampler=spec.sampler,
+        contents=documents, name=f"task {spec.name}, training split ({os.fspath(data)})",
+    )  # fmt: skip
     queries = [(_key(row), str(row["label"])) for row in validation]
-    drawn = draw_demonstrations(pool, queries, shots=shots, seed=seed, same_split=False)
-
-    @functools.cache
-    def block(index: int) -> str:
-        row = train[index]
-        return f"{spec.render(row)} {words[row['label']]}\n\n"
-
-    return [
-        (
-            f"{spec.description}\n\n{''.join(map(block, chosen))}{spec.render(row)}",
-            row["label"],
-        )
-        for row, chosen in zip(validation, drawn, strict=True)
+    asked = [spec.render(row) for row in validation]
+    drawn = draw_demonstrations(
+        pool, queries, shots=shots, seed=seed, same_split=False, contents=asked, rule=rule
+    )
+    blocks = [
+        f"{text} {words[row['label']]}\n\n" for text, row in zip(documents, train, strict=True)
     ]
+    return [
+        Prompt(
+            f"{spec.description}\n\n{''.join(blocks[i] for i in shown.rows)}{text}",
+            tuple(f" {word}" for word in words), row["label"], doc_id,
+            len(shown.rows), shown.n_leaked, shown.n_dropped,
+        )
+        for doc_id, (row, text, shown) in enumerate(zip(validation, asked, drawn, strict=True))
+    ]  # fmt: skip
 
 
 def _key(row: dict[str, object]) -> str:
-    """A row's content as text: equal for equal rows."""
+    """A row's every column as text: equal for equal rows."""
     return json.dumps(row, sort_keys=True, default=str)

@@ -21,7 +21,7 @@ SMALL = {
 CHANGES = {
     "tasks": ["recursion"], "shots": [1], "seeds": [43], "limit": 2, "fractions": [0.2],
     "ablation_seeds": [43], "control": "strict", "sampling": "first", "categories": ["labels"],
-    "average": "head_output", "positions": 300, "dtype": "bfloat16",
+    "average": "head_output", "positions": 300, "dtype": "bfloat16", "demonstrations": "fewer",
 }  # fmt: skip
 ELSEWHERE = {
     "model", "revision", "quantization", "trust_remote_code", "nlp_tasks", "labels", "data",

@@ -55,8 +55,10 @@ def slow_draw(rows, queries, *, shots, seed, sampler, same_split):
 
 def fast_draw(rows, queries, *, shots, seed, sampler, same_split):
     pool = Pool([text for text, _ in rows], [label for _, label in rows], sampler=sampler)
-    drawn = draw_demonstrations(pool, queries, shots=shots, seed=seed, same_split=same_split)
-    return [[rows[i] for i in indices] for indices in drawn]
+    drawn = draw_demonstrations(
+        pool, queries, shots=shots, seed=seed, same_split=same_split, rule="published"
+    )
+    return [[rows[i] for i in found.rows] for found in drawn]
 
 
 @settings(max_examples=200, deadline=None)
@@ -82,7 +84,7 @@ def test_first_documents_do_not_depend_on_how_many_follow(rows, n, seed, sampler
 
 def test_zero_shots_draw_nothing():
     pool = Pool(["a b", "c d"], ["Foo", "Bar"], sampler="balanced")
-    assert draw_demonstrations(pool, [("a b", "Foo")], shots=0, seed=1) == [[]]
+    assert draw_demonstrations(pool, [("a b", "Foo")], shots=0, seed=1) == [([], 0, 0)]
 
 
 @pytest.mark.parametrize("shots", [-1, 2, 1.0, True, None])
@@ -90,6 +92,30 @@ def test_impossible_number_of_shots_is_refused(shots):
     pool = Pool(["a b", "c d"], ["Foo", "Bar"], sampler="balanced")
     with pytest.raises(icl.InputError, match="shots"):
         draw_demonstrations(pool, [("a b", "Foo")], shots=shots, seed=1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows=ROWS, shots=st.integers(1, 3), seed=st.integers(0, 99), sampler=SAMPLERS)
+def test_exact_draw_shows_what_is_asked_for_without_the_query_or_says_who_falls_short(
+    rows, shots, seed, sampler
+):
+    pool = Pool([t for t, _ in rows], [label for _, label in rows], sampler=sampler, name="P")
+    request = {"shots": shots, "seed": seed, "same_split": True}
+    published = draw_demonstrations(pool, rows, **request, rule="published")
+    fewer = draw_demonstrations(pool, rows, **request, rule="fewer")
+    for (text, _), theirs, ours in zip(rows, published, fewer, strict=True):
+        shown = [rows[i] for i in ours.rows]
+        assert len(set(ours.rows)) == len(ours.rows) <= shots
+        assert text not in [t for t, _ in shown]
+        assert len(ours.rows) >= len(theirs.rows) - theirs.n_leaked
+        if len(theirs.rows) == shots and not theirs.n_leaked:
+            assert ours.rows == theirs.rows
+        assert theirs.n_leaked == [rows[i][0] for i in theirs.rows].count(text)
+    if all(len(found.rows) == shots for found in fewer):
+        assert draw_demonstrations(pool, rows, **request) == fewer
+    else:
+        with pytest.raises(icl.InputError, match=r"P: class '(Foo|Bar|Mur)' has \d+ rows that"):
+            draw_demonstrations(pool, rows, **request)
 
 
 @pytest.fixture

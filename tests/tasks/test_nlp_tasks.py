@@ -163,9 +163,46 @@ def test_few_shot_prompts_equal_a_slow_draw_from_the_training_split(task, shots,
     row, _, semantic, unrelated = EXAMPLES[task]
     train, validation = variants(row, 20), [row, *variants(row, 5)]
     for labels, words in (("semantic", semantic), ("unrelated", unrelated)):
-        found = icl.build_prompts(task, shots=shots, seed=43, labels=labels, data=str(local))
+        request = {"shots": shots, "seed": 43, "labels": labels, "data": str(local)}
+        found = icl.build_prompts(task, **request, demonstrations="published")
         expected = slow_contexts(task, shots, 43, words, train, validation)
         assert [prompt.context for prompt in found] == expected
+        # By default a row that was drawn for itself is replaced, the others are as published.
+        render = NLP_TASKS[task].render
+        for prompt, published, query in zip(
+            icl.build_prompts(task, **request), expected, validation, strict=True
+        ):
+            last = " " + words[query["label"]]
+            blocks = prompt.context.removesuffix(render(query))
+            assert render(query) + last not in blocks
+            assert sum(blocks.count(f" {word}\n\n") for word in words) == shots
+            assert prompt.n_demonstrations == shots
+            assert prompt.n_dropped == shots - sum(
+                published.removesuffix(render(query)).count(f" {word}\n\n") for word in words
+            )
+            assert prompt.n_dropped or prompt.context == published
+
+
+@pytest.mark.parametrize("rule", [None, "fewer", "published"])
+def test_a_documents_copy_under_another_id_is_left_out_unless_as_published(rule, tmp_path):
+    row = EXAMPLES["sst2"][0]
+    rows = [{"idx": i, "sentence": f"film {i % 10} ", "label": i % 2} for i in range(20)]
+    asked = [{**row, "idx": 100, "sentence": "film  3 "}, {**row, "idx": 101}]
+    write(tmp_path / "sst2", {"train": rows, "validation": asked})
+    request = {"shots": 16, "seed": 42, "data": str(tmp_path)}
+    leaky, clean = icl.build_prompts("sst2", **request, demonstrations=rule)
+    copies = leaky.context.count("Review: film 3 ") + leaky.context.count("Review: film  3 ") - 1
+    assert leaky.context.count("Sentiment:") == 17
+    assert (copies > 0) == (rule == "published")
+    assert (leaky.n_leaked, leaky.n_leaked + leaky.n_dropped > 0) == (copies, True)
+    assert (clean.n_leaked, clean.n_dropped, clean.n_demonstrations) == (0, 0, 16)
+    if rule != "published":
+        # Ten rows of the class and two of them the document's: eight are no nine.
+        with pytest.raises(icl.InputError, match=r"sst2, training split \(.*class '1' has 8 rows"):
+            icl.build_prompts("sst2", **{**request, "shots": 18})
+        found = icl.build_prompts("sst2", **{**request, "shots": 18}, demonstrations="fewer")
+        assert [prompt.n_demonstrations for prompt in found] == [17, 18]
+        assert [p.context.count("Sentiment:") - 1 for p in found] == [17, 18]
 
 
 def test_demonstrations_are_the_same_for_both_label_sets(local):

@@ -318,11 +318,12 @@ class Run:
 
     def example(self, task: str, *, shots: int, labels: str | None = None) -> Prompt:
         """The first prompt of a task, at the first demonstration seed."""
+        rule: Any = self.parameters.demonstrations
 
         def compute() -> Any:
             prompts = build_prompts(
                 task, shots=shots, seed=self.parameters.seeds[0], labels=labels,
-                data=self.plan.data(task), demonstrations=self.parameters.demonstrations,
+                data=self.plan.data(task), demonstrations=rule,
             )  # fmt: skip
             return asdict(prompts[0])
 

@@ -78,7 +78,7 @@ def test_answers_under_a_condition_equal_evaluate(llama, tokenizer):
     ):
         expected = icl.evaluate(
             llama, tokenizer, tasks=["repetition"], shots=3, seeds=[42], limit=20,
-            conditions=[condition],
+            sampling="first", conditions=[condition],
         )  # fmt: skip
         prompts = icl.build_prompts("repetition", shots=3, seed=42)[:20]
         found = deviations.answers(llama, tokenizer, prompts, condition=condition)

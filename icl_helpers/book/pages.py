@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ from icl_helpers.run.stages import stage_notebooks
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
-    "chapter_notebooks", "citation_page", "comparison_page", "front_page", "notebooks_page",
+    "architecture_table", "chapter_notebooks",
+    "citation_page", "comparison_page", "front_page", "notebooks_page",
     "overlay_page", "recipe_table", "run_slug", "runs_page", "stage_table",
 ]  # fmt: skip
 
@@ -243,6 +245,33 @@ def _accuracies(results: pd.DataFrame) -> str:
             f"(chance {100 / len(labels):.0f} %)"
         )
     return ", ".join(parts)
+
+
+def architecture_table() -> str:
+    """What a sweep over all causal-LM types of transformers found, as Markdown for the book.
+
+    ``book/_static/architectures.json`` is written by ``tests/sweep_causal_lm_types.py``.
+    """
+    found = json.loads((book_dir() / "_static" / "architectures.json").read_text(encoding="utf-8"))
+    types = found["types"]
+    rows = []
+    for name, kind in types.items():
+        parts = [kind.get("hooked"), max(kind.get("cached", {}).values(), default=None)]
+        shown = [
+            "" if value is None else f"{value:.0e}" if value else "0"
+            for value in (*parts, kind.get("zero_against_projection"))
+        ]
+        rows.append(
+            [f"`{name}`", kind["result"], *shown, kind.get("reason", "").replace("|", ", ")]
+        )
+    results = [kind["result"] for kind in types.values()]
+    counts = ", ".join(f"{results.count(r)} {r}" for r in dict.fromkeys(sorted(results)))
+    header = ["type", "result", "hook", "cache", "zero ablation", "why not"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return (
+        f"Of {len(types)} types: {counts} ({found['date']}; {versions}).\n\n"
+        f"````{{admonition}} All types\n:class: dropdown\n\n{markdown_table(header, rows)}\n````"
+    )
 
 
 # Tokens per second taken for a recipe that is meant for a smaller GPU than the default's.

@@ -256,14 +256,12 @@ def architecture_table() -> str:
     types = found["types"]
     rows = []
     for name, kind in types.items():
-        parts = [kind.get("hooked"), max(kind.get("cached", {}).values(), default=None)]
-        shown = [
-            "" if value is None else f"{value:.0e}" if value else "0"
-            for value in (*parts, kind.get("zero_against_projection"))
-        ]
-        rows.append(
-            [f"`{name}`", kind["result"], *shown, kind.get("reason", "").replace("|", ", ")]
-        )
+        cached = kind.get("cached", "")
+        worst = max(cached.values()) if isinstance(cached, dict) else cached
+        parts = [kind.get("hooked"), worst, kind.get("zero_against_projection")]
+        shown = [f"{part:.0e}" if isinstance(part, float) else part or "" for part in parts]
+        why = kind.get("reason", "").replace("|", ", ")
+        rows.append([f"`{name}`", kind["result"], *shown, why])
     results = [kind["result"] for kind in types.values()]
     counts = ", ".join(f"{results.count(r)} {r}" for r in dict.fromkeys(sorted(results)))
     header = ["type", "result", "hook", "cache", "zero ablation", "why not"]

@@ -20,7 +20,13 @@ from typing import Any
 import yaml
 
 from icl_helpers.book import pages
-from icl_helpers.book.pages import front_page, recipe_table, run_slug, stage_table
+from icl_helpers.book.pages import (
+    architecture_table,
+    front_page,
+    recipe_table,
+    run_slug,
+    stage_table,
+)
 from icl_helpers.book.performance import write_benchmark_page
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.files import (
@@ -155,9 +161,10 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
 
 
 def _costs() -> dict[str, str]:
-    """What the page on running one's own model says about costs: estimates, inserted."""
+    """What is inserted into the page on running one's own model: architectures and estimates."""
     example = stage_parameters(**read_parameters(notebooks_dir() / "parameters" / _EXAMPLE))
     return {
+        "architectures": architecture_table(),
         "recipes": recipe_table(),
         "example_cost": f"```text\n{estimate_cost(example)}\n```",
         "example_stages": stage_table(example),

@@ -34,9 +34,9 @@ from icl_helpers.run.stages import stage_notebooks
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
-    "chapter_notebooks", "citation_page", "comparison_page", "front_page", "notebooks_page",
-    "overlay_page", "recipe_table", "run_slug", "run_titles", "runs_page", "stage_table",
-    "verification_page",
+    "architecture_table", "chapter_notebooks", "citation_page", "comparison_page", "front_page",
+    "notebooks_page", "overlay_page", "recipe_table", "run_slug", "run_titles", "runs_page",
+    "stage_table", "verification_page",
 ]  # fmt: skip
 
 _FACTS = (
@@ -300,6 +300,31 @@ def _accuracies(results: pd.DataFrame) -> str:
             f"(chance {100 / len(labels):.0f} %)"
         )
     return ", ".join(parts)
+
+
+def architecture_table() -> str:
+    """What a sweep over all causal-LM types of transformers found, as Markdown for the book.
+
+    ``book/_static/architectures.json`` is written by ``tests/sweep_causal_lm_types.py``.
+    """
+    found = json.loads((book_dir() / "_static" / "architectures.json").read_text(encoding="utf-8"))
+    types = found["types"]
+    rows = []
+    for name, kind in types.items():
+        cached = kind.get("cached", "")
+        worst = max(cached.values()) if isinstance(cached, dict) else cached
+        parts = [kind.get("hooked"), worst, kind.get("zero_against_projection")]
+        shown = [f"{part:.0e}" if isinstance(part, float) else part or "" for part in parts]
+        why = kind.get("reason", "").replace("|", ", ")
+        rows.append([f"`{name}`", kind["result"], *shown, why])
+    results = [kind["result"] for kind in types.values()]
+    counts = ", ".join(f"{results.count(r)} {r}" for r in dict.fromkeys(sorted(results)))
+    header = ["type", "result", "hook", "cache", "zero ablation", "why not"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return (
+        f"Of {len(types)} types: {counts} ({found['date']}; {versions}).\n\n"
+        f"````{{admonition}} All types\n:class: dropdown\n\n{markdown_table(header, rows)}\n````"
+    )
 
 
 # Tokens per second taken for a recipe that is meant for a smaller GPU than the default's.

@@ -156,3 +156,15 @@ def test_failing_chapter_fails_the_build(tmp_path, monkeypatch):
     (tmp_path / "staged").mkdir()
     with pytest.raises(book.BookError, match="a_chapter failed: ZeroDivisionError"):
         list(book._stage_chapters(tmp_path / "staged"))
+
+
+def test_table_of_architectures_holds_every_type_of_the_sweep():
+    found = json.loads((project_root() / "book" / "_static" / "architectures.json").read_text())[
+        "types"
+    ]
+    shown = book_pages.architecture_table()
+    assert f"Of {len(found)} types" in shown
+    for name, kind in found.items():
+        (row,) = [line for line in shown.splitlines() if line.startswith(f"| `{name}` |")]
+        assert kind["result"] in row
+        assert kind["result"] == "accepted" or kind["reason"].split("|")[0] in row

@@ -47,6 +47,8 @@ _EXPORTS: dict[str, str] = {
     "document_results": "evaluation.store",
     "estimate_cost": "run.costs",
     "evaluate": "evaluation.evaluate",
+    "export_run": "run.bundle",
+    "import_bundle": "run.bundle",
     "induction_pattern": "attention.induction_pattern",
     "intervene": "attention.interventions",
     "layer_matched_heads": "attention.heads",
@@ -61,6 +63,7 @@ _EXPORTS: dict[str, str] = {
     "stage_parameters": "parameters",
     "task_names": "tasks.specs",
     "top_heads": "attention.heads",
+    "verify_bundle": "run.verify",
     "viewer_prompts": "results.viewer",
 }
 

@@ -101,11 +101,15 @@ def _report_table(report: Mapping[str, Any]) -> str:
         ("largest difference of a log-probability", _nats(report["largest"])),
         ("99 % of the documents differ by at most", _nats(report["percentile_99"])),
         ("largest difference of a prefix-matching score", f"{report['scores_largest']:.1e}"),
-        ("made on", ", ".join(report["made"].values())),
-        ("computed again on", ", ".join(report["here"].values())),
+        ("made on", _stated(report["made"])),
+        ("computed again on", _stated(report["here"])),
         ("seconds", f"{report['seconds']:.0f}"),
     ]
     return markdown_table(["what", "found"], rows)
+
+
+def _stated(facts: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def _nats(value: float | None) -> str:

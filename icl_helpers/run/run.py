@@ -314,32 +314,34 @@ class Run:
         def compute() -> Any:
             return self.mean_head_outputs().norm(dim=-1).mean(dim=1).tolist()
 
-        return torch.tensor(self._shown("mean norms", compute))
+        return torch.tensor(self._shown("mean norms", [self.plan.means_parameters()], compute))
 
     def example(self, task: str, *, shots: int, labels: str | None = None) -> Prompt:
         """The first prompt of a task, at the first demonstration seed."""
         rule: Any = self.parameters.demonstrations
+        seed, data = self.parameters.seeds[0], self.plan.data(task)
 
         def compute() -> Any:
             prompts = build_prompts(
-                task, shots=shots, seed=self.parameters.seeds[0], labels=labels,
-                data=self.plan.data(task), demonstrations=rule,
-            )  # fmt: skip
+                task, shots=shots, seed=seed, labels=labels, data=data, demonstrations=rule
+            )
             return asdict(prompts[0])
 
-        found = self._shown(f"example {task} {shots} {labels}", compute)
+        of = [task, shots, seed, labels, file_name(data), rule]
+        found = self._shown("example", of, compute)
         return Prompt(**found | {"choices": tuple(found["choices"])})
 
     def knockout_example(self) -> dict[str, int]:
         """Tokens of a prompt with two demonstrations, and the pairs that a knockout blocks."""
 
+        prompt = self.example(self.plan.tasks()[0], shots=2)
+        categories = self.parameters.categories
+
         def compute() -> Any:
-            prompt = self.example(self.plan.tasks()[0], shots=2)
-            categories = self.parameters.categories
             blocked = induction_pattern(prompt.context, self.tokenizer, categories=categories)
             return {"tokens": len(blocked), "blocked pairs": int(blocked.sum())}
 
-        found: dict[str, int] = self._shown("knockout example", compute)
+        found: dict[str, int] = self._shown("knockout", [prompt.context, categories], compute)
         return found
 
     def text_tasks(self) -> pd.DataFrame:
@@ -347,11 +349,13 @@ class Run:
         # A notebook's module: what it draws with is loaded where it is used.
         from icl_helpers.results.notebook import text_task_table
 
-        def compute() -> Any:
-            tasks = self.plan.tasks("nlp_tasks")
-            return text_task_table({task: self.plan.data(task) for task in tasks}).to_dict("index")
+        data = {task: self.plan.data(task) for task in self.plan.tasks("nlp_tasks")}
 
-        return pd.DataFrame.from_dict(self._shown("text tasks", compute), orient="index")
+        def compute() -> Any:
+            return text_task_table(data).to_dict("index")
+
+        of = [[task, file_name(place)] for task, place in data.items()]
+        return pd.DataFrame.from_dict(self._shown("text tasks", of, compute), orient="index")
 
     def showcase(self) -> dict[str, Any]:
         """What stages show that an imported run can have from its bundle only, as JSON values."""
@@ -364,13 +368,14 @@ class Run:
                 self.example(task, shots=2, labels=labels)
         return {"values": self._values, "viewed": self._viewed()}
 
-    def _shown(self, what: str, compute: Callable[[], Any]) -> Any:
-        """A JSON value of the bundle, or computed; kept for :meth:`showcase`."""
+    def _shown(self, what: str, of: list[Any], compute: Callable[[], Any]) -> Any:
+        """A JSON value that follows from ``of``: the bundle's, or computed."""
         if self._bundle is not None:
             self._values = self._bundle.shown["values"]
-        if what not in self._values:
-            self._values[what] = compute()
-        return self._values[what]
+        key = f"{what} {content_key(of)}"
+        if key not in self._values:
+            self._values[key] = compute()
+        return self._values[key]
 
     def views(self, *, every: bool = False) -> dict[str, PromptView]:
         """Where the five best heads, or every head, look in the viewer's prompts (stage 7).

@@ -1,0 +1,109 @@
+"""Shipped runs in the book: imported once, checked, first in the contents, and said to be checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from icl_helpers.book import build as book
+from icl_helpers.book import pages, shipped
+from icl_helpers.run.plan import run_info
+from tests.run.test_bundle import made, sign  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def executed(monkeypatch) -> list[str]:
+    """Stand-ins for the stages, which test_bundle executes: a notebook each, nothing in it."""
+    runs: list[str] = []
+
+    def execute(parameters):
+        runs.append(parameters.run_dir)
+        folder = Path(parameters.run_dir) / "notebooks"
+        folder.mkdir(exist_ok=True)
+        for path in book.stage_notebooks():
+            shutil.copyfile(path, folder / path.name)
+
+    monkeypatch.setattr(shipped, "execute_stages", execute)
+    return runs
+
+
+@pytest.fixture
+def bundles(made, tmp_path) -> Path:  # noqa: F811
+    shutil.copytree(made / "bundle", tmp_path / "bundles" / "a-model")
+    return tmp_path / "bundles"
+
+
+@pytest.mark.slow
+def test_bundle_becomes_a_run_of_the_book_that_is_verified(bundles, tmp_path, executed):
+    runs = tmp_path / "runs"
+    (found,) = shipped.prepare_shipped(bundles, runs, seconds=1)
+    assert found == runs / "a-model"
+    assert executed == [str(found)]
+    assert "imported" in run_info(found)
+    assert book.find_runs(runs) == [found]
+    report = json.loads((found / "verification.json").read_text())
+    assert report["agrees"]
+    page = pages.verification_page([found])
+    assert "## icl-tiny (a-model)" in page or "## icl-tiny" in page
+    assert "**The sample agrees with the bundle.**" in page
+    assert f"{report['documents']:,} of {report['of_documents']:,}" in page
+    # Once more: the run is there, and is verified again.
+    assert shipped.prepare_shipped(bundles, runs, seconds=1) == [found]
+
+
+@pytest.mark.slow
+def test_absent_model_is_said_and_stops_nothing(bundles, tmp_path, executed):
+    bundle = bundles / "a-model"
+    info = json.loads((bundle / "run.json").read_text())
+    info["model"] = info["parameters"]["model"] = "no-such/model"
+    (bundle / "run.json").write_text(json.dumps(info))
+    sign(bundle)
+    (found,) = shipped.prepare_shipped(bundles, tmp_path / "runs")
+    assert list(json.loads((found / "verification.json").read_text())) == ["reason"]
+    page = pages.verification_page([found])
+    assert "**Not verified when this book was built:** model 'no-such/model' is not" in page
+    assert str(tmp_path) not in page
+
+
+def test_run_that_was_computed_here_stays(bundles, tmp_path, executed):
+    run = tmp_path / "runs" / "a-model"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"model": "icl-tiny"}')
+    with pytest.warns(UserWarning, match="takes the place of"):
+        assert shipped.prepare_shipped(bundles, tmp_path / "runs") == []
+    assert executed == []
+    assert pages.verification_page([run]) is None
+
+
+def test_disagreement_is_said_first(tmp_path):
+    run = tmp_path / "a-model"
+    run.mkdir()
+    (run / "run.json").write_text('{"model": "smollm2-135m", "imported": "0"}')
+    report = {
+        "agrees": False, "tolerance": 1e-3, "least_equal": 0.995, "documents": 3, "of_documents": 9,
+        "cells": 1, "of_cells": 2, "equal_answers": 0.5, "largest": None, "percentile_99": 0.25,
+        "scores_largest": 0.0, "made": {"dtype": "float32"}, "here": {"device": "cpu"},
+        "seconds": 1.0, "left_out": ["2 cells of sst2: no data"], "notes": [],
+    }  # fmt: skip
+    (run / "verification.json").write_text(json.dumps(report))
+    page = pages.verification_page([run])
+    assert "## smollm2-135m (instruct, 4-bit weights)" in page
+    assert "**The sample does not agree with the bundle: do not rely on this run.**" in page
+    assert "one has a value, the other none" in page
+    assert "- Left out: 2 cells of sst2: no data." in page
+
+
+def test_shipped_runs_come_first_and_embedded_models_last(tmp_path):
+    for name, info in {
+        "icl-tiny": {"model": "icl-tiny"}, "a-live-one": {"model": "some/model"},
+        "shipped": {"model": "smollm2-135m", "imported": "0"},
+    }.items():  # fmt: skip
+        (tmp_path / name / "notebooks").mkdir(parents=True)
+        (tmp_path / name / "run.json").write_text(json.dumps(info))
+        for path in book.stage_notebooks():
+            (tmp_path / name / "notebooks" / path.name).touch()
+    names = [run.name for run in book.find_runs(tmp_path)]
+    assert names == ["shipped", "a-live-one", "icl-tiny"]

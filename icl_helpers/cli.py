@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -142,16 +141,6 @@ def _data(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(args: argparse.Namespace) -> int:
-    """The performance tests of a checkout, which an installed package does not hold."""
-    from icl_helpers.files import project_root
-
-    if not (project_root() / "tests" / "benchmark").is_dir():
-        raise InputError("icl bench runs the performance tests of a checkout; run it from one")
-    command = [sys.executable, "-m", "tests.benchmark", "--rounds", str(args.rounds)]
-    return subprocess.run(command, cwd=project_root(), check=False).returncode
-
-
 def _lm_eval(arguments: Sequence[str]) -> int:
     """lm-eval's own command line, with ``hf-icl`` registered and our tasks included."""
     import icl_helpers.evaluation.scorer  # noqa: F401 - registers hf-icl
@@ -203,8 +192,6 @@ def _parser() -> argparse.ArgumentParser:
     data = add("data", _data, "fetch the published repository's data files")
     data.add_argument("what", choices=["original"])
     data.add_argument("--from", dest="source", metavar="DIR", help="copy from a local clone")
-    bench = add("bench", _bench, "measure what interventions and evaluation cost")
-    bench.add_argument("--rounds", type=int, default=5, help="alternating runs (default 5)")
     commands.add_parser(
         "lm-eval", help="lm-eval's command line with hf-icl and our tasks", add_help=False
     )

@@ -21,7 +21,6 @@ import yaml
 
 from icl_helpers.book import pages
 from icl_helpers.book.pages import front_page, recipe_table, run_slug, stage_table
-from icl_helpers.book.performance import write_benchmark_page
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.files import book_dir, check_run_dir, notebooks_dir, project_root
 from icl_helpers.parameters import read_parameters, stage_parameters
@@ -151,7 +150,6 @@ def _generated(staged: Path, runs: list[Path]) -> None:
     clean.mkdir()
     for path in [*stage_notebooks(), *pages.chapter_notebooks()]:
         shutil.copyfile(path, clean / path.name)
-    write_benchmark_page(staged)
     (staged / "runs.md").write_text(pages.runs_page(runs))
     (staged / "notebooks.md").write_text(pages.notebooks_page(staged, runs))
     (staged / "cite.md").write_text(pages.citation_page())

@@ -120,7 +120,7 @@ class Plain(Sequences):
     cannot = {  # noqa: RUF012
         "zero": "a plain forward pass edits nothing",
         "mean": "a plain forward pass edits nothing",
-        "seven": "seven times the full model",
+        "seven": "a plain forward pass edits nothing",
     }
 
     @torch.inference_mode()

@@ -59,7 +59,7 @@ def _facts(machine: dict[str, Any]) -> str:
 def _outcome(bars: list[dict[str, Any]], rounds: int) -> str:
     """The bars, and how many of them are met."""
     rows = markdown_table(
-        ["what", "model", "bar", "measured", "lowest to highest", "met"],
+        ["what", "model or prompts", "bar", "measured", "lowest to highest", "met"],
         [
             (
                 row["what"], row["model"], f"at {row['at']} {row['bar']:g}",
@@ -90,7 +90,11 @@ def _side_by_side(found: dict[str, Any] | None) -> str:
         if found["trial"]
         else ""
     )
-    compared = [cell for cell in cells if "difference" in cell]
+    compared = [
+        cell
+        for cell in cells
+        if cell["library"] != "plain forward" and cell["condition"] != "seven"
+    ]
     return "\n\n".join(
         [
             f"{trial}{found['model']}; {found['documents']} documents in batches of "
@@ -151,7 +155,7 @@ def _sequences(cells: list[dict[str, Any]]) -> str:
     return (
         "Sequences that each runs for a document, and in brackets the time of one over that of a "
         "plain forward pass. TransformerLens and nnsight give logits: they run one sequence a label, "
-        "as their documentation would have it, and equal ones are not merged by hand. Stock lm-eval "
+        "the straightforward way, and equal ones are not merged by hand. Stock lm-eval "
         "merges those of labels that are one token; here labels are branches of their prompt's "
         "sequence.\n\n"
         + _by_library(

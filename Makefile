@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PEERS_VENV := $(VENV)/peers
 MODEL  ?= icl-tiny
 NAME   := $(notdir $(MODEL:/=))
 # A run of a model whose results are shipped lies beside theirs, and is computed here.
@@ -18,7 +19,7 @@ JOBS   ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup book run test test-fast lint bench serve clean
+.PHONY: setup book run test test-fast lint bench bench-gpu serve clean
 
 setup: $(VENV)/.installed
 
@@ -51,9 +52,23 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# What interventions and evaluation cost here; run it on a quiet machine.
-bench: setup
-	$(BIN)/icl bench
+# What interventions and evaluation cost here; run it on a quiet machine. With PEERS=1: what they cost
+# beside TransformerLens, nnsight and stock lm-eval, instead; a run that was stopped goes on. Each
+# leaves the other's measurements, with their date, as they are.
+bench: setup $(if $(PEERS),$(PEERS_VENV)/.installed)
+	$(BIN)/python -m tests.benchmark $(if $(PEERS),--peers $(PEERS_VENV)/bin/python)
+
+$(PEERS_VENV)/.installed: constraints-peers.txt
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(PEERS_VENV)/bin/python -m pip install --quiet --constraint constraints-peers.txt \
+	  torch transformer-lens nnsight
+	touch $@
+
+# The same on a GPU; made to fit nine minutes on one H100. Installs nothing: where there is no .venv, PYTHON runs
+# it, and must have what pyproject.toml names.
+bench-gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tests.benchmark --gpu
 
 serve:
 	$(PYTHON) -m http.server --bind 127.0.0.1 --directory _build/html 8000

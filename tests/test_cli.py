@@ -42,7 +42,6 @@ def test_import_and_help_load_nothing_heavy():
         "evaluate",
         "book",
         "data",
-        "bench",
         "lm-eval",
     ):
         assert command in done.stdout

@@ -27,7 +27,6 @@ from icl_helpers.book.pages import (
     run_slug,
     stage_table,
 )
-from icl_helpers.book.performance import write_benchmark_page
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.files import (
     book_dir,
@@ -177,7 +176,6 @@ def _generated(staged: Path, runs: list[Path]) -> None:
     clean.mkdir()
     for path in [*stage_notebooks(), *pages.chapter_notebooks()]:
         shutil.copyfile(path, clean / path.name)
-    write_benchmark_page(staged)
     (staged / "runs.md").write_text(pages.runs_page(runs))
     (staged / "notebooks.md").write_text(pages.notebooks_page(staged, runs))
     (staged / "cite.md").write_text(pages.citation_page())

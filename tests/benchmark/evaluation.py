@@ -71,16 +71,22 @@ def stock_evaluation(
     """The same prompts by lm-eval's own ``hf`` model around the same weights, to be called."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     stock = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False,
         max_length=model.config.max_position_embeddings,
     )  # fmt: skip
+    # Without one it would read the thousands of tasks of its own at every call, for seconds.
+    manager = TaskManager(include_defaults=False)
 
     def run() -> None:
         for name in tasks:
             task: Any = load_task(name, shots=SHOTS, seed=42)
-            simple_evaluate(stock, tasks=[task], limit=limit, bootstrap_iters=0, verbosity="ERROR")
+            simple_evaluate(
+                stock, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0,
+                verbosity="ERROR",
+            )  # fmt: skip
 
     return run
 

@@ -11,16 +11,13 @@ Example
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +31,19 @@ from icl_helpers.errors import InputError
 from icl_helpers.files import atomic_path, book_dir
 from icl_helpers.models.loading import load_model
 from tests.benchmark.evaluation import evaluation_rows, prompt_rows
-from tests.benchmark.gpu import measure_gpu
 from tests.benchmark.growth import measure_growth
+from tests.benchmark.page import write_page
+from tests.benchmark.process import seconds
 from tests.benchmark.tools import (
     BATCH,
     SHAPES,
     forward,
+    machine,
+    operations,
     prompt_batch,
     random_llama,
     ratio_row,
     ratios,
-    seconds,
     spread_heads,
 )
 
@@ -56,8 +55,7 @@ def run_benchmark(*, shapes: Sequence[str] = tuple(SHAPES), rounds: int = 5) -> 
     """Measure everything; takes ten to twenty minutes on two cores. JSON values only.
 
     Each row has ``what``, ``model``, ``unit``, ``bar``, ``at`` (most or least), ``median``,
-    ``low``, ``high`` and ``met``. ``gpu`` is None where no GPU is at hand. Raises
-    :class:`InputError` for less than one round.
+    ``low``, ``high`` and ``met``. Raises :class:`InputError` for less than one round.
     """
     if rounds < 1:
         raise InputError(f"rounds must be at least 1, got {rounds}")
@@ -71,34 +69,24 @@ def run_benchmark(*, shapes: Sequence[str] = tuple(SHAPES), rounds: int = 5) -> 
         rows += evaluation_rows(shape, model, tokenizer, rounds)
         floors.append(_floor(shape, model, tokenizer, rounds))
     growth = measure_growth(random_llama(shapes[0]), tokenizer, rounds=min(rounds, 3))
-    gpu = measure_gpu(tokenizer) if torch.cuda.is_available() else None
     return {
-        "machine": _machine(), "rounds": rounds, "rows": rows, "floor": floors,
-        "growth": {"model": shapes[0], "points": growth}, "gpu": gpu,
+        "machine": machine(), "rounds": rounds, "rows": rows, "floor": floors,
+        "growth": {"model": shapes[0], "points": growth},
     }  # fmt: skip
 
 
-def write_benchmark(path: Path | None = None, *, rounds: int = 5) -> Path:
-    """Measure and write the JSON that the book's chapter is made from; returns its path."""
-    target = book_dir() / "_static" / "benchmark.json" if path is None else path
-    measured = run_benchmark(rounds=rounds)
+def keep_measured(measured: dict[str, Any], book: Path | None = None) -> Path:
+    """Put what was measured into the book's ``benchmark.json``, and the page made from it.
+
+    Other sections stay as they are, each with its own machine and date. Returns the JSON's path.
+    """
+    book = book_dir() if book is None else book
+    target = book / "_static" / "benchmark.json"
+    earlier = json.loads(target.read_text()) if target.is_file() else {}
     with atomic_path(target) as temporary:
-        temporary.write_text(json.dumps(measured, indent=1) + "\n")
+        temporary.write_text(json.dumps({**earlier, **measured}, indent=1) + "\n")
+    write_page(book)
     return target
-
-
-def _machine() -> dict[str, Any]:
-    cpu = platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    packages = ("torch", "transformers", "lm_eval")
-    return {
-        "processor": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), **{name: version(name) for name in packages},
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }  # fmt: skip
 
 
 def _commands(rounds: int) -> list[dict[str, Any]]:
@@ -141,17 +129,11 @@ def _forward_rows(
     ]
 
 
-# Linux keeps the peak of a process's memory, and sets it back when asked to.
 _MEMORY = """
 import sys, torch
+from tests.benchmark.process import peak_bytes
 from tests.benchmark.tools import random_llama
 from icl_helpers.attention.means import mean_head_outputs
-
-def peak(call):
-    open("/proc/self/clear_refs", "w").write("5")
-    call()
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 def plain():
     with torch.no_grad():
@@ -162,8 +144,8 @@ model = random_llama(sys.argv[1])
 ids = torch.randint(0, 32_000, (3, int(sys.argv[2])), generator=torch.Generator().manual_seed(0))
 mean_head_outputs(model, ids[:, :8])
 plain()
-before = peak(plain)
-print(peak(lambda: mean_head_outputs(model, ids)) - before)
+before = peak_bytes(plain)
+print(peak_bytes(lambda: mean_head_outputs(model, ids)) - before)
 """
 
 
@@ -183,8 +165,7 @@ def _memory_rows(shape: str) -> list[dict[str, Any]]:
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     hidden, layers, *_ = SHAPES[shape]
-    kibibytes = float(done.stdout)
-    ratio = kibibytes * 1024 / (4 * layers * _POSITIONS * hidden)
+    ratio = float(done.stdout) / (4 * layers * _POSITIONS * hidden)
     what = f"peak memory of means of {_POSITIONS} positions / one accumulator"
     # The mean of the layer that is under way, and what the allocator rounds up, come on top.
     return [ratio_row(what, shape, 1.1, [ratio])]
@@ -197,16 +178,13 @@ def _floor(
     """Operations and weight bytes of one forward, and the share of the matmul rate it reaches."""
     ids, _ = prompt_batch(tokenizer)
     weights = sum(p.numel() for p in model.parameters())
-    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
-    # Each weight takes part in one multiply-add a token (the tied embedding as the output
-    # projection); attention adds two products of [tokens, tokens, hidden] per layer.
-    operations = 2 * weights * ids.numel() + 4 * layers * ids.shape[1] * hidden * ids.numel()
+    needed = operations(model, ids)
     square = torch.randn(2048, 2048)
     matmul = min(seconds(lambda: square @ square) for _ in range(rounds))
     taken = statistics.median(seconds(forward(model, ids)) for _ in range(rounds))
-    rate, reached = 2 * 2048**3 / matmul, operations / taken
+    rate, reached = 2 * 2048**3 / matmul, needed / taken
     return {
-        "model": shape, "parameters": weights, "tokens": ids.numel(), "operations": operations,
+        "model": shape, "parameters": weights, "tokens": ids.numel(), "operations": needed,
         "bytes": 4 * weights, "matmul_per_second": rate, "forward_per_second": reached,
         "share": reached / rate,
     }  # fmt: skip

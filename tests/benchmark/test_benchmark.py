@@ -6,17 +6,20 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import icl_helpers as icl
-from icl_helpers.book.performance import write_benchmark_page
+from icl_helpers.files import book_dir
 from icl_helpers.run.costs import parameter_counts
 from tests.benchmark.evaluation import prompt_rows
-from tests.benchmark.gpu import LLAMA_8B, measure_gpu
+from tests.benchmark.gpu import EVALUATED, LLAMA_8B, measure_gpu
 from tests.benchmark.growth import measure_growth
-from tests.benchmark.tools import alternate, prompt_batch, ratio_row, spread_heads
+from tests.benchmark.page import BEGIN, END, with_measurements
+from tests.benchmark.run import keep_measured
+from tests.benchmark.tools import alternate, operations, prompt_batch, ratio_row, spread_heads
 from tests.conftest import make_llama
 
-PAGE = "# Performance\n\n<!-- measurements -->\n"
+PAGE = f"# Performance\n\n{BEGIN}\n{END}\n\n## How to read it\n"
 
 
 @pytest.fixture(scope="module")
@@ -62,46 +65,93 @@ def test_the_gpu_shape_is_that_of_an_8b_llama():
     assert parameter_counts(LLAMA_8B)[0] == pytest.approx(8.03e9, rel=0.01)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scored", [None, 1])
+def test_operations_are_those_that_torch_counts(tied, scored):
+    model = make_llama(tie_word_embeddings=tied, attn_implementation="eager")
+    ids = torch.randint(0, 400, (2, 24))
+    with FlopCounterMode(display=False) as counted, torch.inference_mode():
+        model(input_ids=ids, use_cache=False, logits_to_keep=scored or 0)
+    total = None if scored is None else 2 * scored
+    assert counted.get_total_flops() == operations(model, ids, scored=total)
+
+
 @pytest.mark.slow
 def test_the_gpu_part_measures_any_shape_on_any_device(tokenizer):
-    small = make_llama(vocab_size=2000, num_hidden_layers=2).config
-    found = measure_gpu(tokenizer, config=small, device="cpu", documents=4, rounds=1)
-    assert found["peak_bytes"] is None
-    rates = found["tokens_per_second"]
-    assert len(rates) == 5
+    small = make_llama(vocab_size=2000, num_hidden_layers=2, max_position_embeddings=1024).config
+    found = measure_gpu(tokenizer, config=small, device="cpu", documents=4, rounds=1, square=64)
+    rates = {row["what"]: row["rate"] for row in found["rates"]}
+    assert list(rates) == [
+        "plain forward", "zero ablation", "mean ablation", "knockout", EVALUATED,
+        "stock lm-eval, full model",
+    ]  # fmt: skip
     assert all(rate > 0 for rate in rates.values())
-    hours = found["table_1_tokens"] / rates["icl.evaluate, zero ablation"] / 3600
-    assert found["table_1_hours"] == pytest.approx(hours)
+    assert {row["peak_bytes"] for row in found["rates"]} == {None}
+    assert found["share"] > 0
+    assert found["table_1_hours"] == pytest.approx(
+        found["table_1_tokens"] / rates[EVALUATED] / 3600
+    )
+    shown = with_measurements(PAGE, {**EMPTY, "gpu": found})
+    assert "not told off a GPU" in shown
+    assert f"{found['share']:.0%} of the rate" in shown
+    assert found["machine"]["date"] in shown
+
+
+EMPTY = {
+    "machine": {"processor": "some"}, "rounds": 1, "gpu": None, "floor": [],
+    "rows": [ratio_row("cheap", "m", 1.0, [0.5]), ratio_row("dear", "m", 1.0, [7.5])],
+    "growth": {
+        "model": "m",
+        "points": [
+            {"axis": axis, "at": 2, "kind": "heads", "cost": 1.5}
+            for axis in ("share of heads", "conditions")
+        ],
+    },
+}  # fmt: skip
+
+
+def test_the_page_says_what_was_measured_missed_or_left_out():
+    shown = with_measurements(PAGE, EMPTY)
+    assert shown.startswith("# Performance")
+    assert shown.endswith("## How to read it\n")
+    assert "1 of 2 bars are missed" in shown
+    assert "7.5" in shown
+    assert "Not measured: no GPU was at hand" in shown
+    assert "Not measured yet" in shown
+    # Written again it is the same, and what stood there before is gone.
+    assert with_measurements(shown, EMPTY) == shown
+    assert "7.5" not in with_measurements(shown, {**EMPTY, "rows": EMPTY["rows"][:1]})
+
+
+def test_the_books_page_is_made_from_its_measurements():
+    measured = json.loads((book_dir() / "_static" / "benchmark.json").read_text())
+    page = (book_dir() / "performance.md").read_text()
+    assert with_measurements(page, measured) == page
+
+
+def test_a_section_is_kept_with_its_date_when_another_is_measured(tmp_path):
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "performance.md").write_text(PAGE)
+    keep_measured(EMPTY, tmp_path)
+    path = keep_measured({"floor": [], "gpu": None, "rounds": 7}, tmp_path)
+    kept = json.loads(path.read_text())
+    assert kept == {**EMPTY, "rounds": 7}
+    assert "Medians of at least 7" in (tmp_path / "performance.md").read_text()
 
 
 @pytest.mark.slow
-def test_the_page_says_what_was_measured_missed_or_left_out(tokenizer, tmp_path):
+def test_growth_is_measured_along_four_axes_and_drawn(tokenizer, tmp_path):
     torch.set_num_threads(1)
     (tmp_path / "_static").mkdir()
-    page = tmp_path / "performance.md"
-    page.write_text(PAGE)
-    write_benchmark_page(tmp_path)
-    assert "Nothing was measured" in page.read_text()
+    (tmp_path / "performance.md").write_text(PAGE)
     config = {"num_hidden_layers": 2, "vocab_size": tokenizer.vocab_size + 10}
     growth = measure_growth(make_llama(max_position_embeddings=1024, **config), tokenizer, rounds=1)
     assert {point["axis"] for point in growth} == {
         "tokens per prompt", "prompts per batch", "share of heads", "conditions",
     }  # fmt: skip
-    found = {
-        "machine": {"processor": "some"}, "rounds": 1, "gpu": None,
-        "rows": [
-            ratio_row("cheap", "m", 1.0, [0.5]), ratio_row("dear", "m", 1.0, [7.5]),
-            *prompt_rows(tokenizer, 1),
-        ],
-        "floor": [],
-        "growth": {"model": "m", "points": growth},
-    }  # fmt: skip
-    (tmp_path / "_static" / "benchmark.json").write_text(json.dumps(found))
-    page.write_text(PAGE)
-    write_benchmark_page(tmp_path)
-    shown = page.read_text()
-    missed = sum(not row["met"] for row in found["rows"])
-    assert f"{missed} of 5 bars are missed" in shown
-    assert "7.5" in shown
-    assert "Not measured: the machine had no GPU" in shown
+    rows = prompt_rows(tokenizer, 1)
+    keep_measured({**EMPTY, "rows": rows, "growth": {"model": "m", "points": growth}}, tmp_path)
+    assert "of 3 bars are" in (tmp_path / "performance.md").read_text().replace(
+        "All 3 bars are", "0 of 3 bars are"
+    )
     assert (tmp_path / "_static" / "benchmark_growth.svg").is_file()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from icl_helpers.attention.heads import Head
 from icl_helpers.attention.induction_pattern import induction_patterns
 from icl_helpers.attention.interventions import Intervention, intervene
 from icl_helpers.tasks.prompts import build_prompts
+from tests.benchmark.process import processor, seconds
 
 BATCH = 16
 SHOTS = 10
@@ -37,11 +41,31 @@ def random_llama(shape: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Seconds that one call takes."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def machine(*, threads: int | None = None) -> dict[str, Any]:
+    """Where, with what and when something is measured; ``threads``: default torch's own number."""
+    packages = ("torch", "transformers", "lm_eval")
+    return {
+        "processor": processor(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if threads is None else threads,
+        "python": platform.python_version(), **{name: version(name) for name in packages},
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }  # fmt: skip
+
+
+def operations(model: PreTrainedModel, ids: torch.Tensor, *, scored: int | None = None) -> int:
+    """Operations of a forward pass of ids [batch, tokens], with logits at ``scored`` tokens.
+
+    Each weight of a matrix takes part in one multiply-add a token, an embedding in none but as the
+    output projection; attention adds two products of [tokens, tokens, hidden] a layer. Default: all
+    tokens are scored.
+    """
+    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
+    embedding = model.get_input_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.base_model.parameters() if p.dim() > 1) - embedding
+    head = model.get_output_embeddings().weight.numel()
+    scored = ids.numel() if scored is None else scored
+    attention = 4 * layers * ids.shape[1] * hidden * ids.numel()
+    return 2 * body * ids.numel() + 2 * head * scored + attention
 
 
 def forward(

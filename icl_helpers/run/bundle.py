@@ -446,6 +446,8 @@ def _published(info: Mapping[str, Any], name: str) -> dict[str, Any]:
     values["model"] = bundle_name(values["model"])
     said = dict(info) | {"model": values["model"], "parameters": values}
     said["identity"] = info["identity"] | {"state": None}
+    # Of a run that was evaluated without its stages there are none.
+    said["seconds"] = info.get("seconds", {})
     redacted: dict[str, Any] = json.loads(redact(json.dumps(said)))
     return redacted
 

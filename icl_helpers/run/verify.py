@@ -28,7 +28,7 @@ from icl_helpers.attention.heads import top_heads
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.evaluation.cells import CellGroup, Prompts, build, score_documents
-from icl_helpers.evaluation.conditions import Condition
+from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.models.fingerprint import model_facts, model_key
 from icl_helpers.models.loading import load_model
@@ -290,7 +290,7 @@ class _Compared:
         conditions = [_condition(cell, bundle) for cell in cells]
         lm.share(conditions)
         for cell, condition in zip(cells, conditions, strict=True):
-            with lm.under(condition):
+            with lm.under(condition if _edits(cell, documents) else FULL):
                 found = score_documents(lm, prompts, documents)
             self.cells.add(id(cell))
             for place, document in enumerate(found["doc_id"]):
@@ -318,6 +318,18 @@ def _condition(cell: BundledCell, bundle: Bundle) -> Condition:
     if not condition.identity().items() <= cell.spec.items():
         raise InputError(f"bundle {bundle.folder} was made by another version: update icl-helpers")
     return condition
+
+
+def _edits(cell: BundledCell, documents: Sequence[int]) -> bool:
+    """Whether the condition changes any of these documents; a knockout may have nothing to block.
+
+    What the cell says of that is found out: its log-probabilities are compared.
+    """
+    if cell.spec["ablation"] != "knockout":
+        return True
+    places = [cell.documents["doc_id"].index(document) for document in documents]
+    blocked = cell.documents.get("n_blocked")
+    return cell.spec["shots"] > 0 and (blocked is None or any(blocked[place] for place in places))
 
 
 def _answer(scores: Sequence[float | None]) -> int | None:

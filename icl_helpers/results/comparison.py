@@ -3,7 +3,7 @@
 Example
 -------
 >>> published_table(1, "Llama-3-8B")
->>> compare_runs({"a": ("icl-tiny", results), "b": ("EleutherAI/pythia-410m", other_results)})
+>>> compare_runs({"a": ("icl-tiny", results, 64), "b": ("gpt2", other_results, 144)})
 >>> overlay("meta-llama/Meta-Llama-3-8B", documents)
 """
 

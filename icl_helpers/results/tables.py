@@ -143,8 +143,8 @@ def _bounds(frame: pd.DataFrame, form: str) -> pd.Series:
 
 def name_heads(frame: pd.DataFrame, n_heads: int) -> pd.DataFrame:
     """Put in place of the column ``fraction`` how many of the model's heads it is, in words."""
-    words = frame["fraction"].map(lambda share: heads_in_words(share, n_heads), na_action="ignore")
-    return frame.assign(fraction=words.fillna("")).rename(columns={"fraction": "heads"})
+    words = [heads_in_words(share, n_heads) if share > 0 else "" for share in frame["fraction"]]
+    return frame.assign(fraction=words).rename(columns={"fraction": "heads"})
 
 
 def cell_frame(cells: pd.DataFrame, *, n_heads: int) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from icl_helpers.attention.heads import heads_in_words
 from icl_helpers.files import (
     SMOLLM2,
     assets_dir,
@@ -23,13 +24,13 @@ from icl_helpers.files import (
 from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
 from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
+from icl_helpers.results.outcomes import doubts, kind_outcomes, outcome_sentence
 from icl_helpers.results.tables import (
     abstract_results,
     markdown_table,
-    summarise,
 )
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
-from icl_helpers.run.plan import run_info, run_table, shown_name
+from icl_helpers.run.plan import run_heads, run_info, run_table, shown_name
 from icl_helpers.run.stages import stage_notebooks
 from icl_helpers.tasks.specs import get_task_spec
 
@@ -155,7 +156,11 @@ def comparison_page(runs: Sequence[Path], folder: Path) -> str:
     """Runs side by side at each run's larger share of heads; the whole as CSV in ``folder``."""
     frame = compare_runs(
         {
-            run.name: (shown_name(run_info(run)["model"]), run_table(run, "results", None))
+            run.name: (
+                shown_name(run_info(run)["model"]),
+                run_table(run, "results", None),
+                run_heads(run),
+            )
             for run in runs
         }
     )
@@ -177,9 +182,11 @@ def _pivot(rows: pd.DataFrame, runs: Sequence[Path]) -> str:
         for row in rows.to_dict("records")
     }
     names = [run.name for run in runs]
+    heads = rows.groupby("run")["heads"].first()
+    titles = [", ".join(filter(None, [name, heads.get(name)])) for name in names]
     keys = list(dict.fromkeys(key[:3] for key in cells))
     lines = [[*key, *(cells.get((*key, name)) for name in names)] for key in keys]
-    return markdown_table(["task", "labels", "shots", *names], lines)
+    return markdown_table(["task", "labels", "shots", *titles], lines)
 
 
 def overlay_page(run: Path, folder: Path) -> str | None:
@@ -195,7 +202,7 @@ def overlay_page(run: Path, folder: Path) -> str | None:
         [
             row["table"], row["task"], row["labels"], row["shots"],
             row["condition"].replace("_", " "), row["ablation"],
-            f"{row['fraction']:.0%}" if row["fraction"] > 0 else "",
+            row["heads"],
             f"{row['published']:.1f}", f"{row['accuracy']:.1f}",
             f"{row['low']:.1f} to {row['high']:.1f}", f"{row['difference']:+.1f}",
             "yes" if row["inside"] else "no",
@@ -209,7 +216,7 @@ def overlay_page(run: Path, folder: Path) -> str | None:
     difference = frame["difference"]
     return _page(
         "overlay", model=shown_name(model), inside=int(frame["inside"].sum()), count=len(frame),
-        mean=difference.mean(), size=difference.abs().mean(), table=markdown_table(header, rows),
+        low=difference.min(), high=difference.max(), table=markdown_table(header, rows),
     )  # fmt: skip
 
 
@@ -272,19 +279,23 @@ def front_page(staged: Path, run: Path) -> dict[str, str]:
     info = run_info(run)
     results = abstract_results(run_table(run, "results", "tasks"))
     (staged / "_static").mkdir(exist_ok=True)
-    figure = accuracy_bars(results, ablations=list(_FIGURE))
+    n_heads = run_heads(run)
+    figure = accuracy_bars(results, ablations=list(_FIGURE), n_heads=n_heads)
     figure.savefig(staged / "_static" / "front.png", dpi=160)
-    numbers = summarise(results)
+    heads = heads_in_words(float(results["fraction"].max()), n_heads)
+    outcomes = kind_outcomes(run_table(run, "documents", "tasks"))
+    said = [line for outcome in outcomes for line in doubts(outcome)]
+    said += [outcome_sentence(outcome, heads=heads) for outcome in outcomes]
     embedded = info["model"] in embedded_models()
     name, title = shown_name(info["model"]), run_titles([run])[run]
     parameters = info["parameters"] | {"model": name}
-    alt = bars_alt(results, ablations=list(_FIGURE))
+    alt = bars_alt(results, ablations=list(_FIGURE), n_heads=n_heads)
     return {
         "model": name,
         "model_described": f"{name}, a small model that travels with it" if embedded else title,
         "origin": "computed when the book was built" if "imported" not in info else _SHIPPED,
-        "answer": _page("answer", **numbers),
-        "figure": _page("figure", **parameters, alt=alt, fraction=numbers["fraction"]),
+        "answer": "\n".join(["**In this model:**", "", *(f"- {line}" for line in said)]),
+        "figure": _page("figure", **parameters, alt=alt, heads=heads),
         "accuracies": _accuracies(results),
         "stages": str(len(stage_notebooks())),
         "viewer": f"[attention viewer](run/{run_slug(run)}/{_VIEWER})",

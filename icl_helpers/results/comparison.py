@@ -3,7 +3,7 @@
 Example
 -------
 >>> published_table(1, "Llama-3-8B")
->>> compare_runs({"a": ("icl-tiny", results), "b": ("EleutherAI/pythia-410m", other_results)})
+>>> compare_runs({"a": ("icl-tiny", results, 64), "b": ("gpt2", other_results, 144)})
 >>> overlay("meta-llama/Meta-Llama-3-8B", documents)
 """
 
@@ -18,15 +18,16 @@ from icl_helpers.attention.heads import SCORE_THRESHOLD
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import CELL, ROW, keyed
 from icl_helpers.results.statistics import accuracy_intervals
-from icl_helpers.results.tables import cell_frame
+from icl_helpers.results.tables import cell_frame, name_heads
 
 __all__ = [
     "PAPER_MODELS", "compare_runs", "count_induction_heads", "overlay", "published_accuracy",
     "published_head_scores", "published_name", "published_table", "read_published",
 ]  # fmt: skip
 
-# Published name of each of the paper's models, by the last part of its hub id.
+# Published name of each of the paper's models, by the last part of its hub id, and their heads.
 PAPER_MODELS = {"meta-llama-3-8b": "Llama-3-8B", "internlm2-20b": "InternLM2-20B"}
+_PAPER_HEADS = {"Llama-3-8B": 32 * 32, "InternLM2-20B": 48 * 48}
 
 
 def read_published(name: str) -> pd.DataFrame:
@@ -85,7 +86,7 @@ def published_name(model: str) -> str | None:
 def published_table(number: int, model: str) -> pd.DataFrame:
     """Return a table as it was published for one of the paper's models, in the paper's layout.
 
-    Rows are indexed by task, labels and shots, columns by condition and share of heads; a cell is
+    Rows are indexed by task, labels and shots, columns by condition and heads; a cell is
     the accuracy in percent and, in parentheses, its difference to the full model in points. Raises
     :class:`InputError` for another model.
     """
@@ -95,7 +96,8 @@ def published_table(number: int, model: str) -> pd.DataFrame:
         raise InputError(f"nothing is published for {model!r}; the paper's models are {names}")
     rows = _with_change(rows)
     change = rows["change"].map(" ({:+.1f})".format).mask(rows["condition"] == "full", "")
-    return cell_frame(rows.assign(text=rows["accuracy"].map("{:.1f}".format) + change))
+    text = rows["accuracy"].map("{:.1f}".format) + change
+    return cell_frame(rows.assign(text=text), n_heads=_PAPER_HEADS[model])
 
 
 def _with_change(rows: pd.DataFrame) -> pd.DataFrame:
@@ -104,35 +106,36 @@ def _with_change(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(change=rows["accuracy"] - rows.join(full, on=ROW)["full"])
 
 
-def compare_runs(runs: Mapping[str, tuple[str, pd.DataFrame]]) -> pd.DataFrame:
+def compare_runs(runs: Mapping[str, tuple[str, pd.DataFrame, int]]) -> pd.DataFrame:
     """Compute the accuracies of several runs, one row a run, task, labels, shots and condition.
 
-    ``runs`` has, by its name, the model and the results of each run. Columns: run, model, task,
-    labels, shots, condition, ablation, fraction (of the model's heads), share (``smaller`` or
-    ``larger`` of the run's fractions, ``""`` for the full model), documents (of each task),
-    accuracy (percent, averaged over seeds), change (points, to the full model of the same run; 0
-    for that itself). Runs differ in which heads a fraction is, so compare by share rather than by
-    fraction. Raises :class:`InputError` without runs.
+    ``runs`` has, by its name, the model of each run, its results and how many heads the model has.
+    Columns: run, model, task, labels, shots, condition, ablation, heads (in words), share
+    (``smaller`` or ``larger`` of the run's fractions, ``""`` for the full model), documents (of
+    each task), accuracy (percent, averaged over seeds), change (points, to the full model of the
+    same run; 0 for that itself). Runs differ in how many heads they remove, so compare by share.
+    Raises :class:`InputError` without runs.
     """
     if not runs:
         raise InputError("runs is empty; give at least one run")
     frames = []
-    for name, (model, results) in runs.items():
+    for name, (model, results, n_heads) in runs.items():
         means = 100 * keyed(results).groupby(CELL, sort=False, dropna=False)["accuracy"].mean()
         means = _with_change(means.reset_index()).assign(run=name, model=model)
         fractions = means.loc[means["condition"] != "full", "fraction"]
         share = dict.fromkeys(fractions, "smaller") | {fractions.max(): "larger"}
         means["share"] = means["fraction"].map(share).fillna("")
         means["documents"] = means["task"].map(results.groupby("task")["n"].max())
-        frames.append(means)
-    columns = ["run", "model", *CELL, "share", "documents", "accuracy", "change"]
+        frames.append(name_heads(means, n_heads))
+    cell = [{"fraction": "heads"}.get(column, column) for column in CELL]
+    columns = ["run", "model", *cell, "share", "documents", "accuracy", "change"]
     return pd.concat(frames, ignore_index=True)[columns]
 
 
 def overlay(model: str, documents: pd.DataFrame) -> pd.DataFrame | None:
     """Return published and recomputed accuracies of a paper's model, or None for any other.
 
-    Columns: table (number in the paper), task, labels, shots, condition, ablation, fraction,
+    Columns: table (number in the paper), task, labels, shots, condition, ablation, heads, control,
     published, accuracy, low, high (percent; the run's 95 % interval), difference (points, the run's
     minus the published) and inside (whether the published value lies in the interval). Only rows
     that the run evaluated at the published fraction are there.
@@ -145,4 +148,4 @@ def overlay(model: str, documents: pd.DataFrame) -> pd.DataFrame | None:
     merged["difference"] = merged["accuracy"] - merged["published"]
     merged["inside"] = merged["published"].between(merged["low"], merged["high"])
     columns = ["table", *CELL, "published", "accuracy", "low", "high", "difference", "inside"]
-    return merged[columns]
+    return name_heads(merged[columns], _PAPER_HEADS[name])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +16,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from icl_helpers.attention.heads import Head
+from icl_helpers.attention.heads import Head, heads_in_words
 from icl_helpers.evaluation.store import CELL, keyed
 
 __all__ = [
@@ -96,26 +98,28 @@ def attention_over_prompt(
 
 
 def accuracy_bars(
-    results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most"
+    results: pd.DataFrame, *, ablations: Sequence[str], n_heads: int, shots: str = "most"
 ) -> Figure:
     """Draw accuracy per task and condition at the larger fraction; lines span the runs' range.
 
-    ``shots`` is ``"most"`` (each task's largest number) or ``"none"`` (zero-shot). Results with
-    several sets of labels get a panel each.
+    ``n_heads`` is how many heads the model has; ``shots`` is ``"most"`` (each task's largest
+    number) or ``"none"`` (zero-shot). Results with several sets of labels get a panel each.
     """
-    bars, title = _accuracies(results, ablations, shots)
+    bars, title = _accuracies(results, ablations, shots, n_heads)
     if bars.empty:
         return _note(_NOTHING_EVALUATED, height=3.8)
-    panel_title = "{} labels" if bars["labels"].nunique() > 1 else ""
-    figure, grid = _bar_panels(bars, "labels", panel_title, title=title, height=3, width=0.8)
+    name = "{} labels" if bars["labels"].nunique() > 1 else ""
+    figure, grid = _bar_panels(bars, "labels", name.format, title=title, height=3, width=0.8)
     for axes in grid:
         _percent(axes)
     return _closed(figure)
 
 
-def bars_alt(results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "most") -> str:
+def bars_alt(
+    results: pd.DataFrame, *, ablations: Sequence[str], n_heads: int, shots: str = "most"
+) -> str:
     """Write the alternative text of :func:`accuracy_bars`: title and every bar's height."""
-    bars, title = _accuracies(results, ablations, shots)
+    bars, title = _accuracies(results, ablations, shots, n_heads)
     if bars.empty:
         return f"Empty figure: {_NOTHING_EVALUATED}."
     several = bars["labels"].nunique() > 1
@@ -125,7 +129,7 @@ def bars_alt(results: pd.DataFrame, *, ablations: Sequence[str], shots: str = "m
 
 
 def _accuracies(
-    results: pd.DataFrame, ablations: Sequence[str], shots: str
+    results: pd.DataFrame, ablations: Sequence[str], shots: str, n_heads: int
 ) -> tuple[pd.DataFrame, str]:
     """Return bars (percent) at one number of shots and the larger fraction, and their title."""
     rows = results[results["ablation"].isin(["none", *ablations])]
@@ -136,11 +140,11 @@ def _accuracies(
     runs = keyed(rows).groupby(CELL, sort=False, dropna=False)["accuracy"]
     bars = (100 * runs.agg(height="mean", low="min", high="max")).reset_index()
     bars["condition"] += bars["control"].map(lambda control: control and f"_{control}")
-    heads = f", {share:.1%} of the heads" if share > 0 else ""
+    heads = f", {heads_in_words(share, n_heads)}" if share > 0 else ""
     return bars, f"{_numbers(rows['shots'])} examples{heads}"
 
 
-def benefit_bars(changes: pd.DataFrame, *, ablation: str) -> Figure:
+def benefit_bars(changes: pd.DataFrame, *, ablation: str, n_heads: int) -> Figure:
     """Draw the relative change of the benefit of examples under an ablation (Figures 4 and 9).
 
     ``changes`` comes from :func:`icl_helpers.results.statistics.benefit_changes`. A panel per
@@ -150,22 +154,21 @@ def benefit_bars(changes: pd.DataFrame, *, ablation: str) -> Figure:
     bars, title = _changes(changes, ablation)
     if bars.empty:
         return _note(_NO_BENEFIT, height=2)
-    figure, grid = _bar_panels(
-        bars, "fraction", "{:.1%} of the heads", title=title, height=2.6, width=0.76
-    )
+    heads = partial(heads_in_words, n_total=n_heads)
+    figure, grid = _bar_panels(bars, "fraction", heads, title=title, height=2.6, width=0.76)
     for axes in grid:
         axes.axhline(0, color=_FULL, linewidth=0.8)
         axes.set(ylabel="change of benefit (%)", ylim=(-160, 60))
     return _closed(figure)
 
 
-def benefit_alt(changes: pd.DataFrame, *, ablation: str) -> str:
+def benefit_alt(changes: pd.DataFrame, *, ablation: str, n_heads: int) -> str:
     """Write the alternative text of :func:`benefit_bars`: title and every bar's height."""
     bars, title = _changes(changes, ablation)
     if bars.empty:
         return f"Empty figure: {_NO_BENEFIT}."
-    shares = bars["fraction"].map(" at {:.1%}".format)
-    heights = bars["condition"] + shares + bars["height"].map(" {:+.0f}".format)
+    heads = bars["fraction"].map(partial(heads_in_words, n_total=n_heads))
+    heights = bars["condition"] + " at " + heads + bars["height"].map(" {:+.0f}".format)
     return f"Bars, in percent. {title}. {_in_words(bars['task'], heights)}."
 
 
@@ -179,7 +182,13 @@ def _changes(changes: pd.DataFrame, ablation: str) -> tuple[pd.DataFrame, str]:
 
 
 def _bar_panels(
-    bars: pd.DataFrame, by: str, panel_title: str, *, title: str, height: float, width: float
+    bars: pd.DataFrame,
+    by: str,
+    panel_title: Callable[[Any], str],
+    *,
+    title: str,
+    height: float,
+    width: float,
 ) -> tuple[Figure, Sequence[Axes]]:
     """Draw bars to ``height`` with lines from ``low`` to ``high``, by task and condition.
 
@@ -200,7 +209,7 @@ def _bar_panels(
                 color=_COLOURS[condition], label=condition.replace("_", " "),
                 error_kw={"linewidth": 1},
             )  # fmt: skip
-        axes.set_title(panel_title.format(key), loc="left", fontsize="medium")
+        axes.set_title(panel_title(key), loc="left", fontsize="medium")
         axes.set_xticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
     handles, names = grid[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)

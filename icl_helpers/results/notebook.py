@@ -53,14 +53,15 @@ def show_figure(figure: Figure, *, alt: str, caption: str) -> None:
 
 
 def show_bars(
-    results: pd.DataFrame, *, ablations: Sequence[str], caption: str, shots: str = "most"
-) -> None:
+    results: pd.DataFrame, *, ablations: Sequence[str], caption: str, n_heads: int,
+    shots: str = "most",
+) -> None:  # fmt: skip
     """Display a figure of :func:`accuracy_bars` with its heights as alternative text."""
     seeds = ", ".join(map(str, sorted(set(results["demonstration_seed"]))))
     most = int(results["n"].max()) if len(results) else 0
     show_figure(
-        accuracy_bars(results, ablations=ablations, shots=shots),
-        alt=bars_alt(results, ablations=ablations, shots=shots),
+        accuracy_bars(results, ablations=ablations, n_heads=n_heads, shots=shots),
+        alt=bars_alt(results, ablations=ablations, n_heads=n_heads, shots=shots),
         caption=f"{caption} At most {most} documents a task, demonstration seeds {seeds}.",
     )
 
@@ -95,20 +96,24 @@ def _say(text: str) -> None:
     display(Markdown(text))  # type: ignore[no-untyped-call]
 
 
-def show_paper_table(documents: pd.DataFrame, number: int, directory: Path) -> None:
+def show_paper_table(
+    documents: pd.DataFrame, number: int, directory: Path, *, n_heads: int
+) -> None:
     """Display a table of the paper for a run: cells with intervals and marks, and its tests.
 
     Both are written into the directory as ``table-N`` and ``table-N-tests``. Says so where the
     documents are of no task of the table.
     """
     try:
-        table = annotated_table(documents, number)
+        table = annotated_table(documents, number, n_heads=n_heads)
     except InputError as error:
         _say(f"*Nothing to show: {error}.*")
         return
     name = f"table-{number}"
     show_table(_narrow(table.cells), label=f"table {number}", directory=directory, name=name)
-    tests = table.tests.round(6)
+    # A p-value is never zero, however small: it keeps its exponent.
+    exponents = {p: table.tests[p].map("{:.1e}".format) for p in ("p", "p_holm")}
+    tests = table.tests.round(6).assign(**exponents)
     write_table(tests, directory, f"{name}-tests")
     _say(
         f"{int(tests['distinguishable'].sum())} of {len(tests)} comparisons are distinguishable "
@@ -179,13 +184,13 @@ def benefit_or_none(results: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFr
     return pd.DataFrame(columns=[*CELL, *names])
 
 
-def show_benefit(changes: pd.DataFrame, *, ablation: str) -> None:
+def show_benefit(changes: pd.DataFrame, *, ablation: str, n_heads: int) -> None:
     """Display :func:`icl_helpers.results.figures.benefit_bars` with a computed caption."""
     out = left_out_tasks(changes)
     names = out["task"] + " (" + out["labels"] + ": " + out["why"] + ")"
     show_figure(
-        benefit_bars(changes, ablation=ablation),
-        alt=benefit_alt(changes, ablation=ablation),
+        benefit_bars(changes, ablation=ablation, n_heads=n_heads),
+        alt=benefit_alt(changes, ablation=ablation, n_heads=n_heads),
         caption=(
             f"Relative change of the benefit of examples under {ablation} ablation; -100 % means "
             f"that examples help no more. Lines are 95 % intervals, cut at the panel's edge. Left "

@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from icl_helpers.attention.heads import heads_in_words
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.evaluation.store import CELL, ROW, keyed
 from icl_helpers.files import atomic_path, embedded_dir
+from icl_helpers.results.outcomes import task_kind
 from icl_helpers.results.statistics import accuracy_intervals, comparisons
-from icl_helpers.tasks.specs import get_task_spec, task_names
+from icl_helpers.tasks.specs import task_names
 
 __all__ = [
     "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results", "annotated_table",
-    "cell_frame", "effect_summary", "markdown_table", "read_measurements", "summarise",
+    "cell_frame", "effect_summary", "markdown_table", "name_heads", "read_measurements",
     "table_rows", "write_table",
 ]  # fmt: skip
 
@@ -85,12 +87,14 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 MARK = "*"
 LEGEND = (
     "Each cell: accuracy in percent; in parentheses the difference to the full model in points; in "
-    "brackets the 95 % interval of the accuracy, over documents and seeds. The columns *induction "
-    "minus random* hold the difference between the two, with its own interval. A star marks a "
-    "difference that is distinguishable from noise: the probability of one as large without any "
-    "effect, by an exact paired test on the same documents and corrected by Holm's method for all "
-    "tests of the table, is below 5 %. What has no star may differ or not: these documents do not "
-    "tell."
+    "brackets the 95 % interval of the accuracy, over documents, demonstration seeds and control "
+    "draws. The columns *induction minus random* hold the difference between the two, with its own "
+    "interval. A star marks a difference that is distinguishable from noise. Two things must say "
+    "so: an exact paired test on the same documents, below 5 % after Holm's correction for all "
+    "tests of the table's rows with examples (those without are corrected by themselves, and "
+    "counted once, since seeds cannot differ there); and the difference's own 95 % interval over "
+    "documents, seeds and draws, which must not hold zero. What has no star may differ or not: "
+    "these documents, seeds and draws do not tell."
 )
 
 
@@ -101,13 +105,14 @@ class AnnotatedTable(NamedTuple):
     tests: pd.DataFrame
 
 
-def annotated_table(documents: pd.DataFrame, number: int) -> AnnotatedTable:
+def annotated_table(documents: pd.DataFrame, number: int, *, n_heads: int) -> AnnotatedTable:
     """Compute Table 1, 3, 4 or 5 of a run from its per-document results.
 
-    ``cells`` is indexed by task, labels and shots, with columns (condition, share of heads).
-    ``tests`` has the columns of :func:`icl_helpers.results.statistics.comparisons`, corrected
-    over this table alone. Raises :class:`InputError` when the run holds none of the table's rows or
-    no full model.
+    ``n_heads`` is how many heads the model has. ``cells`` is indexed by task, labels and shots,
+    with columns (condition, heads). ``tests`` has the columns of
+    :func:`icl_helpers.results.statistics.comparisons`, corrected over this table alone, with heads
+    in place of their fraction. Raises :class:`InputError` when the run holds none of the table's
+    rows or no full model.
     """
     rows = table_rows(documents, number)
     if not (rows["condition"] == "full").any():
@@ -124,20 +129,11 @@ def annotated_table(documents: pd.DataFrame, number: int) -> AnnotatedTable:
     cells = accuracy_intervals(rows).merge(to_full, how="left", on=CELL)
     accuracy = cells["accuracy"].map("{:.1f}".format)
     cells["text"] = accuracy + cells["change"].fillna("") + _bounds(cells, "{:.1f}")
-    columns = [
-        "against",
-        "against_control",
-        "difference",
-        "low",
-        "high",
-        "p",
-        "p_holm",
-        "cohens_g",
-        "distinguishable",
-    ]
+    columns = ["against", "against_control", "difference", "low", "high", "p", "p_holm"]
+    columns += ["cohens_g", "distinguishable"]
     return AnnotatedTable(
-        cell_frame(pd.concat([cells, gaps[gaps["against"] == "random_heads"]])),
-        tests[[*CELL, *columns]],
+        cell_frame(pd.concat([cells, gaps[gaps["against"] == "random_heads"]]), n_heads=n_heads),
+        name_heads(tests[[*CELL, *columns]], n_heads),
     )
 
 
@@ -145,10 +141,17 @@ def _bounds(frame: pd.DataFrame, form: str) -> pd.Series:
     return " [" + frame["low"].map(form.format) + ", " + frame["high"].map(form.format) + "]"
 
 
-def cell_frame(cells: pd.DataFrame) -> pd.DataFrame:
+def name_heads(frame: pd.DataFrame, n_heads: int) -> pd.DataFrame:
+    """Put in place of the column ``fraction`` how many of the model's heads it is, in words."""
+    words = [heads_in_words(share, n_heads) if share > 0 else "" for share in frame["fraction"]]
+    return frame.assign(fraction=words).rename(columns={"fraction": "heads"})
+
+
+def cell_frame(cells: pd.DataFrame, *, n_heads: int) -> pd.DataFrame:
     """Lay out cells in the paper's order and words: a row a task, labels and shots.
 
-    ``cells`` has those columns, condition, fraction, control and ``text``.
+    ``cells`` has those columns, condition, fraction, control and ``text``; ``n_heads`` is how many
+    heads the model has.
     """
     filled = keyed(cells).assign(fraction=cells["fraction"].fillna(0.0))
     wide = filled.pivot(index=ROW, columns=["condition", "control", "fraction"], values="text")
@@ -158,7 +161,7 @@ def cell_frame(cells: pd.DataFrame) -> pd.DataFrame:
     wide.columns = pd.MultiIndex.from_tuples(
         (
             CONDITION_TITLES.get(name, name) + ("" if control in _PLAIN else f", {control}"),
-            f"{share:.1%}" if share else "",
+            heads_in_words(share, n_heads) if share else "",
         )
         for name, control, share in wide
     )
@@ -169,40 +172,6 @@ def abstract_results(results: pd.DataFrame) -> pd.DataFrame:
     """Select the rows of the abstract tasks, or all of them where there is no such task."""
     rows = results[results["task"].isin(task_names("abstract"))]
     return results if rows.empty else rows
-
-
-def summarise(results: pd.DataFrame, *, ablation: str = "mean") -> dict[str, Any]:
-    """Average accuracies over the abstract tasks with two labels, in percent.
-
-    Keys: ``full``, ``induction_heads``, ``induction_pattern``, ``random_heads`` at each task's
-    largest number of shots and the run's larger fraction; ``zero_shot`` and
-    ``zero_shot_induction_heads``; ``shots``, ``fraction``, ``tasks``. None where not evaluated.
-    """
-    rows = abstract_results(results)
-    rows = rows[_label_counts(rows["task"]) == 2]
-    larger = float(rows["fraction"].max())
-    rows = rows[(rows["fraction"] == larger) | (rows["condition"] == "full")]
-    rows = rows[rows["ablation"].isin(["none", "knockout", ablation])]
-    few = rows[rows["shots"] == rows.groupby("task")["shots"].transform("max")]
-    zero = rows[rows["shots"] == 0]
-    return {
-        **{name: _mean(few, name) for name in CONDITION_TITLES},
-        "zero_shot": _mean(zero, "full"),
-        "zero_shot_induction_heads": _mean(zero, "induction_heads"),
-        "shots": int(few["shots"].max()),
-        "fraction": larger,
-        "tasks": sorted(set(few["task"])),
-    }
-
-
-def _label_counts(tasks: pd.Series) -> pd.Series:
-    return tasks.map(lambda task: len(get_task_spec(task).choices))
-
-
-def _mean(rows: pd.DataFrame, condition: str) -> float | None:
-    """Return a condition's accuracy in percent: averaged over each task's runs, then over tasks."""
-    tasks = rows[rows["condition"] == condition].groupby("task")["accuracy"].mean()
-    return None if tasks.empty else float(tasks.mean() * 100)
 
 
 def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
@@ -220,32 +189,45 @@ def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
 
 
 def effect_summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Summarise the finding in percent or percentage points, one row a training seed.
+    """Summarise the finding by kind of tasks, a row a training seed and kind.
 
-    Averages are over the two-label tasks at ten shots, but for the four-way accuracy (twenty
-    shots). ``furthest from chance`` and ``moved at zero shots`` are the worst task's. The share of
-    the pattern is the loss under knockout in percent of the loss under removal, averaged over the
-    tasks where removal costs 10 points or more (NaN where there is none).
+    Cells are text: the mean over the tasks of the kind and, in parentheses, their range; percent
+    or points, at each task's most examples (*zero-shot* columns: without). The share of the pattern
+    is what blocking it costs in percent of what removal costs: the ratio of the kind's mean losses,
+    with the range of the tasks' own ratios; empty where removal costs less than 10 points on any.
     """
-    summaries = {seed: _summary(part) for seed, part in frame.groupby("training_seed")}
-    return pd.DataFrame.from_dict(summaries, orient="index").rename_axis("training_seed")
-
-
-def _summary(part: pd.DataFrame) -> dict[str, float]:
-    wide = part.pivot_table("accuracy", ["task", "shots"], "condition").reset_index()
-    chance = 100 / _label_counts(wide["task"])
+    wide = frame.pivot_table("accuracy", ["training_seed", *ROW], "condition").reset_index()
+    kinds = [task_kind(*key) for key in wide[["task", "labels"]].itertuples(index=False)]
     few = wide["shots"] == wide.groupby("task")["shots"].transform("max")
-    binary = wide[few & (chance == 50)]
-    zero = wide["shots"] == 0
-    removed = wide["full"] - wide["induction_heads"]
-    blocked = wide["full"] - wide["induction_pattern"]
-    costly = few & (removed >= 10)
-    return {
-        "full, two labels": binary["full"].mean(),
-        "full, four labels": wide.loc[few & (chance == 25), "full"].mean(),
-        "zero-shot, furthest from chance": (wide["full"] - chance)[zero].abs().max(),
-        "loss without induction heads": removed[binary.index].mean(),
-        "loss without random heads": (binary["full"] - binary["random_heads"]).mean(),
-        "share of the pattern": 100 * (blocked[costly] / removed[costly]).mean(),
-        "moved at zero shots": removed[zero].abs().max(),
-    }
+    wide["removed"] = wide["full"] - wide["induction_heads"]
+    wide["blocked"] = wide["full"] - wide["induction_pattern"]
+    wide["control"] = wide["full"] - wide["random_heads"]
+    groups = wide.assign(kind=kinds)[few | (wide["shots"] == 0)].groupby(
+        ["training_seed", "kind"], sort=False
+    )
+    return groups.apply(_summary, include_groups=False)
+
+
+def _summary(part: pd.DataFrame) -> pd.Series:
+    zero, few = part[part["shots"] == 0], part[part["shots"] > 0]
+    costly = (few["removed"] >= 10).all()
+    share = 100 * few["blocked"].mean() / few["removed"].mean()
+    return pd.Series(
+        {
+            "full": _spread(few["full"]),
+            "zero-shot, full": _spread(zero["full"]),
+            "loss without induction heads": _spread(few["removed"]),
+            "loss with the pattern blocked": _spread(few["blocked"]),
+            "loss without random heads": _spread(few["control"]),
+            "share of the pattern": _spread(100 * few["blocked"] / few["removed"], mean=share)
+            if costly
+            else "",
+            "zero-shot, loss without induction heads": _spread(zero["removed"]),
+        }
+    )
+
+
+def _spread(values: pd.Series, *, mean: float | None = None) -> str:
+    """Write a mean (or another sum) and the range over the tasks."""
+    middle = values.mean() if mean is None else mean
+    return f"{middle:.1f} ({values.min():.1f} to {values.max():.1f})"

@@ -35,8 +35,8 @@ from icl_helpers.tasks.prompts import PromptSet, prompt_sets, resolve_shots
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
 
 __all__ = [
-    "GROUPS", "KINDS", "Group", "Plan", "bundle_name", "check_same_model", "run_info", "run_table",
-    "shown_name", "stated_parameters",
+    "GROUPS", "KINDS", "Group", "Plan", "bundle_name", "check_same_model", "run_heads", "run_info",
+    "run_table", "shown_name", "stated_parameters",
 ]  # fmt: skip
 
 # Kinds of conditions; the second is evaluated beside the first wherever it is evaluated at all.
@@ -238,6 +238,12 @@ def run_info(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
 def stated_parameters(run_dir: str | os.PathLike[str]) -> StageParameters:
     """The parameters that a run's ``run.json`` states, there; raises as :func:`run_info` does."""
     return StageParameters(**run_info(run_dir)["parameters"] | {"run_dir": os.fspath(run_dir)})
+
+
+def run_heads(run_dir: str | os.PathLike[str]) -> int:
+    """How many attention heads a run's model has, of those with scores in ``heads.json``."""
+    scores = json.loads((Path(run_dir) / "heads.json").read_text(encoding="utf-8"))["scores"]
+    return sum(map(len, scores))
 
 
 def run_table(

@@ -207,6 +207,11 @@ class Run:
         }
         return {"tokens_ranked_by": ranking, "induction_heads": chosen, "scores": mean.tolist()}
 
+    @property
+    def n_heads(self) -> int:
+        """How many attention heads the model has."""
+        return self.prefix_scores()[0].numel()
+
     def induction_heads(self, fraction: float | None = None) -> list[Head]:
         """The top heads at a fraction; default the largest of the run."""
         return top_heads(self.prefix_scores().mean(0), fraction or self.plan.fractions[-1])

@@ -18,7 +18,6 @@ from icl_helpers.book import pages as book_front
 from icl_helpers.cli import main
 from icl_helpers.files import book_dir, notebooks_dir
 from icl_helpers.parameters import about, parameter_cell, read_parameters
-from icl_helpers.results.tables import summarise
 from icl_helpers.run.stages import StageError, execute_notebook, execute_stages, stage_notebooks
 
 NOTEBOOKS = stage_notebooks()
@@ -55,59 +54,6 @@ def test_notebook_is_stripped_short_celled_and_has_one_literal_parameters_cell(p
 )
 def test_parameter_files_are_valid(path):
     assert icl.stage_parameters(**read_parameters(path)).run_dir.startswith("runs/")
-
-
-def results() -> pd.DataFrame:
-    """Accuracies with known averages."""
-    rows = []
-    for task, shots in (("repetition", 10), ("repetition", 0), ("wordseq1_4way", 20)):
-        for seed, accuracy in ((42, 0.8), (43, 0.9)):
-            key = {
-                "task": task,
-                "labels": "unrelated",
-                "shots": shots,
-                "demonstration_seed": seed,
-                "n": 10,
-            }
-            if shots == 0:
-                accuracy = 0.5
-            rows.append(
-                {
-                    **key,
-                    "condition": "full",
-                    "ablation": "none",
-                    "fraction": 0.0,
-                    "accuracy": accuracy,
-                }
-            )
-            for name, ablation, loss in (
-                ("induction_heads", "mean", 0.3),
-                ("induction_pattern", "knockout", 0.2),
-            ):
-                lost = accuracy - (loss if shots else 0)
-                rows.append(
-                    {
-                        **key,
-                        "condition": name,
-                        "ablation": ablation,
-                        "fraction": 0.06,
-                        "accuracy": lost,
-                    }
-                )
-            for ablation_seed in (42, 43):
-                rows.append(
-                    {**key, "condition": "random_heads", "ablation": "mean", "fraction": 0.06,
-                     "ablation_seed": ablation_seed, "accuracy": accuracy - 0.01 * (ablation_seed - 41)}
-                )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def test_summary_averages_tasks_with_two_labels():
-    summary = summarise(results())
-    assert summary["full"] == pytest.approx(85)
-    assert summary["induction_heads"] == pytest.approx(55)
-    assert summary["zero_shot"] == pytest.approx(50)
-    assert summary["tasks"] == ["repetition"]
 
 
 @pytest.mark.slow

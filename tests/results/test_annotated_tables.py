@@ -10,6 +10,7 @@ import pytest
 
 import icl_helpers as icl
 from icl_helpers.evaluation.store import accuracies
+from icl_helpers.results import statistics
 from icl_helpers.results.figures import bars_alt, benefit_alt, benefit_bars
 from icl_helpers.results.statistics import (
     accuracy_intervals,
@@ -26,17 +27,20 @@ SHARE = 0.06
 
 
 def answers(task: str, labels: str, chances: dict[tuple[str, str, int], float]) -> pd.DataFrame:
-    """200 documents with two seeds; chances by (condition, ablation, shots)."""
+    """200 documents with three seeds; chances by (condition, ablation, shots)."""
     rng = np.random.default_rng(1)
     rows = []
     for (condition, ablation, shots), chance in chances.items():
-        draws = [42, 43] if condition == "random_heads" else [None]
-        for seed, draw, doc in itertools.product((42, 43), draws, range(200)):
+        draws = [42, 43, 44] if condition == "random_heads" else [None]
+        right = rng.random((3, len(draws), 200)) < chance
+        # Without examples seeds do not differ.
+        right = right if shots else np.broadcast_to(right[:1], right.shape)
+        for at, draw, doc in itertools.product(range(3), range(len(draws)), range(200)):
             rows.append(
                 {"task": task, "labels": labels, "shots": shots, "condition": condition,
                  "ablation": ablation, "fraction": 0.0 if condition == "full" else SHARE,
-                 "ablation_seed": draw, "demonstration_seed": seed, "doc_id": doc,
-                 "correct": rng.random() < chance, "margin": 0.0, "valid": True}
+                 "ablation_seed": draws[draw], "demonstration_seed": 42 + at, "doc_id": doc,
+                 "correct": right[at, draw, doc], "margin": 0.0, "valid": True}
             )  # fmt: skip
     return pd.DataFrame(rows).astype({"ablation_seed": "Int64"})
 
@@ -60,32 +64,37 @@ def documents() -> pd.DataFrame:
 
 
 def test_table_1_shows_accuracy_difference_mark_and_interval(documents):
-    cells, tests = annotated_table(documents, 1)
+    cells, tests = annotated_table(documents, 1, n_heads=50)
     row = cells.loc[("repetition", "unrelated", 10)]
     rows = documents[(documents["task"] == "repetition") & (documents["shots"] == 10)]
     plain = 100 * rows.groupby(["condition", "ablation"])["correct"].mean()
     full, removed = plain["full", "none"], plain["induction_heads", "mean"]
-    shown = row[("induction heads", "6.0%")]
+    shown = row[("induction heads", "3 of 50 heads (6.0 %)")]
     assert shown.startswith(f"{removed:.1f} ({removed - full:+.1f}){MARK} [")
     assert row[("full model", "")].startswith(f"{full:.1f} [")
-    random = row[("random heads", "6.0%")]
+    random = row[("random heads", "3 of 50 heads (6.0 %)")]
     assert MARK not in random
-    gap = row[("induction minus random", "6.0%")]
+    gap = row[("induction minus random", "3 of 50 heads (6.0 %)")]
     assert gap.startswith(f"{removed - plain['random_heads', 'mean']:+.1f}{MARK} [")
     assert set(tests["ablation"]) == {"mean", "knockout"}
     assert set(tests["task"]) == {"repetition"}
 
 
-def test_marks_follow_holm_over_the_table_alone(documents):
-    _, tests = annotated_table(documents, 1)
-    assert tests["p_holm"].to_numpy() == pytest.approx(holm(tests["p"].to_numpy()))
-    assert (tests["distinguishable"] == (tests["p_holm"] < 0.05)).all()
-    no_examples = tests[tests["shots"] == 0]
-    assert not no_examples["distinguishable"].any()
+def test_marks_follow_holm_over_the_table_alone_and_the_interval(documents):
+    cells, tests = annotated_table(documents, 1, n_heads=50)
+    no_examples = tests["shots"] == 0
+    for family in (tests[no_examples], tests[~no_examples]):
+        assert family["p_holm"].to_numpy() == pytest.approx(holm(family["p"].to_numpy()))
+    apart = (tests["low"] > 0) | (tests["high"] < 0)
+    assert (tests["distinguishable"] == ((tests["p_holm"] < 0.05) & apart)).all()
+    assert not tests.loc[no_examples, "distinguishable"].any()
+    # Every star of the cells is one of the tests', and none is left out.
+    stars = cells.map(lambda text: text.count(MARK)).to_numpy().sum()
+    assert stars == tests["distinguishable"].sum() > 0
 
 
 def test_a_test_of_the_table_is_the_paired_test_on_the_same_documents(documents):
-    _, tests = annotated_table(documents, 3)
+    _, tests = annotated_table(documents, 3, n_heads=50)
     row = tests[(tests["shots"] == 10) & (tests["against"] == "full")].iloc[0]
     wide = documents[(documents["task"] == "sst2") & (documents["shots"] == 10)].pivot_table(
         index="doc_id", columns=["condition", "demonstration_seed"], values="correct"
@@ -95,16 +104,16 @@ def test_a_test_of_the_table_is_the_paired_test_on_the_same_documents(documents)
 
 
 def test_table_4_takes_zero_ablation_and_text_tables_have_no_knockout(documents):
-    cells, tests = annotated_table(documents, 4)
+    cells, tests = annotated_table(documents, 4, n_heads=50)
     assert set(tests["ablation"]) == {"zero", "knockout"}
-    assert ("random heads", "6.0%") not in cells.columns
-    assert {name for name, _ in annotated_table(documents, 3).cells.columns} == {
+    assert ("random heads", "3 of 50 heads (6.0 %)") not in cells.columns
+    assert {name for name, _ in annotated_table(documents, 3, n_heads=50).cells.columns} == {
         "full model", "induction heads",
     }  # fmt: skip
     with pytest.raises(icl.InputError, match="1, 3, 4 and 5"):
-        annotated_table(documents, 2)
+        annotated_table(documents, 2, n_heads=50)
     with pytest.raises(icl.InputError, match="text classification"):
-        annotated_table(documents[documents["task"] == "repetition"], 5)
+        annotated_table(documents[documents["task"] == "repetition"], 5, n_heads=50)
 
 
 def test_no_interval_of_an_accuracy_leaves_0_to_100():
@@ -155,35 +164,55 @@ def test_tasks_without_benefit_are_left_out_of_the_figure_and_listed(documents):
     (row,) = out.to_dict("records")
     assert row["task"] == "sst2"
     assert row["why"] == "no benefit"
-    text = benefit_alt(changes, ablation="mean")
+    text = benefit_alt(changes, ablation="mean", n_heads=50)
     assert "repetition" in text
     assert "sst2" not in text
-    assert len(benefit_bars(changes, ablation="mean").axes) == 1
+    assert len(benefit_bars(changes, ablation="mean", n_heads=50).axes) == 1
     with pytest.raises(icl.InputError, match="with and without"):
         few = documents[documents["shots"] == 10]
         benefit_changes(accuracies(few), few)
 
 
 def test_alternative_text_names_every_bar(documents):
-    text = bars_alt(accuracies(documents), ablations=["mean", "knockout"])
+    text = bars_alt(accuracies(documents), ablations=["mean", "knockout"], n_heads=50)
+    assert "3 of 50 heads (6.0 %)" in text
     assert "repetition with unrelated labels: full 9" in text
     assert "sst2 with semantic labels: full 9" in text
     empty = accuracies(documents).iloc[:0]
-    assert "nothing was evaluated" in bars_alt(empty, ablations=["mean"])
+    assert "nothing was evaluated" in bars_alt(empty, ablations=["mean"], n_heads=50)
 
 
-@pytest.mark.parametrize("documents", [100, 300])
-@pytest.mark.parametrize("spread", [0.0, 0.01, 0.03, 0.08])
-def test_simulated_coverage_of_three_seeds_is_93_to_97_percent(documents, spread):
-    found = simulate_coverage(seeds=3, documents=documents, seed_spread=spread, document_spread=0.3)
-    assert 0.93 <= found <= 0.97
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.05])
+@pytest.mark.parametrize("accuracy", [0.02, 0.6, 0.98])
+def test_simulated_coverage_of_three_seeds_is_at_least_93_percent(spread, accuracy):
+    found = simulate_coverage(documents=200, accuracy=accuracy, seed_spread=spread)
+    assert found >= 0.93
 
 
-def test_coverage_falls_when_seeds_are_ignored():
-    """One seed cannot know of the spread over seeds: the simulation must notice."""
-    assert simulate_coverage(seeds=1, documents=300, seed_spread=0.08) < 0.7
-    table = coverage_table(documents=100, spreads=(0.0,))
-    assert 90 <= table.iloc[0].item() <= 100
+@pytest.mark.parametrize("draws", [3, 20])
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("accuracy", [0.02, 0.5, 0.98])
+def test_simulated_coverage_over_control_draws_is_at_least_93_percent(draws, uneven, accuracy):
+    loss = 0.1 if uneven else 0.05
+    found = simulate_coverage(
+        documents=100, accuracy=accuracy, draws=draws, loss=loss, uneven=uneven, seed_spread=0.02
+    )
+    assert found >= 0.93
+
+
+def test_coverage_falls_when_the_spread_over_seeds_or_draws_is_ignored(monkeypatch):
+    """One seed cannot know of the spread over seeds, and draws may agree: it must be noticed."""
+    assert simulate_coverage(seeds=1, documents=300, seed_spread=0.08) < 0.75
+    monkeypatch.setattr(statistics, "LEAST_DRAW_SPREAD", 0.0)
+    uneven = {"documents": 300, "draws": 3, "loss": 0.1, "uneven": True, "accuracy": 0.9}
+    assert simulate_coverage(**uneven, trials=300) < 0.9
+
+
+def test_table_of_coverage_names_what_was_simulated():
+    table = coverage_table(documents=100, draws=(3,), accuracies=(0.98,), trials=40)
+    assert list(table) == ["98 %"]
+    assert len(table) == 5
+    assert table.to_numpy().min() > 85
     with pytest.raises(icl.InputError, match="trials"):
         simulate_coverage(seeds=0, documents=100, seed_spread=0.0)
 

@@ -46,7 +46,7 @@ def test_runs_stand_side_by_side_with_their_change_to_the_full_model(tmp_path):
     runs = {path.name: path for path in (first, second)}
     models = {"a": "icl-tiny", "b": "gpt2"}
     results = {name: pd.read_parquet(path / "results.parquet") for name, path in runs.items()}
-    found = compare_runs({name: (models[name], results[name]) for name in runs}).set_index(
+    found = compare_runs({name: (models[name], results[name], 100) for name in runs}).set_index(
         ["model", "condition"]
     )
     assert found["accuracy"].to_dict() == pytest.approx(
@@ -56,6 +56,8 @@ def test_runs_stand_side_by_side_with_their_change_to_the_full_model(tmp_path):
     assert found.loc[("icl-tiny", "induction_heads"), "change"] == pytest.approx(-40)
     assert found.loc[("gpt2", "induction_heads"), "share"] == "larger"
     assert set(found["documents"]) == {20}
+    assert found.loc[("icl-tiny", "induction_heads"), "heads"] == "6 of 100 heads (6.0 %)"
+    assert found.loc[("gpt2", "full"), "heads"] == ""
 
 
 def test_overlay_has_the_published_value_beside_the_run_of_the_same_model(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
 from icl_helpers.evaluation.store import document_results
@@ -21,12 +22,16 @@ def shown(monkeypatch) -> list[str]:
 
 def test_table_of_a_run_is_shown_with_its_tests_and_both_are_written(tmp_path, shown):
     documents = document_results(write_run(tmp_path / "a", "icl-tiny", fraction=0.06, right=RIGHT))
-    reporting.show_paper_table(documents, 1, tmp_path / "tables")
+    reporting.show_paper_table(documents, 1, tmp_path / "tables", n_heads=64)
     page = "\n".join(shown)
     assert "95.0" in page
     assert "20.0 (-75.0)*<br>[" in page
     assert "labels" not in shown[0].split("<tbody>")[0].replace("aria-label", "")
     assert "2 of 3 comparisons are distinguishable" in page
+    tests = pd.read_csv(tmp_path / "tables" / "table-1-tests.csv", dtype=str)
+    assert set(tests["heads"]) == {"4 of 64 heads (6.3 %)"}
+    # 20 documents of which 15 are lost in every run: 2 / 2 ** 15, and never 0.0.
+    assert tests["p"].tolist()[0] == "6.1e-05"
     names = {path.name for path in (tmp_path / "tables").iterdir()}
     assert names == {"table-1.csv", "table-1.tex", "table-1-tests.csv", "table-1-tests.tex"}
     assert all(f"tables/{name}" in page for name in names)
@@ -34,7 +39,7 @@ def test_table_of_a_run_is_shown_with_its_tests_and_both_are_written(tmp_path, s
 
 def test_table_without_rows_says_so(tmp_path, shown):
     documents = document_results(write_run(tmp_path / "a", "icl-tiny", fraction=0.06, right=RIGHT))
-    reporting.show_paper_table(documents, 3, tmp_path / "tables")
+    reporting.show_paper_table(documents, 3, tmp_path / "tables", n_heads=64)
     assert "Nothing to show" in shown[0]
     assert "text classification" in shown[0]
 

@@ -55,7 +55,9 @@ def heads_in_words(fraction: float, n_total: int) -> str:
     than the fraction asked for.
     """
     count = head_count(n_total, fraction)
-    return f"{count} of {n_total:,} heads ({100 * count / n_total:.1f} %)"
+    # Half a tenth is rounded up, as a reader does: 6.25 is 6.3.
+    tenths = math.floor(1000 * count / n_total + 0.5)
+    return f"{count} of {n_total:,} heads ({tenths / 10:.1f} %)"
 
 
 def top_heads(scores: Float[torch.Tensor, "layers heads"], fraction: float) -> list[Head]:

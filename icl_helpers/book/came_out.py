@@ -42,7 +42,13 @@ from icl_helpers.results.tables import read_measurements
 from icl_helpers.results.viewer import PromptView
 
 __all__ = [
-    "headline", "kind_lines", "prediction", "removal_caption", "seed_doubts", "section",
+    "headline",
+    "in_short",
+    "kind_lines",
+    "prediction",
+    "removal_caption",
+    "section",
+    "seed_doubts",
     "what_came_out",
 ]  # fmt: skip
 
@@ -151,11 +157,22 @@ def kind_lines(outcomes: Sequence[KindOutcome]) -> list[str]:
     ]
 
 
-def removal_caption(outcomes: Sequence[KindOutcome]) -> str:
-    """Say in half a sentence a kind what is left without the heads, for captions."""
+def in_short(run: Any) -> str:
+    """Say of a whole run what came out, as Markdown: doubts, the headline, and each kind."""
+    found = _result_parts(run)
+    return section([], found.model, [], [], found.doubts)
+
+
+def removal_caption(documents: pd.DataFrame, *, ablation: str = "mean") -> str:
+    """Say of each kind of tasks what is left without the induction heads, for a figure's caption.
+
+    ``documents`` is :func:`icl_helpers.document_results`; empty where nothing was removed.
+    """
+    if not (documents["condition"] == "induction_heads").any():
+        return ""
     said = [
         f"{outcome.kind} {'; '.join(findings(outcome, brief=True))}"
-        for outcome in outcomes
+        for outcome in kind_outcomes(documents, ablation=ablation)
         if outcome.condition == "induction_heads"
     ]
     return f"Without the induction heads: {'. '.join(said)}." if said else ""
@@ -396,7 +413,9 @@ def removal_parts(
                  _sentences(some, n_heads, "induction_heads", "random_heads")]  # fmt: skip
         predictions += _removal_predictions(some, none, title)
         all_outcomes += some
-    return _Parts(paper, said, predictions, _sure(all_outcomes), seed_doubts(all_outcomes, model=model))
+    return _Parts(
+        paper, said, predictions, _sure(all_outcomes), seed_doubts(all_outcomes, model=model)
+    )
 
 
 def _removal_predictions(

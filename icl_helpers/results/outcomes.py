@@ -469,7 +469,9 @@ def doubts(outcome: KindOutcome) -> list[str]:
         for task in outcome.tasks:
             if getattr(task, disagree):
                 each = ", ".join(f"{k}: {v:.0f} %" for k, v in getattr(task, levels).items())
-                lines.append(f"{what} disagree on {task_name(task.task)} ({_condition(outcome)}): {each}.")
+                lines.append(
+                    f"{what} disagree on {task_name(task.task)} ({_condition(outcome)}): {each}."
+                )
         if {len(getattr(task, levels)) for task in outcome.tasks} == {1}:
             lines.append(
                 f"One {what.lower()[:-1]} only on {outcome.kind} ({_condition(outcome)}): how much "

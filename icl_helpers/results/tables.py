@@ -22,7 +22,7 @@ from icl_helpers.tasks.specs import get_task_spec, task_names
 
 __all__ = [
     "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results", "annotated_table",
-    "cell_frame", "effect_summary", "markdown_table", "read_measurements", "summarise",
+    "cell_frame", "effect_summary", "markdown_table", "read_measurements",
     "table_rows", "write_table",
 ]  # fmt: skip
 
@@ -171,38 +171,8 @@ def abstract_results(results: pd.DataFrame) -> pd.DataFrame:
     return results if rows.empty else rows
 
 
-def summarise(results: pd.DataFrame, *, ablation: str = "mean") -> dict[str, Any]:
-    """Average accuracies over the abstract tasks with two labels, in percent.
-
-    Keys: ``full``, ``induction_heads``, ``induction_pattern``, ``random_heads`` at each task's
-    largest number of shots and the run's larger fraction; ``zero_shot`` and
-    ``zero_shot_induction_heads``; ``shots``, ``fraction``, ``tasks``. None where not evaluated.
-    """
-    rows = abstract_results(results)
-    rows = rows[_label_counts(rows["task"]) == 2]
-    larger = float(rows["fraction"].max())
-    rows = rows[(rows["fraction"] == larger) | (rows["condition"] == "full")]
-    rows = rows[rows["ablation"].isin(["none", "knockout", ablation])]
-    few = rows[rows["shots"] == rows.groupby("task")["shots"].transform("max")]
-    zero = rows[rows["shots"] == 0]
-    return {
-        **{name: _mean(few, name) for name in CONDITION_TITLES},
-        "zero_shot": _mean(zero, "full"),
-        "zero_shot_induction_heads": _mean(zero, "induction_heads"),
-        "shots": int(few["shots"].max()),
-        "fraction": larger,
-        "tasks": sorted(set(few["task"])),
-    }
-
-
 def _label_counts(tasks: pd.Series) -> pd.Series:
     return tasks.map(lambda task: len(get_task_spec(task).choices))
-
-
-def _mean(rows: pd.DataFrame, condition: str) -> float | None:
-    """Return a condition's accuracy in percent: averaged over each task's runs, then over tasks."""
-    tasks = rows[rows["condition"] == condition].groupby("task")["accuracy"].mean()
-    return None if tasks.empty else float(tasks.mean() * 100)
 
 
 def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:

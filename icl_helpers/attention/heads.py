@@ -6,7 +6,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from decimal import ROUND_HALF_UP, Decimal
 from typing import NamedTuple
 
 import torch
@@ -56,9 +55,9 @@ def heads_in_words(fraction: float, n_total: int) -> str:
     than the fraction asked for.
     """
     count = head_count(n_total, fraction)
-    # A half is rounded up, as readers do: 4 of 64 is 6.3 %.
-    share = Decimal(100 * count) / n_total
-    return f"{count} of {n_total:,} heads ({share.quantize(Decimal('0.1'), ROUND_HALF_UP)} %)"
+    # Half a tenth is rounded up, as a reader does: 6.25 is 6.3.
+    tenths = math.floor(1000 * count / n_total + 0.5)
+    return f"{count} of {n_total:,} heads ({tenths / 10:.1f} %)"
 
 
 def top_heads(scores: Float[torch.Tensor, "layers heads"], fraction: float) -> list[Head]:

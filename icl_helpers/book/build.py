@@ -130,27 +130,30 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
     root = project_root()
     toc = yaml.safe_load((root / "_toc.yml").read_text())
     config = yaml.safe_load((root / "_config.yml").read_text())
-    study, reference = (part["chapters"] for part in toc["parts"][:2])
-    written = {page["file"] for page in study}
-    study += [{"file": page} for page in _stage_chapters(staged) if page not in written]
-    if len(runs) > 1:
-        (staged / "comparison.md").write_text(pages.comparison_page(runs, staged))
-        study.append({"file": "comparison"})
-    parts = []
-    for run, title in pages.run_titles(runs).items():
-        chapters = [{"file": page} for page in _stage_run(staged, run)]
-        parts.append({"caption": f"Run: {title}", "chapters": chapters})
+    parts = {part["caption"]: part["chapters"] for part in toc["parts"]}
+    behind = parts["Behind the runs"]
+    written = {page["file"] for page in behind}
+    behind += [{"file": page} for page in _stage_chapters(staged) if page not in written]
+    (staged / "model-card.md").write_text(pages.model_card("icl-tiny"))
+    several = pages.comparison_page(runs, staged) if len(runs) > 1 else None
+    for name, text in (
+        ("verification", pages.verification_page(runs)), ("comparison", several),
+    ):  # fmt: skip
+        if text is not None:
+            (staged / f"{name}.md").write_text(text)
+            behind.insert(0, {"file": name})
+    # What came out stands before how to make more of it.
+    toc["parts"][1:1] = [
+        {"caption": title, "chapters": [{"file": page} for page in _stage_run(staged, run)]}
+        for run, title in pages.run_titles(runs).items()
+    ]
     _generated(staged, runs)
-    reference += [{"file": page} for page in ("runs", "notebooks", "cite")]
-    verification = pages.verification_page(runs)
-    if verification is not None:
-        (staged / "verification.md").write_text(verification)
-        study.append({"file": "verification"})
-    toc["parts"][:0] = [part for part in parts[:1] if verification is not None]
-    toc["parts"] += parts[1:] if verification is not None else parts
+    url = config["repository"]["url"]
     config["parse"]["myst_substitutions"] = {
-        **front_page(staged, runs[0]),
+        **front_page(staged, runs),
         **_costs(),
+        "drawing": pages.drawing(),
+        "code": f" The code is at <{url}>." if url else "",
     }
     _repository_buttons(config)
     (staged / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
@@ -216,7 +219,9 @@ def _stage_run(staged: Path, run: Path) -> Iterator[str]:
     info = run_info(run)
     places = dict.fromkeys((str(run.resolve()), info["parameters"]["run_dir"]), f"runs/{run.name}")
     places[info["model"]] = shown_name(info["model"])
-    for stage in stage_notebooks():
+    # The results come first, then how they were got.
+    *stages, results = stage_notebooks()
+    for stage in (results, *stages):
         text = (run / "notebooks" / stage.name).read_text(encoding="utf-8")
         for place, shown in places.items():
             text = text.replace(place, shown)
@@ -243,9 +248,14 @@ def _make_static(notebook: Any, suffix: str) -> None:
     """Make an executed notebook fit for a static page, with figure names unique in the book."""
     # papermill notes where the notebook lay.
     notebook.metadata.pop("papermill", None)
-    for cell in notebook.cells:
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.metadata["tags"] += ["hide-cell"]
+    tags = [set(cell.metadata.get("tags", [])) for cell in notebook.cells]
+    injected = any("injected-parameters" in found for found in tags)
+    for cell, found in zip(notebook.cells, tags, strict=True):
+        if found & {"parameters", "injected-parameters"}:
+            # One folded line: the values of this run where there are any, else the defaults.
+            default = injected and "parameters" in found
+            cell.metadata["tags"] += ["remove-cell" if default else "hide-cell"]
+            cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters of this page"}
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _is_static(output)]
             _describe_figure(cell, suffix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,31 +12,39 @@ from typing import Any
 import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors import safe_open
 
 from icl_helpers.attention.heads import heads_in_words
+from icl_helpers.attention.induction_pattern import (
+    CATEGORIES,
+    elements_pattern,
+    induction_pattern,
+    prompt_elements,
+)
+from icl_helpers.book.came_out import headline, kind_lines, removal_caption, seed_doubts
 from icl_helpers.files import (
     SMOLLM2,
     assets_dir,
     book_dir,
+    embedded_dir,
     embedded_models,
     notebooks_dir,
     project_root,
 )
+from icl_helpers.models.loading import load_tokenizer
 from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
 from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
-from icl_helpers.results.outcomes import doubts, kind_outcomes, outcome_sentence
-from icl_helpers.results.tables import (
-    abstract_results,
-    markdown_table,
-)
+from icl_helpers.results.outcomes import kind_outcomes, listed
+from icl_helpers.results.tables import abstract_results, markdown_table
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
 from icl_helpers.run.plan import run_heads, run_info, run_table, shown_name
 from icl_helpers.run.stages import stage_notebooks
-from icl_helpers.tasks.specs import get_task_spec
+from icl_helpers.tasks.prompts import build_prompts
 
 __all__ = [
-    "architecture_table", "chapter_notebooks", "citation_page", "comparison_page", "front_page",
+    "architecture_table", "chapter_notebooks", "citation_page", "comparison_page", "drawing",
+    "front_page", "model_card",
     "notebooks_page", "overlay_page", "recipe_table", "run_slug", "run_titles", "runs_page",
     "stage_table", "verification_page",
 ]  # fmt: skip
@@ -73,6 +82,7 @@ def run_titles(runs: Sequence[Path]) -> dict[Path, str]:
     titles = {}
     for run, name in names.items():
         remarks = ["instruct, 4-bit weights"] if name == SMOLLM2 else []
+        remarks += ["trained on these puzzles"] if name in embedded_models() else []
         remarks += [run.name] if name in several and run.name != name else []
         titles[run] = f"{name} ({'; '.join(remarks)})" if remarks else name
     return titles
@@ -271,50 +281,123 @@ _FIGURE = ("mean", "knockout")
 _VIEWER = "07_attention_patterns"
 
 
-def front_page(staged: Path, run: Path) -> dict[str, str]:
+def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     """Draw the front page's figure into ``staged/_static``; return what is inserted into prose.
 
-    Keys: model, model_described, origin, answer, figure, accuracies, stages, viewer, about_model.
+    Its numbers are those of the first run. Keys: model, model_described, size, origin, answer,
+    figure, runs_here, stages, viewer, about_model.
     """
-    info = run_info(run)
+    run = runs[0]
+    info, titles, sizes = run_info(run), run_titles(runs), {run: _size(run) for run in runs}
+    name, parameters = shown_name(info["model"]), info["parameters"]
     results = abstract_results(run_table(run, "results", "tasks"))
+    documents = run_table(run, "documents", None)
+    outcomes = kind_outcomes(documents)
+    n_heads = sizes[run][0]
+    heads = heads_in_words(max(it.fraction for it in outcomes) or 1.0, n_heads)
     (staged / "_static").mkdir(exist_ok=True)
-    n_heads = run_heads(run)
     figure = accuracy_bars(results, ablations=list(_FIGURE), n_heads=n_heads)
     figure.savefig(staged / "_static" / "front.png", dpi=160)
-    heads = heads_in_words(float(results["fraction"].max()), n_heads)
-    outcomes = kind_outcomes(run_table(run, "documents", "tasks"))
-    said = [line for outcome in outcomes for line in doubts(outcome)]
-    said += [outcome_sentence(outcome, heads=heads) for outcome in outcomes]
-    embedded = info["model"] in embedded_models()
-    name, title = shown_name(info["model"]), run_titles([run])[run]
-    parameters = info["parameters"] | {"model": name}
-    alt = bars_alt(results, ablations=list(_FIGURE), n_heads=n_heads)
+    left = removal_caption(documents[documents["task"].isin(results["task"])])
+    alt = f"{bars_alt(results, ablations=list(_FIGURE), n_heads=n_heads)} {left}".strip()
+    embedded = [name for name in embedded_models() if name in map(_model, runs)]
     return {
         "model": name,
-        "model_described": f"{name}, a small model that travels with it" if embedded else title,
+        "model_described": titles[run],
+        "size": sizes[run][1],
         "origin": "computed when the book was built" if "imported" not in info else _SHIPPED,
-        "answer": "\n".join(["**In this model:**", "", *(f"- {line}" for line in said)]),
-        "figure": _page("figure", **parameters, alt=alt, heads=heads),
-        "accuracies": _accuracies(results),
+        "answer": _page(
+            "answer", title=titles[run], headline=headline(outcomes, heads=heads),
+            doubts=seed_doubts(outcomes, model=name), kinds=kind_lines(outcomes),
+            results=f"run/{run_slug(run)}/08_results",
+        ),
+        "figure": _page("figure", **parameters | {"model": name}, alt=alt, heads=heads, left=left),
+        "runs_here": "\n".join(
+            f"- [{titles[it]}](run/{run_slug(it)}/08_results), {sizes[it][1]}" for it in runs
+        ),
         "stages": str(len(stage_notebooks())),
         "viewer": f"[attention viewer](run/{run_slug(run)}/{_VIEWER})",
-        "about_model": _page("embedded" if embedded else "real"),
+        "about_model": "\n\n".join(
+            [_page("real")] * (name not in embedded) + [_page("embedded", name=it) for it in embedded]
+        ),
+    }  # fmt: skip
+
+
+def _model(run: Path) -> str:
+    return shown_name(run_info(run)["model"])
+
+
+def _size(run: Path) -> tuple[int, str]:
+    """Number of the model's heads, and its size in words; an embedded model's parameters too."""
+    scores = json.loads((run / "heads.json").read_text(encoding="utf-8"))["scores"]
+    layers, heads, name = len(scores), len(scores[0]), _model(run)
+    size = f"{layers} layers of {heads} heads"
+    if name in embedded_models():
+        with safe_open(embedded_dir() / name / "model.safetensors", "pt") as weights:
+            shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118
+        size += f", {sum(map(math.prod, shapes)) / 1e6:.1f} million parameters"
+    return layers * heads, size
+
+
+def model_card(model: str) -> str:
+    """The model card of an embedded model as a page of the book."""
+    text = (embedded_dir() / model / "README.md").read_text(encoding="utf-8")
+    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    return body.replace(f"# {model}", f"# Model card of {model}", 1).strip()
+
+
+def drawing(*, model: str = "icl-tiny", task: str = "wordseq1_binary", shots: int = 2) -> str:
+    """Draw what an induction head attends to, and the pairs that a knockout blocks, on a prompt.
+
+    Pairs are those of :func:`icl_helpers.induction_pattern` by the model's tokenizer; the prompt is
+    the task's first whose query shares a word's category with a demonstration.
+    """
+    copied = list("KRT") * 2
+    ideal = {
+        (at, k + 1): "words"
+        for at in range(len(copied))
+        for k in range(at)
+        if copied[k] == copied[at]
     }
+    tokenizer = load_tokenizer(model)
+    for prompt in build_prompts(task, shots=shots, seed=42):
+        encoded = tokenizer(prompt.context, add_special_tokens=False, return_offsets_mapping=True)
+        spans, elements = encoded["offset_mapping"], prompt_elements(prompt.context)
+        kinds = {name: elements_pattern(elements, spans, categories=(name,)) for name in CATEGORIES}
+        query = next(i for i, (_, end) in enumerate(spans) if end > elements[-3].start)
+        if kinds["words"][query].any():
+            break
+    first = next(i for i, (_, end) in enumerate(spans) if end > elements[0].start)
+    whole = induction_pattern(prompt.context, tokenizer)
+    pairs = {
+        (at - first, key - first): next(kind for kind in CATEGORIES if kinds[kind][at, key])
+        for at, key in whole.nonzero().tolist()
+    }
+    shown = [prompt.context[start:end].strip() or "blank line" for start, end in spans[first:]]
+    return _page(
+        "drawing", figures=[(copied, ideal, 0), (shown, pairs, query - first)], arcs=_arcs,
+        say=_say_pairs,
+    )  # fmt: skip
 
 
-def _accuracies(results: pd.DataFrame) -> str:
-    """The full model's accuracy on each task beside chance, as half a sentence."""
-    full = results[results["condition"] == "full"]
-    most = full[full["shots"] == full.groupby("task")["shots"].transform("max")]
-    parts = []
-    for task, rows in most.groupby("task", sort=False):
-        labels = get_task_spec(str(task)).choices
-        parts.append(
-            f"{str(task).replace('_', ' ')} {100 * rows['accuracy'].mean():.0f} % "
-            f"(chance {100 / len(labels):.0f} %)"
-        )
-    return ", ".join(parts)
+def _arcs(pairs: Mapping[tuple[int, int], str], loud: int) -> list[dict[str, Any]]:
+    """Where each arc of a drawing runs, and whether it starts in the query (from ``loud`` on)."""
+    return [
+        {"start": 22 * at + 11, "end": 22 * key + 11, "out": 12 * (at - key) + 14, "kind": kind,
+         "quiet": at < loud}
+        for (at, key), kind in sorted(pairs.items())
+    ]  # fmt: skip
+
+
+def _say_pairs(tokens: Sequence[str], pairs: Mapping[tuple[int, int], str], loud: int) -> str:
+    """Say which pairs start in the query, for readers who do not see the drawing."""
+    looks: dict[int, list[str]] = {}
+    for at, key in sorted(pairs):
+        if at >= loud:
+            looks.setdefault(at, []).append(f"{tokens[key]} (token {key + 1})")
+    return "; ".join(
+        f"from {tokens[at]} (token {at + 1}) to {listed(keys)}" for at, keys in looks.items()
+    )
 
 
 def architecture_table() -> str:

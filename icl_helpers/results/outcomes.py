@@ -14,7 +14,7 @@ Example
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,8 +33,9 @@ from icl_helpers.results.statistics import (
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
-    "Difference", "KindOutcome", "Span", "TaskOutcome", "doubts", "kind_outcomes",
-    "outcome_sentence", "task_kind", "task_outcomes", "training_seed_doubts",
+    "Difference", "KindOutcome", "Span", "TaskOutcome", "doubts", "findings", "kind_outcomes",
+    "listed", "outcome_sentence", "range_in_words", "task_kind", "task_name", "task_outcomes",
+    "training_seed_doubts",
 ]  # fmt: skip
 
 # Percent of documents from which on an answer is called that of all documents.
@@ -180,7 +181,7 @@ class KindOutcome:
 
     def names(self, holds: Callable[[TaskOutcome], bool]) -> list[str]:
         """Names of the tasks for which something holds."""
-        return [_name(task) for task in self.tasks if holds(task)]
+        return [task_name(task.task) for task in self.tasks if holds(task)]
 
 
 def task_kind(task: str, labels: str) -> str:
@@ -352,8 +353,16 @@ def _known_span(values: Iterable[float | None]) -> Span | None:
     return Span.of(known) if known else None
 
 
-def _name(task: TaskOutcome) -> str:
-    return task.task.replace("_", " ")
+_TASK_NAMES = {
+    f"wordseq{n}_{kind}": f"{added}word sequences {n}"
+    for kind, added in (("binary", ""), ("4way", "four-way "))
+    for n in (1, 2)
+}
+
+
+def task_name(task: str) -> str:
+    """A task's name in a sentence, as on the page on the method."""
+    return _TASK_NAMES.get(task, task.replace("_", " "))
 
 
 _CONDITIONS = {
@@ -373,7 +382,9 @@ def outcome_sentence(outcome: KindOutcome, *, heads: str) -> str:
     control = f" ({outcome.control} control)" if outcome.control else ""
     condition = _CONDITIONS[outcome.condition].format(heads=heads, control=control)
     start = f"{outcome.kind.capitalize()}, {_shots(outcome)}, {condition}"
-    return f"{start}: {'; '.join(_findings(outcome))}."
+    accuracy, *remarks = findings(outcome)
+    chance = f"(chance {outcome.chance:.0f} %)"
+    return f"{start}: {'; '.join([f'{accuracy} {chance}', *remarks])}."
 
 
 def _shots(outcome: KindOutcome) -> str:
@@ -381,19 +392,24 @@ def _shots(outcome: KindOutcome) -> str:
     return f"{' or '.join(map(str, numbers))} examples" if numbers != [0] else "no examples"
 
 
-def _findings(outcome: KindOutcome) -> Iterator[str]:
-    """Yield what is to be said, from the accuracy on; of some of the tasks by their names."""
-    if outcome.agree:
-        yield f"{_percent(outcome.accuracy)} (chance {outcome.chance:.0f} %)"
-    else:
-        each = ", ".join(f"{_name(task)} {task.accuracy.mean:.0f} %" for task in outcome.tasks)
-        yield f"{each} (chance {outcome.chance:.0f} %)"
+def findings(outcome: KindOutcome, *, brief: bool = False) -> list[str]:
+    """Say what is to be said, from the accuracy on; of some of the tasks by their names.
+
+    ``brief`` leaves out what follows from the rest: a loss to the full model beside one to the
+    control, and the margin.
+    """
+    found = [f"{range_in_words(outcome.accuracy)} %"]
+    if not outcome.agree:
+        each = (f"{task_name(task.task)} {task.accuracy.mean:.0f} %" for task in outcome.tasks)
+        found = [", ".join(each)]
     for text, holds in _REMARKS.items():
         names = outcome.names(holds)
-        if names:
-            yield text if len(names) == len(outcome.tasks) else f"{text} on {_listed(names)}"
-    if outcome.margin is not None and outcome.margin.low < 0 and outcome.condition != "full":
-        yield f"median margin of the right label {_nats(outcome.margin)}"
+        if names and not (brief and text == _BELOW_FULL):
+            found.append(text if len(names) == len(outcome.tasks) else f"{text} on {listed(names)}")
+    negative = outcome.margin is not None and outcome.margin.low < 0
+    if negative and outcome.condition != "full" and not brief:
+        found.append(f"median margin of the right label {range_in_words(outcome.margin, 1)} nats")
+    return found
 
 
 def _differs(against: str, sign: int) -> Callable[[TaskOutcome], bool]:
@@ -402,34 +418,44 @@ def _differs(against: str, sign: int) -> Callable[[TaskOutcome], bool]:
     )
 
 
+def _beside_controls(sign: int, *, every: bool) -> Callable[[TaskOutcome], bool]:
+    """Whether the difference to every control has this sign, or that to some and not to every."""
+
+    def holds(task: TaskOutcome) -> bool:
+        signs = [it.sign == sign for it in task.differences if it.against == "random_heads"]
+        return any(signs) and all(signs) == every
+
+    return holds
+
+
 def _undecided(task: TaskOutcome) -> bool:
     return task.to_full is not None and task.to_full.sign == 0
 
 
+_BELOW_FULL = "distinguishably below the full model"
 _REMARKS: dict[str, Callable[[TaskOutcome], bool]] = {
     "below chance": lambda task: task.level == "below chance",
     "not distinguishable from chance": lambda task: task.level == "at chance",
     "one label for nearly all documents": lambda task: task.level == "one label",
     "nearly always the answer that it gives without examples": lambda task: task.zero_shot_like,
-    "distinguishably below the full model": _differs("full", -1),
+    _BELOW_FULL: _differs("full", -1),
     "distinguishably above the full model": _differs("full", 1),
     "not distinguishable from the full model": _undecided,
-    "distinguishably below the random control": _differs("random_heads", -1),
-    "distinguishably above the random control": _differs("random_heads", 1),
+    "distinguishably below the random control": _beside_controls(-1, every=True),
+    "distinguishably above the random control": _beside_controls(1, every=True),
+    "distinguishably below one random control and not the other": _beside_controls(-1, every=False),
+    "distinguishably above one random control and not the other": _beside_controls(1, every=False),
 }
 
 
-def _percent(span: Span) -> str:
-    low, high = (f"{value:.0f}" for value in span[1:])
-    return f"{low} %" if low == high else f"{low} to {high} %"
+def range_in_words(span: Span, digits: int = 0) -> str:
+    """Write the range of a number over tasks: ``1 to 6``, or ``6`` where they are equal."""
+    low, high = (f"{value:.{digits}f}" for value in span[1:])
+    return low if low == high else f"{low} to {high}"
 
 
-def _nats(span: Span) -> str:
-    low, high = (f"{value:.1f}" for value in span[1:])
-    return f"{low} nats" if low == high else f"{low} to {high} nats"
-
-
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Join names for a sentence: ``a, b and c``."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
@@ -443,15 +469,17 @@ def doubts(outcome: KindOutcome) -> list[str]:
         for task in outcome.tasks:
             if getattr(task, disagree):
                 each = ", ".join(f"{k}: {v:.0f} %" for k, v in getattr(task, levels).items())
-                lines.append(f"{what} disagree on {_name(task)} ({_condition(outcome)}): {each}.")
+                lines.append(
+                    f"{what} disagree on {task_name(task.task)} ({_condition(outcome)}): {each}."
+                )
         if {len(getattr(task, levels)) for task in outcome.tasks} == {1}:
             lines.append(
                 f"One {what.lower()[:-1]} only on {outcome.kind} ({_condition(outcome)}): how much "
                 f"another would change is not known."
             )
     lines += [
-        f"{task.left_out} documents of {_name(task)} ({_condition(outcome)}) gave numbers that are "
-        f"not finite and are left out."
+        f"{task.left_out} documents of {task_name(task.task)} ({_condition(outcome)}) gave numbers "
+        f"that are not finite and are left out."
         for task in outcome.tasks
         if task.left_out
     ]
@@ -483,6 +511,6 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
             conclusions.add((_side(interval, _chance(task)), to_full))
         if len(conclusions) > 1 and rows["low"].max() > rows["high"].min():
             each = ", ".join(f"{r.training_seed}: {r.accuracy:.0f} %" for r in rows.itertuples())
-            where = f"{task} ({condition})".replace("_", " ")
+            where = f"{task_name(str(task))} ({str(condition).replace('_', ' ')})"
             lines.append(f"Training seeds disagree on {where}: {each}.")
     return lines

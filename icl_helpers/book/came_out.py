@@ -1,0 +1,603 @@
+"""What came out of a run and of each of its stages, in words: every sentence follows by rule.
+
+A stage's section says, after what is in doubt, what the paper reports, what this model does, which
+of the stage's predictions held and where they did not, and how sure that is. What may be said of a
+task is decided in :mod:`icl_helpers.results.outcomes`.
+
+Example
+-------
+>>> run = icl.run_at("runs/icl-tiny")
+>>> Markdown(what_came_out(run, 4))
+>>> kind_lines(run.documents())
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, heads_in_words, top_heads
+from icl_helpers.attention.induction_pattern import elements_pattern, prompt_elements
+from icl_helpers.files import embedded_models
+from icl_helpers.results.comparison import published_accuracy
+from icl_helpers.results.outcomes import (
+    KindOutcome,
+    Span,
+    TaskOutcome,
+    doubts,
+    findings,
+    kind_outcomes,
+    listed,
+    outcome_sentence,
+    range_in_words,
+    task_kind,
+    task_name,
+    training_seed_doubts,
+)
+from icl_helpers.results.tables import read_measurements
+from icl_helpers.results.viewer import PromptView
+
+__all__ = [
+    "headline",
+    "in_short",
+    "kind_lines",
+    "prediction",
+    "removal_caption",
+    "section",
+    "seed_doubts",
+    "what_came_out",
+]  # fmt: skip
+
+# From this share of all heads on, induction is not said to sit in few of them.
+_FEW = 0.1
+_NAMES = {
+    "full": "full model", "induction_heads": "heads removed",
+    "induction_pattern": "pattern blocked", "random_heads": "random heads removed",
+}  # fmt: skip
+
+
+class _Parts(NamedTuple):
+    """What a stage's section says, one sentence an entry."""
+
+    paper: Sequence[str]
+    model: Sequence[str]
+    predictions: Sequence[str]
+    sure: Sequence[str]
+    doubts: Sequence[str] = ()
+
+
+def what_came_out(run: Any, stage: int) -> str:
+    """Say what came out of a stage, as Markdown; ``run`` is an :class:`icl_helpers.Run`."""
+    return section(*_STAGES[stage](run))
+
+
+def section(
+    paper: Sequence[str], model: Sequence[str], predictions: Sequence[str], sure: Sequence[str],
+    doubted: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """Write a section from its sentences; what is in doubt comes first."""
+    parts = {
+        "Seeds or draws disagree": list(dict.fromkeys(doubted)),
+        "What the paper says": paper, "What this model does": model,
+        "Predictions, and where this model departs": predictions, "How sure": sure,
+    }  # fmt: skip
+    blocks = [
+        f"**{title}**\n\n" + "\n".join(f"- {line}" for line in lines)
+        for title, lines in parts.items()
+        if lines
+    ]
+    return "\n\n".join(blocks)
+
+
+def prediction(
+    text: str, tasks: Iterable[TaskOutcome], holds: Callable[[TaskOutcome], bool],
+    why: Callable[[TaskOutcome], str],
+) -> str:  # fmt: skip
+    """Say on which tasks a prediction held, and on which not and why."""
+    found = list(tasks)
+    if not found:
+        return f"*{text}*: was not evaluated here."
+    failed = [f"{task_name(task.task)}{_labels(task)} ({why(task)})" for task in found
+              if not holds(task)]  # fmt: skip
+    count = len(found) - len(failed)
+    verdict = "held" if not failed else "did not hold" if not count else "held in part"
+    of_all = "the one task" if len(found) == 1 else f"all {len(found)} tasks"
+    on = f"on {of_all if not failed else f'{count} of {len(found)} tasks'}"
+    but = f"; not on {listed(failed)}" if failed else ""
+    return f"*{text}*: **{verdict}**, {on}{but}."
+
+
+def _labels(task: TaskOutcome) -> str:
+    return f", {task.labels} labels" if task_kind(task.task, task.labels).startswith("text") else ""
+
+
+def headline(outcomes: Sequence[KindOutcome], *, heads: str) -> str:
+    """Say on how many tasks accuracy with examples falls, and falls more than under the control.
+
+    ``outcomes`` are those of :func:`icl_helpers.results.outcomes.kind_outcomes`; ``heads`` is as of
+    :func:`icl_helpers.attention.heads.heads_in_words`.
+    """
+    removed = _tasks(outcomes, "induction_heads")
+    if not removed:
+        return "No head was removed in this run: there is nothing to compare yet."
+    learnt = sum(task.level == "above chance" for task in _tasks(outcomes, "full"))
+    fell = sum(_sign(task, "full") < 0 for task in removed)
+    parts = [
+        f"With the most examples the full model is above chance on {learnt} of {len(removed)} "
+        f"tasks. Without {heads}, those with the highest induction score, accuracy is "
+        f"distinguishably lower on {fell} of {len(removed)}"
+    ]
+    below = sum(task.level == "below chance" for task in removed)
+    parts += [f"below chance on {below}"] if below else []
+    for control in _controls(removed):
+        more = sum(_sign(task, "random_heads", control) < 0 for task in removed)
+        parts.append(
+            f"lower than without as many random heads{control and f' ({control} control)'} on {more}"
+        )
+    return "; ".join(parts) + "."
+
+
+def kind_lines(outcomes: Sequence[KindOutcome]) -> list[str]:
+    """Say of each kind of tasks what it gives under each condition, one line a kind."""
+    lines = {}
+    for outcome in outcomes:
+        control = outcome.control and f" ({outcome.control} control)"
+        said = f"{_NAMES[outcome.condition]}{control} {'; '.join(findings(outcome, brief=True))}"
+        lines.setdefault(outcome.kind, []).append(said)
+    chances = {outcome.kind: outcome.chance for outcome in outcomes}
+    tasks = {outcome.kind: len(outcome.tasks) for outcome in outcomes}
+    return [
+        f"**{kind.capitalize()}** ({tasks[kind]} {'task' if tasks[kind] == 1 else 'tasks'}, chance "
+        f"{chances[kind]:.0f} %): {'. '.join(part[0].upper() + part[1:] for part in said)}."
+        for kind, said in lines.items()
+    ]
+
+
+def in_short(run: Any) -> str:
+    """Say of a whole run what came out, as Markdown: doubts, the headline, and each kind."""
+    found = _result_parts(run)
+    return section([], found.model, [], [], found.doubts)
+
+
+def removal_caption(documents: pd.DataFrame, *, ablation: str = "mean") -> str:
+    """Say of each kind of tasks what is left without the induction heads, for a figure's caption.
+
+    ``documents`` is :func:`icl_helpers.document_results`; empty where nothing was removed.
+    """
+    if not (documents["condition"] == "induction_heads").any():
+        return ""
+    said = [
+        f"{outcome.kind} {'; '.join(findings(outcome, brief=True))}"
+        for outcome in kind_outcomes(documents, ablation=ablation)
+        if outcome.condition == "induction_heads"
+    ]
+    return f"Without the induction heads: {'. '.join(said)}." if said else ""
+
+
+def seed_doubts(
+    outcomes: Sequence[KindOutcome], *, model: str = "", disagreements: bool = True
+) -> list[str]:
+    """Say where seeds or draws disagree, training seeds of an embedded model too; else the rest.
+
+    The rest (``disagreements`` False) are single seeds and numbers that are not finite.
+    """
+    lines = [line for outcome in outcomes for line in doubts(outcome)]
+    if model in embedded_models():
+        lines += training_seed_doubts(read_measurements("effect", model=model))
+    return [line for line in dict.fromkeys(lines) if ("disagree on" in line) == disagreements]
+
+
+def _tasks(outcomes: Iterable[KindOutcome], condition: str) -> list[TaskOutcome]:
+    return [task for it in outcomes if it.condition == condition for task in it.tasks]
+
+
+def _controls(tasks: Iterable[TaskOutcome]) -> list[str]:
+    found = (it.control for task in tasks for it in task.differences if it.against != "full")
+    return list(dict.fromkeys(found))
+
+
+def _difference(task: TaskOutcome, against: str, control: str = "") -> Any:
+    return next(
+        (it for it in task.differences if (it.against, it.control) == (against, control)), None
+    )
+
+
+def _sign(task: TaskOutcome, against: str, control: str = "") -> int:
+    found = _difference(task, against, control)
+    return found.sign if found else 0
+
+
+def _gap(against: str, control: str = "") -> Callable[[TaskOutcome], str]:
+    """Word a task's difference with its interval."""
+
+    def why(task: TaskOutcome) -> str:
+        found = _difference(task, against, control)
+        if found is None:
+            return "not evaluated"
+        seen = "" if found.distinguishable else ", not distinguishable"
+        return f"{found.points:+.0f} points, {found.low:+.0f} to {found.high:+.0f}{seen}"
+
+    return why
+
+
+def _level(task: TaskOutcome) -> str:
+    if task.level == "one label":
+        return f"{task.accuracy.mean:.0f} %: one label for nearly all documents"
+    return f"{task.accuracy.mean:.0f} %, {task.level}"
+
+
+def _published(number: int, conditions: Mapping[str, str]) -> list[str]:
+    """Word the paper's changes on Llama-3-8B at the most examples and 3 % of the heads, by kind."""
+    rows = published_accuracy().query("model == 'Llama-3-8B' and table == @number")
+    key = ["task", "labels"]
+    rows = rows[rows["shots"] == rows.groupby(key)["shots"].transform("max")]
+    full = rows[rows["condition"] == "full"].set_index(key)["accuracy"].rename("whole")
+    rows = rows[rows["fraction"] == rows["fraction"].max()].join(full, on=key)
+    rows["kind"] = [task_kind(*pair) for pair in zip(rows["task"], rows["labels"], strict=True)]
+    said = []
+    for condition, name in conditions.items():
+        part = rows[rows["condition"] == condition]
+        changes = (part["accuracy"] - part["whole"]).groupby(part["kind"], sort=False)
+        ranges = [
+            f"{kind} {low or 0:+.0f} to {high or 0:+.0f}"
+            for kind, (low, high) in changes.agg(["min", "max"]).round().T.items()
+        ]
+        said.append(f"{name}: {'; '.join(ranges)} points")
+    return [
+        f"Llama-3-8B with the most examples, change to the full model with 3 % of the heads "
+        f"(Table {number}, published, not measured here). {'. '.join(said)}."
+    ]
+
+
+def _published_levels(number: int) -> list[str]:
+    """Word the paper's accuracies of the full Llama-3-8B, without and with the most examples."""
+    rows = published_accuracy().query(
+        "model == 'Llama-3-8B' and table == @number and condition == 'full'"
+    )
+    said = []
+    for kind, part in rows.groupby(
+        [task_kind(*pair) for pair in zip(rows["task"], rows["labels"], strict=True)], sort=False
+    ):
+        most = part["shots"] == part.groupby("task")["shots"].transform("max")
+        none = part.loc[part["shots"] == 0, "accuracy"]
+        some = Span.of(list(part.loc[most & (part["shots"] > 0), "accuracy"]))
+        without = f"{range_in_words(Span.of(list(none)))} % without, " if len(none) else ""
+        said.append(f"{kind} {without}{range_in_words(some)} % with the most")
+    return [
+        f"Llama-3-8B's accuracy without and with examples (Table {number}, published, not measured "
+        f"here): {'; '.join(said)}."
+    ]
+
+
+def _sure(outcomes: Sequence[KindOutcome], model: str = "") -> list[str]:
+    tasks = [task for outcome in outcomes for task in outcome.tasks]
+    if not tasks:
+        return []
+    documents = Span.of([task.documents for task in tasks])
+    seeds = max(len(task.by_seed) for task in tasks)
+    draws = max(len(task.by_draw) for task in tasks)
+    drawn = f" and {draws} draws of random heads" if draws else ""
+    return [
+        f"{range_in_words(documents)} documents a task, {seeds} demonstration seeds{drawn}. A "
+        f"difference is called distinguishable where the exact paired test, corrected for all of "
+        f"this stage's comparisons, and the interval over documents, seeds and draws both say so; "
+        f"a prediction that a difference is missing holds where it is not distinguishable, which "
+        f"is weak evidence.",
+        *seed_doubts(outcomes, model=model, disagreements=False),
+    ]
+
+
+def _only(documents: pd.DataFrame, *ablations: str) -> pd.DataFrame:
+    return documents[documents["ablation"].isin(["none", *ablations])]
+
+
+def _outcomes(documents: pd.DataFrame, ablation: str = "mean") -> tuple[list[KindOutcome], ...]:
+    """Compute outcomes with the most examples and without any; none where nothing was evaluated."""
+    if documents.empty:
+        return [], []
+    return tuple(
+        kind_outcomes(documents, ablation=ablation, shots=shots)
+        if shots == "most" or (documents["shots"] == 0).any()
+        else []
+        for shots in ("most", "none")
+    )
+
+
+def _sentences(outcomes: Iterable[KindOutcome], n_heads: int, *conditions: str) -> list[str]:
+    return [
+        outcome_sentence(it, heads=heads_in_words(it.fraction, n_heads) if it.fraction else "")
+        for it in outcomes
+        if it.condition in conditions
+    ]
+
+
+def _scores(run: Any) -> torch.Tensor:
+    found: torch.Tensor = run.prefix_scores()
+    return found
+
+
+def _score_parts(run: Any) -> _Parts:
+    return score_parts(_scores(run), run.plan.fractions)
+
+
+def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
+    """Stage 1: how many heads do induction, and whether each sequence names the same ones."""
+    mean = scores.mean(0)
+    total, count = mean.numel(), int((mean >= SCORE_THRESHOLD).sum())
+    best = top_heads(mean, 1 / total)[0]
+    chosen = set(top_heads(mean, max(fractions)))
+    same = [len(chosen & set(top_heads(one, max(fractions)))) for one in scores]
+    always = sum(found == len(chosen) for found in same)
+    few = (
+        "**did not hold**: no head scores that much" if not count
+        else "**held**" if count / total <= _FEW
+        else f"**did not hold**: more than {100 * _FEW:.0f} % of the heads do"
+    )  # fmt: skip
+    return _Parts(
+        ["About 3 % of the heads of Llama-3-8B score 0.3 or more; the best, layer 15 head 30, has "
+         "0.98 (Figure 2)."],
+        [f"{count} of {total:,} heads ({100 * count / total:.1f} %) score 0.3 or more; the best, "
+         f"layer {best.layer} head {best.head}, has {float(mean[best]):.2f}. Removed in the later "
+         f"stages: {listed([heads_in_words(f, total) for f in fractions])}."],
+        [f"*Some heads do induction (0.3 or more), and few of them*: {few}."],
+        [f"The {len(chosen)} heads with the highest mean are also the highest on {always} of "
+         f"{len(scores)} sequences taken alone"
+         + (f"; at least {min(same)} of them on every one" if always < len(scores) else "") + ". "
+         "A score says what a head does on random tokens, not what the model needs it for."],
+    )  # fmt: skip
+
+
+def _mean_parts(run: Any) -> _Parts:
+    return mean_parts(run.mean_norms(), run.induction_heads())
+
+
+def mean_parts(norms: torch.Tensor, heads: Sequence[Head]) -> _Parts:
+    """Stage 2: how large the constants are that take the removed heads' places."""
+    own = Span.of([float(norms[head]) for head in heads])
+    median = float(norms.median())
+    side = [float(norms[head]) > median for head in heads]
+    return _Parts(
+        ["A removed head gives one fixed vector at each position; no sizes of these vectors are "
+         "published."],
+        [f"The vectors' norms are {float(norms.min()):.2f} to {float(norms.max()):.2f}, with a "
+         f"median of {median:.2f}; those of the {len(heads)} induction heads that are removed are "
+         f"{range_in_words(own, 2)}, above the median for {sum(side)} of {len(side)}."],
+        [],
+        ["The means depend on the reference text. What a constant of this size does to accuracy is "
+         "measured in the next stages, beside zero ablation, which has none."],
+    )  # fmt: skip
+
+
+def _full_parts(run: Any) -> _Parts:
+    return full_parts(_only(run.documents()), _model(run))
+
+
+def full_parts(documents: pd.DataFrame, model: str = "", number: int = 1) -> _Parts:
+    """Stage 3: where the full model stands without examples and with the most."""
+    some, none = _outcomes(documents)
+    guess = ["Without examples accuracy is about 50 % on the abstract tasks with two labels."]
+    return _Parts(
+        [*_published_levels(number), *(guess if number == 1 else [])],
+        _sentences([*none, *some], 0, "full"),
+        [
+            prediction("Without examples accuracy lies at chance", _tasks(none, "full"),
+                       lambda task: task.level == "at chance", _level),
+            prediction("With examples accuracy is above chance", _tasks(some, "full"),
+                       lambda task: task.level == "above chance", _level),
+        ],
+        _sure(some),
+        seed_doubts(some),
+    )  # fmt: skip
+
+
+def _removal_parts(run: Any) -> _Parts:
+    return removal_parts(_only(run.documents(), "mean", "zero"), _n_heads(run), _model(run))
+
+
+def removal_parts(
+    documents: pd.DataFrame, n_heads: int, model: str = "", numbers: Sequence[int] = (1, 4)
+) -> _Parts:
+    """Stages 4 and 6: what removal costs, beside random heads, with and without examples."""
+    paper, said, predictions, all_outcomes = [], [], [], []
+    names = {"induction_heads": "Induction heads", "random_heads": "Random heads"}
+    for number, ablation in zip(numbers, ("mean", "zero"), strict=True):
+        paper += [line.replace("3 % of the heads", f"3 % of the heads under {ablation} ablation")
+                  for line in _published(number, names)]  # fmt: skip
+        some, none = _outcomes(_only(documents, ablation), ablation)
+        title = f"{ablation} ablation"
+        said += [f"{title.capitalize()}. {line}" for line in
+                 _sentences(some, n_heads, "induction_heads", "random_heads")]  # fmt: skip
+        predictions += _removal_predictions(some, none, title)
+        all_outcomes += some
+    return _Parts(
+        paper, said, predictions, _sure(all_outcomes), seed_doubts(all_outcomes, model=model)
+    )
+
+
+def _removal_predictions(
+    some: Sequence[KindOutcome], none: Sequence[KindOutcome], title: str
+) -> list[str]:
+    removed = _tasks(some, "induction_heads")
+    return [
+        prediction(f"Accuracy falls without the induction heads ({title})", removed,
+                   lambda task: _sign(task, "full") < 0, _gap("full")),
+        *(
+            prediction(
+                f"It falls more than without as many random heads{control and f', {control} control'}"
+                f" ({title})", removed,
+                functools.partial(_below, control=control), _gap("random_heads", control))
+            for control in _controls(removed)
+        ),
+        prediction(f"Accuracy without examples hardly moves ({title})",
+                   _tasks(none, "induction_heads"), lambda task: _sign(task, "full") == 0,
+                   _gap("full")),
+    ]  # fmt: skip
+
+
+def _below(task: TaskOutcome, *, control: str) -> bool:
+    return _sign(task, "random_heads", control) < 0
+
+
+def _knockout_parts(run: Any) -> _Parts:
+    return knockout_parts(_only(run.documents(), "mean", "knockout"), _n_heads(run), _model(run))
+
+
+def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
+    """Stage 5: whether blocking the pattern costs what removing the heads does."""
+    some, _ = _outcomes(documents)
+    removed = {(it.task, it.labels): it for it in _tasks(some, "induction_heads")}
+    blocked = _tasks(some, "induction_pattern")
+
+    def beside(task: TaskOutcome) -> int:
+        """Side of the removal's interval on which this one lies; 0 where they overlap."""
+        other = removed[task.task, task.labels].accuracy
+        return int(task.accuracy.low > other.high) - int(task.accuracy.high < other.low)
+
+    def why(task: TaskOutcome) -> str:
+        other = removed[task.task, task.labels].accuracy
+        word = "more" if beside(task) < 0 else "less"
+        return f"costs {word}: {task.accuracy.mean:.0f} % blocked, {other.mean:.0f} % removed"
+
+    shares = [it.zero_shot_answers for it in blocked if it.zero_shot_answers is not None]
+    answers = (
+        [f"With the pattern blocked, {range_in_words(Span.of(shares))} % of the answers of a "
+         f"task are those that the full model gives without examples."] if shares else []
+    )  # fmt: skip
+    return _Parts(
+        _published(1, {"induction_heads": "Heads removed", "induction_pattern": "Pattern blocked"}),
+        [*_sentences(some, n_heads, "induction_heads", "induction_pattern"), *answers],
+        [
+            prediction("Accuracy falls with the induction pattern blocked", blocked,
+                       lambda task: _sign(task, "full") < 0, _gap("full")),
+            prediction("Blocking the pattern costs about as much as removing the heads: their "
+                       "intervals overlap",
+                       [task for task in blocked if (task.task, task.labels) in removed],
+                       lambda task: beside(task) == 0, why),
+        ],
+        [*_sure(some), "Blocked and removed heads are compared by whether their intervals overlap, "
+         "which is stricter than a paired test."],
+        seed_doubts(some, model=model),
+    )  # fmt: skip
+
+
+def _text_parts(run: Any) -> _Parts:
+    return text_parts(run.documents("nlp_tasks"), _n_heads(run))
+
+
+def text_parts(documents: pd.DataFrame, n_heads: int) -> _Parts:
+    """Stage 6: the full model and the removal on text, by kind of labels."""
+    if documents.empty:
+        return _Parts([], ["No text task was evaluated in this run."], [], [])
+    full = full_parts(_only(documents), number=3)
+    removal = removal_parts(_only(documents, "mean", "zero"), n_heads, numbers=(3, 5))
+    return _Parts(
+        [*full.paper, *removal.paper],
+        [*full.model, *removal.model],
+        # Without examples semantic labels say something: chance is expected of the others only.
+        [full.predictions[1], *removal.predictions],
+        removal.sure,
+        [*full.doubts, *removal.doubts],
+    )
+
+
+def _pattern_parts(run: Any) -> _Parts:
+    return pattern_parts(next(iter(run.views().values())))
+
+
+def pattern_parts(view: PromptView) -> _Parts:
+    """Stage 7: where the heads look from the last colon and from the query's first word."""
+    query = view.text.rindex("\n\n") + 2
+    word = next(i for i, (_, end) in enumerate(view.spans) if end > query)
+    last = len(view.spans) - 1
+    said, predictions = [], []
+    for position, name, kind in ((last, "the final colon", "labels"), (word, None, "words")):
+        name = name or f"*{view.tokens[word].strip()}*, the query's first word"
+        said.append(f"From {name}: {looks(view, position)}.")
+        predictions.append(_pattern_prediction(view, position, name, kind))
+    return _Parts(
+        ["In Llama-3-8B the best induction head looks from the final colon at the labels, and from "
+         "a fruit at the words that followed other fruits (Figures 6 and 7)."],
+        said, predictions,
+        ["One prompt of one task: an example, not a measurement."],
+    )  # fmt: skip
+
+
+def looks(view: PromptView, position: int) -> str:
+    """Say on which token each head puts most from a position, and how much, heads alike together.
+
+    A token is named with the word or mark before it, after which it came.
+    """
+    groups: dict[int, list[float]] = {}
+    for head in view.blocked:
+        share, key = view.plain[head][position, : position + 1].float().max(dim=0)
+        groups.setdefault(int(key), []).append(100 * float(share))
+    parts = []
+    for key, shares in sorted(groups.items(), key=lambda item: -len(item[1])):
+        before = f", after {_token(view, key - 1)}" if key else ""
+        parts.append(
+            f"{len(shares)} of {len(view.blocked)} heads put most, "
+            f"{range_in_words(Span.of(shares))} %, on {_token(view, key)} (token {key + 1}{before})"
+        )
+    return "; ".join(parts)
+
+
+def _token(view: PromptView, key: int) -> str:
+    text = view.tokens[key].strip()
+    return f"*{text}*" if text else "a blank line"
+
+
+def _pattern_prediction(view: PromptView, position: int, name: str, kind: str) -> str:
+    """Say for how many heads most of the attention is on what followed earlier ones of the kind."""
+    followers = elements_pattern(
+        prompt_elements(view.text), view.spans, categories=("colons" if kind == "labels" else kind,)
+    )[position]
+    what = "earlier labels" if kind == "labels" else "what followed earlier words of its category"
+    if not followers.any():
+        return f"*From {name} heads look at {what}*: there is none in this prompt."
+    shares = [float(view.plain[head][position][followers].sum()) for head in view.blocked]
+    count = sum(share > 0.5 for share in shares)
+    verdict = "held" if count == len(shares) else "held in part" if count else "did not hold"
+    span = range_in_words(Span.of([100 * share for share in shares]))
+    return (
+        f"*From {name} heads look at {what}*: **{verdict}**, {count} of {len(shares)} heads put "
+        f"more than half of their attention there ({span} %)."
+    )
+
+
+def _result_parts(run: Any) -> _Parts:
+    text = run.documents("nlp_tasks")
+    every = pd.concat([run.documents(), text], ignore_index=True) if len(text) else run.documents()
+    return result_parts(every, _n_heads(run), _model(run))
+
+
+def result_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
+    """Stage 8: the whole run, kind by kind."""
+    some, none = _outcomes(_only(documents, "mean", "knockout"))
+    heads = heads_in_words(documents["fraction"].max() or 1.0, n_heads)
+    names = {"induction_heads": "Induction heads", "induction_pattern": "Pattern blocked",
+             "random_heads": "Random heads"}  # fmt: skip
+    return _Parts(
+        _published(1, names),
+        [headline(some, heads=heads), *kind_lines(some)],
+        _removal_predictions(some, none, "mean ablation"),
+        _sure(some, model),
+        seed_doubts(some, model=model),
+    )
+
+
+def _n_heads(run: Any) -> int:
+    return _scores(run)[0].numel()
+
+
+def _model(run: Any) -> str:
+    return str(run.parameters.model)
+
+
+_STAGES: dict[int, Callable[[Any], _Parts]] = {
+    1: _score_parts, 2: _mean_parts, 3: _full_parts, 4: _removal_parts, 5: _knockout_parts,
+    6: _text_parts, 7: _pattern_parts, 8: _result_parts,
+}  # fmt: skip

@@ -133,8 +133,8 @@ class _Spread:
             return float(n)
         rare = (self.data != np.median(self.data)).reshape(n, -1).any(axis=1).sum()
         # Few documents with a rare answer tell little about how alike a document's answers are:
-        # two more are added whose answers are all alike.
-        share = (rare * self.variances[0] / variance + 2 / n) / (rare + 2)
+        # four more are added whose answers are all alike.
+        share = (rare * self.variances[0] / variance + 4 / n) / (rare + 4)
         return float(np.clip(1 / share, n, self.data.size))
 
     def widened(self, low: float, high: float, *, drawn: bool) -> Interval:

@@ -332,7 +332,8 @@ def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
     return _Parts(
         ["About 3 % of the heads of Llama-3-8B score 0.3 or more; the best, layer 15 head 30, has "
          "0.98 (Figure 2)."],
-        [f"{count} of {total:,} heads ({100 * count / total:.1f} %) score 0.3 or more; the best, "
+        [f"{heads_in_words(count / total, total) if count else f'None of {total:,} heads'} score "
+         f"0.3 or more; the best, "
          f"layer {best.layer} head {best.head}, has {float(mean[best]):.2f}. Removed in the later "
          f"stages: {listed([heads_in_words(f, total) for f in fractions])}."],
         [f"*Some heads do induction (0.3 or more), and few of them*: {few}."],
@@ -540,7 +541,7 @@ _STAGES: dict[int, Callable[[Any], _Parts]] = {
     1: lambda run: score_parts(run.prefix_scores(), run.plan.fractions),
     2: lambda run: mean_parts(run.mean_norms(), run.induction_heads()),
     3: lambda run: full_parts(_only(run.documents())),
-    4: lambda run: removal_parts(_only(run.documents(), "mean", "zero"), _n_heads(run), _model(run)),
+    4: lambda run: removal_parts(run.documents(), _n_heads(run), _model(run)),
     5: lambda run: knockout_parts(
         _only(run.documents(), "mean", "knockout"), _n_heads(run), _model(run)
     ),

@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, heads_in_words, top_heads
-from icl_helpers.attention.induction_pattern import elements_pattern, prompt_elements
 from icl_helpers.files import embedded_models
 from icl_helpers.results.comparison import published_accuracy
 from icl_helpers.results.outcomes import (
@@ -39,7 +38,7 @@ from icl_helpers.results.outcomes import (
     training_seed_doubts,
 )
 from icl_helpers.results.tables import read_measurements
-from icl_helpers.results.viewer import PromptView
+from icl_helpers.results.viewer import PromptView, follower_shares, looks_in_words
 
 __all__ = [
     "headline",
@@ -135,18 +134,16 @@ def headline(outcomes: Sequence[KindOutcome], *, heads: str) -> str:
     parts += [f"below chance on {below}"] if below else []
     for control in _controls(removed):
         more = sum(_sign(task, "random_heads", control) < 0 for task in removed)
-        parts.append(
-            f"lower than without as many random heads{control and f' ({control} control)'} on {more}"
-        )
+        parts.append(f"lower than without as many random heads{_of(control)} on {more}")
     return "; ".join(parts) + "."
 
 
 def kind_lines(outcomes: Sequence[KindOutcome]) -> list[str]:
     """Say of each kind of tasks what it gives under each condition, one line a kind."""
-    lines = {}
+    lines: dict[str, list[str]] = {}
     for outcome in outcomes:
-        control = outcome.control and f" ({outcome.control} control)"
-        said = f"{_NAMES[outcome.condition]}{control} {'; '.join(findings(outcome, brief=True))}"
+        said = f"{_NAMES[outcome.condition]}{_of(outcome.control)} "
+        said += "; ".join(findings(outcome, brief=True))
         lines.setdefault(outcome.kind, []).append(said)
     chances = {outcome.kind: outcome.chance for outcome in outcomes}
     tasks = {outcome.kind: len(outcome.tasks) for outcome in outcomes}
@@ -198,6 +195,10 @@ def _tasks(outcomes: Iterable[KindOutcome], condition: str) -> list[TaskOutcome]
 def _controls(tasks: Iterable[TaskOutcome]) -> list[str]:
     found = (it.control for task in tasks for it in task.differences if it.against != "full")
     return list(dict.fromkeys(found))
+
+
+def _of(control: str) -> str:
+    return control and f" ({control} control)"
 
 
 def _difference(task: TaskOutcome, against: str, control: str = "") -> Any:
@@ -315,15 +316,6 @@ def _sentences(outcomes: Iterable[KindOutcome], n_heads: int, *conditions: str) 
     ]
 
 
-def _scores(run: Any) -> torch.Tensor:
-    found: torch.Tensor = run.prefix_scores()
-    return found
-
-
-def _score_parts(run: Any) -> _Parts:
-    return score_parts(_scores(run), run.plan.fractions)
-
-
 def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
     """Stage 1: how many heads do induction, and whether each sequence names the same ones."""
     mean = scores.mean(0)
@@ -340,7 +332,8 @@ def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
     return _Parts(
         ["About 3 % of the heads of Llama-3-8B score 0.3 or more; the best, layer 15 head 30, has "
          "0.98 (Figure 2)."],
-        [f"{count} of {total:,} heads ({100 * count / total:.1f} %) score 0.3 or more; the best, "
+        [f"{heads_in_words(count / total, total) if count else f'None of {total:,} heads'} score "
+         f"0.3 or more; the best, "
          f"layer {best.layer} head {best.head}, has {float(mean[best]):.2f}. Removed in the later "
          f"stages: {listed([heads_in_words(f, total) for f in fractions])}."],
         [f"*Some heads do induction (0.3 or more), and few of them*: {few}."],
@@ -349,10 +342,6 @@ def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
          + (f"; at least {min(same)} of them on every one" if always < len(scores) else "") + ". "
          "A score says what a head does on random tokens, not what the model needs it for."],
     )  # fmt: skip
-
-
-def _mean_parts(run: Any) -> _Parts:
-    return mean_parts(run.mean_norms(), run.induction_heads())
 
 
 def mean_parts(norms: torch.Tensor, heads: Sequence[Head]) -> _Parts:
@@ -372,11 +361,7 @@ def mean_parts(norms: torch.Tensor, heads: Sequence[Head]) -> _Parts:
     )  # fmt: skip
 
 
-def _full_parts(run: Any) -> _Parts:
-    return full_parts(_only(run.documents()), _model(run))
-
-
-def full_parts(documents: pd.DataFrame, model: str = "", number: int = 1) -> _Parts:
+def full_parts(documents: pd.DataFrame, number: int = 1) -> _Parts:
     """Stage 3: where the full model stands without examples and with the most."""
     some, none = _outcomes(documents)
     guess = ["Without examples accuracy is about 50 % on the abstract tasks with two labels."]
@@ -394,10 +379,6 @@ def full_parts(documents: pd.DataFrame, model: str = "", number: int = 1) -> _Pa
     )  # fmt: skip
 
 
-def _removal_parts(run: Any) -> _Parts:
-    return removal_parts(_only(run.documents(), "mean", "zero"), _n_heads(run), _model(run))
-
-
 def removal_parts(
     documents: pd.DataFrame, n_heads: int, model: str = "", numbers: Sequence[int] = (1, 4)
 ) -> _Parts:
@@ -413,9 +394,8 @@ def removal_parts(
                  _sentences(some, n_heads, "induction_heads", "random_heads")]  # fmt: skip
         predictions += _removal_predictions(some, none, title)
         all_outcomes += some
-    return _Parts(
-        paper, said, predictions, _sure(all_outcomes), seed_doubts(all_outcomes, model=model)
-    )
+    doubted = seed_doubts(all_outcomes, model=model)
+    return _Parts(paper, said, predictions, _sure(all_outcomes), doubted)
 
 
 def _removal_predictions(
@@ -427,8 +407,7 @@ def _removal_predictions(
                    lambda task: _sign(task, "full") < 0, _gap("full")),
         *(
             prediction(
-                f"It falls more than without as many random heads{control and f', {control} control'}"
-                f" ({title})", removed,
+                f"It falls more than without random heads{_of(control)} ({title})", removed,
                 functools.partial(_below, control=control), _gap("random_heads", control))
             for control in _controls(removed)
         ),
@@ -440,10 +419,6 @@ def _removal_predictions(
 
 def _below(task: TaskOutcome, *, control: str) -> bool:
     return _sign(task, "random_heads", control) < 0
-
-
-def _knockout_parts(run: Any) -> _Parts:
-    return knockout_parts(_only(run.documents(), "mean", "knockout"), _n_heads(run), _model(run))
 
 
 def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
@@ -484,10 +459,6 @@ def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _P
     )  # fmt: skip
 
 
-def _text_parts(run: Any) -> _Parts:
-    return text_parts(run.documents("nlp_tasks"), _n_heads(run))
-
-
 def text_parts(documents: pd.DataFrame, n_heads: int) -> _Parts:
     """Stage 6: the full model and the removal on text, by kind of labels."""
     if documents.empty:
@@ -504,10 +475,6 @@ def text_parts(documents: pd.DataFrame, n_heads: int) -> _Parts:
     )
 
 
-def _pattern_parts(run: Any) -> _Parts:
-    return pattern_parts(next(iter(run.views().values())))
-
-
 def pattern_parts(view: PromptView) -> _Parts:
     """Stage 7: where the heads look from the last colon and from the query's first word."""
     query = view.text.rindex("\n\n") + 2
@@ -516,7 +483,7 @@ def pattern_parts(view: PromptView) -> _Parts:
     said, predictions = [], []
     for position, name, kind in ((last, "the final colon", "labels"), (word, None, "words")):
         name = name or f"*{view.tokens[word].strip()}*, the query's first word"
-        said.append(f"From {name}: {looks(view, position)}.")
+        said.append(f"From {name}: {looks_in_words(view, position)}.")
         predictions.append(_pattern_prediction(view, position, name, kind))
     return _Parts(
         ["In Llama-3-8B the best induction head looks from the final colon at the labels, and from "
@@ -526,39 +493,12 @@ def pattern_parts(view: PromptView) -> _Parts:
     )  # fmt: skip
 
 
-def looks(view: PromptView, position: int) -> str:
-    """Say on which token each head puts most from a position, and how much, heads alike together.
-
-    A token is named with the word or mark before it, after which it came.
-    """
-    groups: dict[int, list[float]] = {}
-    for head in view.blocked:
-        share, key = view.plain[head][position, : position + 1].float().max(dim=0)
-        groups.setdefault(int(key), []).append(100 * float(share))
-    parts = []
-    for key, shares in sorted(groups.items(), key=lambda item: -len(item[1])):
-        before = f", after {_token(view, key - 1)}" if key else ""
-        parts.append(
-            f"{len(shares)} of {len(view.blocked)} heads put most, "
-            f"{range_in_words(Span.of(shares))} %, on {_token(view, key)} (token {key + 1}{before})"
-        )
-    return "; ".join(parts)
-
-
-def _token(view: PromptView, key: int) -> str:
-    text = view.tokens[key].strip()
-    return f"*{text}*" if text else "a blank line"
-
-
 def _pattern_prediction(view: PromptView, position: int, name: str, kind: str) -> str:
     """Say for how many heads most of the attention is on what followed earlier ones of the kind."""
-    followers = elements_pattern(
-        prompt_elements(view.text), view.spans, categories=("colons" if kind == "labels" else kind,)
-    )[position]
     what = "earlier labels" if kind == "labels" else "what followed earlier words of its category"
-    if not followers.any():
+    shares = follower_shares(view, position, "colons" if kind == "labels" else kind)
+    if not shares:
         return f"*From {name} heads look at {what}*: there is none in this prompt."
-    shares = [float(view.plain[head][position][followers].sum()) for head in view.blocked]
     count = sum(share > 0.5 for share in shares)
     verdict = "held" if count == len(shares) else "held in part" if count else "did not hold"
     span = range_in_words(Span.of([100 * share for share in shares]))
@@ -590,7 +530,7 @@ def result_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Par
 
 
 def _n_heads(run: Any) -> int:
-    return _scores(run)[0].numel()
+    return int(run.prefix_scores()[0].numel())
 
 
 def _model(run: Any) -> str:
@@ -598,6 +538,14 @@ def _model(run: Any) -> str:
 
 
 _STAGES: dict[int, Callable[[Any], _Parts]] = {
-    1: _score_parts, 2: _mean_parts, 3: _full_parts, 4: _removal_parts, 5: _knockout_parts,
-    6: _text_parts, 7: _pattern_parts, 8: _result_parts,
+    1: lambda run: score_parts(run.prefix_scores(), run.plan.fractions),
+    2: lambda run: mean_parts(run.mean_norms(), run.induction_heads()),
+    3: lambda run: full_parts(_only(run.documents())),
+    4: lambda run: removal_parts(run.documents(), _n_heads(run), _model(run)),
+    5: lambda run: knockout_parts(
+        _only(run.documents(), "mean", "knockout"), _n_heads(run), _model(run)
+    ),
+    6: lambda run: text_parts(run.documents("nlp_tasks"), _n_heads(run)),
+    7: lambda run: pattern_parts(next(iter(run.views().values()))),
+    8: _result_parts,
 }  # fmt: skip

@@ -318,7 +318,8 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
         "stages": str(len(stage_notebooks())),
         "viewer": f"[attention viewer](run/{run_slug(run)}/{_VIEWER})",
         "about_model": "\n\n".join(
-            [_page("real")] * (name not in embedded) + [_page("embedded", name=it) for it in embedded]
+            [_page("real")] * (name not in embedded)
+            + [_page("embedded", model=it) for it in embedded]
         ),
     }  # fmt: skip
 

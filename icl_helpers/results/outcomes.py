@@ -406,9 +406,9 @@ def findings(outcome: KindOutcome, *, brief: bool = False) -> list[str]:
         names = outcome.names(holds)
         if names and not (brief and text == _BELOW_FULL):
             found.append(text if len(names) == len(outcome.tasks) else f"{text} on {listed(names)}")
-    negative = outcome.margin is not None and outcome.margin.low < 0
-    if negative and outcome.condition != "full" and not brief:
-        found.append(f"median margin of the right label {range_in_words(outcome.margin, 1)} nats")
+    margin = outcome.margin
+    if margin is not None and margin.low < 0 and outcome.condition != "full" and not brief:
+        found.append(f"median margin of the right label {range_in_words(margin, 1)} nats")
     return found
 
 

@@ -25,7 +25,12 @@ from jaxtyping import Bool, Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers.attention.heads import Head
-from icl_helpers.attention.induction_pattern import CATEGORIES, induction_pattern
+from icl_helpers.attention.induction_pattern import (
+    CATEGORIES,
+    elements_pattern,
+    induction_pattern,
+    prompt_elements,
+)
 from icl_helpers.attention.interventions import AttentionKnockout, intervene
 from icl_helpers.attention.scores import attention_patterns
 from icl_helpers.errors import InputError
@@ -34,8 +39,8 @@ from icl_helpers.tasks.prompts import Prompt, build_prompts
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
-    "PromptView", "attention_in_words", "attention_viewer", "prompt_view", "view_data",
-    "viewer_data", "viewer_html", "viewer_prompts",
+    "PromptView", "attention_in_words", "attention_viewer", "follower_shares", "looks_in_words",
+    "prompt_view", "view_data", "viewer_data", "viewer_html", "viewer_prompts",
 ]  # fmt: skip
 
 # Shares of attention are whole thousandths in the page: short, and exact enough to be read.
@@ -172,6 +177,42 @@ def attention_in_words(
         )
         parts.append(f"layer {head.layer} head {head.head}: {looks}")
     return f"Attention by head and token. {'; '.join(parts)}."
+
+
+def looks_in_words(view: PromptView, position: int) -> str:
+    """Say on which token each head puts most from a position, and how much, heads alike together.
+
+    A token is named with the one after which it came.
+    """
+    groups: dict[int, list[float]] = {}
+    for head in view.blocked:
+        shares = view.plain[head][position, : position + 1].float().tolist()
+        most = max(range(len(shares)), key=shares.__getitem__)
+        groups.setdefault(most, []).append(100 * shares[most])
+    names = [f"*{token.strip()}*" if token.strip() else "a blank line" for token in view.tokens]
+    parts = []
+    for key, found in sorted(groups.items(), key=lambda item: -len(item[1])):
+        low, high = f"{min(found):.0f}", f"{max(found):.0f}"
+        share = low if low == high else f"{low} to {high}"
+        after = f", after {names[key - 1]}" if key else ""
+        parts.append(
+            f"{len(found)} of {len(view.blocked)} heads put most, "
+            f"{share} %, on {names[key]} (token {key + 1}{after})"
+        )
+    return "; ".join(parts)
+
+
+def follower_shares(view: PromptView, position: int, category: str) -> list[float]:
+    """How much each head pays, from a position, to what followed earlier elements of its kind.
+
+    Empty where there is none. ``category`` is one of those of
+    :func:`icl_helpers.attention.induction_pattern.induction_pattern`.
+    """
+    elements = prompt_elements(view.text)
+    followers = elements_pattern(elements, view.spans, categories=(category,))[position]
+    if not followers.any():
+        return []
+    return [float(view.plain[head][position][followers].sum()) for head in view.blocked]
 
 
 def viewer_html(data: Mapping[str, Any]) -> str:

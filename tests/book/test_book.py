@@ -108,8 +108,25 @@ def test_book_has_every_page_and_a_part_per_run(built):
     for run in ("icl-tiny", "second-model"):
         assert len(list((built / "run" / run).glob("*.html"))) == 8
     text = (built / "index.html").read_text()
-    assert "In this model:" in text
+    assert "Tasks that behave differently have no common number" in text
     assert "{{" not in text
+
+
+@pytest.mark.slow
+def test_every_stage_ends_with_what_came_out_and_folds_its_parameters_to_one_line(built):
+    for page in (built / "run" / "icl-tiny").glob("*.html"):
+        text = page.read_text()
+        assert "How sure" in text.split('<section id="what-came-out">')[1]
+        assert text.count("Show the parameters of this page") == 1
+
+
+@pytest.mark.slow
+def test_results_come_before_the_other_stages_and_those_before_ones_own_runs(built):
+    links = [link.split("#")[0] for link in Links((built / "index.html").read_text()).links]
+    order = ["method.html", "run/icl-tiny/08_results.html", "run/icl-tiny/07_attention_patterns.html",
+             "model-card.html", "your-model.html", "api.html"]  # fmt: skip
+    side = links[links.index("method.html") :]
+    assert sorted(order, key=side.index) == order
 
 
 @pytest.mark.slow
@@ -227,17 +244,6 @@ def test_controls_are_named_by_what_they_show_and_icons_keep_their_names(tmp_pat
         '<button class="theme-switch-button" aria-label="Color mode">'
         '<i class="theme-switch fa-moon" data-mode="dark"></i></button>'
     )
-
-
-@pytest.mark.parametrize(
-    ("difference", "shown"), [(-24.6, "-25"), (3.2, "+3"), (-0.2, "0"), (0.0, "0")]
-)
-def test_difference_in_points_has_a_sign_unless_it_rounds_to_nothing(difference, shown):
-    numbers = dict.fromkeys(
-        ("induction_pattern", "random_heads", "zero_shot", "zero_shot_induction_heads")
-    )
-    numbers |= {"shots": 10, "fraction": 0.06, "full": 50.0, "induction_heads": 50.0 + difference}
-    assert f"({shown} points)" in book_front._page("answer", **numbers)
 
 
 def test_jupyter_book_2_is_refused(monkeypatch, tmp_path):

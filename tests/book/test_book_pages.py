@@ -12,9 +12,13 @@ import pytest
 
 from icl_helpers.book import build as book
 from icl_helpers.book import pages as book_pages
+from icl_helpers.evaluation.store import KEYS
 from icl_helpers.files import notebooks_dir, project_root
 from icl_helpers.results.tables import markdown_table
 from icl_helpers.run.plan import Plan
+from tests.results.test_outcomes import run as made_up_run
+
+HEADS = "4 of 64 heads (6.3 %)"
 
 
 def row(condition: str, accuracy: float, *, fraction: float = 0.06) -> dict[str, object]:
@@ -46,6 +50,12 @@ def make_run(folder: Path, name: str, *, model: str = "icl-tiny", full: float = 
         at = (entry["task"], entry["condition"], entry["ablation"])
         entry["setting"] = plan.row_key(*at, model_key=key)
     pd.DataFrame(rows).to_parquet(run / "results.parquet")
+    documents = pd.DataFrame(
+        [entry | {"doc_id": doc, "correct": doc < entry["accuracy"] * 10}
+         for entry in rows for doc in range(10)]
+    )  # fmt: skip
+    documents.to_parquet(run / "documents.parquet")
+    (run / "heads.json").write_text(json.dumps({"scores": [[0.0] * 16] * 4}))
     return run
 
 
@@ -105,24 +115,105 @@ def test_citation_holds_the_paper_and_the_software():
     assert [block.count("{") - block.count("}") for block in blocks] == [0, 0]
 
 
-def test_front_page_words_its_numbers_from_results(tmp_path):
-    found = book_pages.front_page(tmp_path, make_run(tmp_path, "one"))
-    assert "it labels 90 % of the two-label sequences" in found["answer"]
-    assert "50 % (-40 points)" in found["answer"]
-    assert "80 % (-10 points)" in found["answer"]
+def test_front_page_says_what_came_out_by_kind_and_counts_heads_first(tmp_path):
+    found = book_pages.front_page(tmp_path, [make_run(tmp_path, "one", model="some/model")])
+    assert f"Without {HEADS}, those with the highest induction score" in found["answer"]
+    assert "**Letters** (1 task, chance 50 %): Full model 90 %" in found["answer"]
     # Neither was evaluated, so nothing is said about them.
-    assert "pattern blocked" not in found["answer"]
-    assert "Without examples" not in found["answer"]
-    assert found["accuracies"] == "repetition 90 % (chance 50 %)"
+    assert "Pattern blocked" not in found["answer"]
+    assert HEADS in found["figure"]
+    assert "4 layers of 16 heads" in found["size"]
     assert (tmp_path / "_static" / "front.png").is_file()
 
 
-def test_front_page_calls_only_an_embedded_model_embedded(tmp_path):
-    embedded = book_pages.front_page(tmp_path, make_run(tmp_path, "one"))
-    other = book_pages.front_page(tmp_path, make_run(tmp_path, "two", model="some/model"))
-    assert "travels with it" in embedded["model_described"]
-    assert other["model_described"] == "some/model"
-    assert "no general sentence" in other["about_model"]
+def opposite_run(folder: Path, name: str, **options) -> Path:
+    """A run on tasks that go opposite ways, at the accuracies that are written here."""
+    run = make_run(folder, name, **options)
+    info = json.loads((run / "run.json").read_text())
+    info["parameters"] |= {"fractions": [0.0625], "ablation_seeds": [42, 43, 44]}
+    info["parameters"]["seeds"] = [42, 43, 44]
+    (run / "run.json").write_text(json.dumps(info))
+    documents = made_up_run(
+        {"repetition": (99, 92, 50, 99), "recursion": (99, 40, 50, 99),
+         "wordseq1_binary": (99, 6, 50, 99), "wordseq2_binary": (99, 1, 50, 99)},
+        blocked_is_zero_shot=True,
+    )  # fmt: skip
+    plan, key = Plan.of_run(info), info["identity"]["key"]
+    # The paper's control keeps its plain name in a run's tables.
+    drawn = documents["condition"] == "random_heads"
+    documents["control"] = drawn.map({True: "published", False: ""})
+    documents["setting"] = [
+        plan.row_key(it.task, it.condition, it.ablation, model_key=key)
+        for it in documents.itertuples()
+    ]
+    documents.to_parquet(run / "documents.parquet")
+    key = [name for name in KEYS if name in documents] + ["setting"]
+    results = documents.groupby(key, dropna=False, as_index=False)["correct"].agg(["size", "mean"])
+    results = results.rename(columns={"size": "n", "mean": "accuracy"})
+    results.to_parquet(run / "results.parquet")
+    return run
+
+
+def test_front_page_caption_and_alternative_text_have_no_average_over_opposite_tasks(tmp_path):
+    found = book_pages.front_page(tmp_path, [opposite_run(tmp_path, "one", model="some/model")])
+    alt = re.search(r":alt: (.*)", found["figure"]).group(1)
+    caption = found["figure"].split("\n\n")[1]
+    for text in (found["answer"], alt, caption):
+        assert "1 to 6 %" in text
+        assert "repetition 92 %, recursion 40 %" in text
+        assert "below chance" in text
+        # The means over all four tasks and over the letters.
+        assert not re.search(r"\b(35|34|66) %", text)
+    assert "nearly always the answer that it gives without examples" in found["answer"]
+    assert "lower than without as many random heads" in found["answer"]
+
+
+def test_front_page_says_first_where_training_seeds_disagree(tmp_path):
+    found = book_pages.front_page(tmp_path, [make_run(tmp_path, "one")])["answer"]
+    doubt = found.index("Training seeds disagree on repetition (induction heads): 0: 86 %, 1: 52 %")
+    assert doubt < found.index("Without 4 of 64")
+
+
+def test_real_model_leads_and_the_embedded_one_is_called_an_instrument(tmp_path):
+    tiny = make_run(tmp_path, "icl-tiny")
+    real = opposite_run(tmp_path, "smollm2-135m", model="smollm2-135m")
+    found = book_pages.front_page(tmp_path, [real, tiny])
+    assert found["model_described"] == "smollm2-135m (instruct, 4-bit weights)"
+    assert "**smollm2-135m (instruct, 4-bit weights):**" in found["answer"]
+    assert "Training seeds" not in found["answer"]
+    assert "no general sentence" in found["about_model"]
+    assert "icl-tiny proves the instrument" in found["about_model"]
+    assert "(run/smollm2-135m/08_results)" in found["runs_here"].splitlines()[0]
+    assert "icl-tiny (trained on these puzzles)" in found["runs_here"].splitlines()[1]
+    assert "0.9 million parameters" in found["runs_here"]
+
+
+def test_model_card_is_a_page_without_its_front_matter():
+    text = book_pages.model_card("icl-tiny")
+    assert text.startswith("# Model card of icl-tiny")
+    assert "far below chance" in text
+
+
+def test_drawing_shows_the_pairs_that_are_read_off_the_prompt():
+    text = book_pages.drawing()
+    first, second = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    for svg in (first, second):
+        tokens = re.findall(r'<text x="180" y="\d+">(.*?)</text>', svg)
+        arcs = [
+            (int(begin) // 22, int(end) // 22)
+            for begin, end in re.findall(r"M170 (\d+) .* 170 (\d+)\"", svg)
+        ]
+        if svg is first:
+            assert {(tokens[at], tokens[key]) for at, key in arcs} == {
+                ("K", "R"), ("R", "T"), ("T", "K"),
+            }  # fmt: skip
+            continue
+        last = len(tokens) - 1
+        # By hand: the last colon is kept from both labels, each of which follows a colon.
+        assert tokens[last] == ":"
+        labels = [at for at, token in enumerate(tokens) if token in ("Foo", "Bar")]
+        assert sorted(key for at, key in arcs if at == last) == labels
+        assert all(key < at for at, key in arcs)
 
 
 def chapter(folder: Path, source: str) -> Path:

@@ -26,12 +26,15 @@ from icl_helpers.errors import InputError
 from icl_helpers.redaction import SECRET
 
 __all__ = [
-    "About", "StageParameters", "about", "parameter_cell", "read_parameters", "stage_parameters",
+    "About", "StageParameters", "about", "install_cell", "parameter_cell", "read_parameters",
+    "stage_parameters",
 ]  # fmt: skip
 
 _CHECKED = "_icl_parameters_checked"
 _EVERY = (1, 2, 3, 4, 5, 6, 7, 8)
 _EVALUATING = (3, 4, 5, 6, 8)
+# Characters of a line of code that a page of the book shows without scrolling.
+_SHOWN = 72
 
 Decides = Literal["model", "prompts", "selection", "knockout", "mean", "nothing"]
 
@@ -93,7 +96,7 @@ class StageParameters(BaseModel):
         allowed=(None, "semantic", "unrelated", "both"),
     )  # fmt: skip
     shots: list[int] | dict[str, list[int]] | None = _parameter(
-        None, "numbers of demonstrations, or those of tasks by name; None: each task's own",
+        None, "numbers of demonstrations, or by task; None: each task's own",
         _EVALUATING, "selection",
     )  # fmt: skip
     fractions: list[float] | None = _parameter(
@@ -109,7 +112,7 @@ class StageParameters(BaseModel):
         None, "at most so many documents of each task", _EVALUATING, "prompts"
     )
     sampling: str | None = _parameter(
-        None, "of a limit: balanced over the labels, or first; None: first of published files",
+        None, "of a limit: balanced or first; None: first of published files",
         _EVALUATING, "prompts",
     )  # fmt: skip
     data: str = _parameter(
@@ -176,8 +179,50 @@ def parameter_cell(stage: int) -> str:
     for name, _, default, declared in about():
         if stage in declared.stages:
             literal = repr(default).replace("'", '"')
-            lines.append(f"{name} = {literal}  # {declared.help}")
+            line = f"{name} = {literal}  # {declared.help}"
+            above = [f"# {declared.help}", f"{name} = {literal}"]
+            lines += [line] if len(line) <= _SHOWN else above
     return "\n".join(lines)
+
+
+_INSTALL = """\
+# Installs icl-helpers where it is missing, as on Colab; elsewhere it does nothing.
+import glob
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("icl_helpers") is None:
+    _version, _repository = "{version}", "{repository}"
+    _tried = sorted(glob.glob(f"icl_helpers-{{_version}}-*.whl"))
+    _tried += [f"icl-helpers @ git+{{_repository}}@v{{_version}}"] if _repository else []
+    _tried += [f"icl-helpers=={{_version}}"]
+    for _source in _tried:
+        _pip = [sys.executable, "-m", "pip", "install", "--quiet", _source]
+        if subprocess.run(_pip).returncode == 0:
+            break
+    else:
+        raise ModuleNotFoundError(
+            f"icl-helpers {{_version}} could not be installed from {{', '.join(_tried)}}. Make its "
+            f"wheel in a checkout (pip wheel --no-deps .), put the file beside this notebook (on "
+            f"Colab: upload it), and run this cell again."
+        )
+"""
+
+
+def install_cell() -> str:
+    """Return the source of every notebook's first code cell, which installs this version.
+
+    It tries a wheel beside the notebook, the tag of this version in the repository that
+    ``_config.yml`` names, and the package index. A notebook alone has no settings: they stand in
+    the cell.
+    """
+    from icl_helpers import __version__
+    from icl_helpers.files import project_root
+
+    settings = yaml.safe_load((project_root() / "_config.yml").read_text(encoding="utf-8"))
+    repository = settings["repository"]["url"]
+    return _INSTALL.format(version=__version__, repository=repository).strip()
 
 
 def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ of an earlier build is reused, and Sphinx's warnings are errors.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
@@ -114,6 +115,7 @@ def build_book(
     _sphinx(staged, target)
     _point_at_sources(target / "html")
     _name_controls(target / "html")
+    _offer_narrow(target / "html")
     # Links in a notebook's outputs stay as they are: what they lead to has to lie there.
     for tables in staged.glob("run/*/tables"):
         shutil.copytree(tables, target / "html" / tables.relative_to(staged))
@@ -199,7 +201,7 @@ def _stage_chapters(staged: Path) -> Iterator[str]:
             raise BookError(str(error)) from None
         notebook = nbformat.read(target, as_version=4)
         _check_outputs(notebook, path)
-        _make_static(notebook, "")
+        _make_static(notebook, "", staged)
         nbformat.write(notebook, target)
         target.with_suffix(".md").unlink(missing_ok=True)
         yield path.stem
@@ -227,7 +229,7 @@ def _stage_run(staged: Path, run: Path) -> Iterator[str]:
             text = text.replace(place, shown)
         notebook = nbformat.reads(text, as_version=4)
         _check_outputs(notebook, run / "notebooks" / stage.name)
-        _make_static(notebook, f"-{slug}")
+        _make_static(notebook, f"-{slug}", staged)
         nbformat.write(notebook, folder / stage.name)
         yield f"run/{slug}/{stage.stem}"
     published = pages.overlay_page(run, folder)
@@ -244,7 +246,7 @@ def _check_outputs(notebook: Any, path: Path) -> None:
         raise BookError(f"{path} has no outputs: it was not executed")
 
 
-def _make_static(notebook: Any, suffix: str) -> None:
+def _make_static(notebook: Any, suffix: str, staged: Path) -> None:
     """Make an executed notebook fit for a static page, with figure names unique in the book."""
     # papermill notes where the notebook lay.
     notebook.metadata.pop("papermill", None)
@@ -258,7 +260,7 @@ def _make_static(notebook: Any, suffix: str) -> None:
             cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters of this page"}
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _is_static(output)]
-            _describe_figure(cell, suffix)
+            _describe_figure(cell, suffix, staged)
 
 
 def _is_static(output: Any) -> bool:
@@ -266,8 +268,8 @@ def _is_static(output: Any) -> bool:
     return _WIDGET not in output.get("data", {}) and output.get("name") != "stderr"
 
 
-def _describe_figure(cell: Any, suffix: str) -> None:
-    """Name a cell's figure, and put the computed caption and alternative text in place."""
+def _describe_figure(cell: Any, suffix: str, staged: Path) -> None:
+    """Name a cell's figure, put computed caption and alternative text in place, keep the narrow."""
     figure = cell.metadata.get("mystnb", {}).get("figure")
     if not figure:
         return
@@ -277,6 +279,31 @@ def _describe_figure(cell: Any, suffix: str) -> None:
         if described:
             figure["caption"] = described["caption"]
             cell.metadata["mystnb"]["image"]["alt"] = described["alt"]
+            if "narrow" in described:
+                drawing = staged / _NARROW / f"{figure['name']}.png"
+                drawing.parent.mkdir(parents=True, exist_ok=True)
+                drawing.write_bytes(base64.b64decode(described["narrow"]))
+
+
+# Drawings for narrow screens, by the names of their figures.
+_NARROW = Path("_static") / "narrow"
+
+
+def _offer_narrow(html: Path) -> None:
+    """Let a figure's image be its narrow drawing on a narrow screen, where it has one."""
+
+    def picture(found: re.Match[str]) -> str:
+        drawing = _NARROW / f"{found['name']}.png"
+        if not (html / drawing).is_file():
+            return found[0]
+        source = f'<source media="(max-width: 600px)" srcset="{up}{drawing.as_posix()}">'
+        return f"{found['before']}<picture>{source}{found['image']}</picture>"
+
+    figure = r'(?P<before><figure [^>]*id="(?P<name>[^"]+)"[^>]*>\s*(?:<a [^>]*>)?)(?P<image><img [^>]*>)'
+    for page in html.rglob("*.html"):
+        up = "../" * (len(page.relative_to(html).parts) - 1)
+        text = page.read_text(encoding="utf-8")
+        page.write_text(re.sub(figure, picture, text), encoding="utf-8")
 
 
 def _repository_buttons(config: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from icl_helpers.attention.heads import heads_in_words
 from icl_helpers.results.comparison import count_induction_heads, published_head_scores
 
 __all__ = [
@@ -51,8 +52,8 @@ def _rise(counts: pd.DataFrame) -> str:
     if not last.induction:
         return f"no head scores 0.3 or more at the end; the best has {last.score:.2f}"
     end = (
-        f"{most.induction} at most ({_step(most.step)}), {last.induction} of {last.heads:,} heads "
-        f"({100 * last.induction / last.heads:.1f} %) at the end, where the best has "
+        f"{most.induction} at most ({_step(most.step)}), "
+        f"{heads_in_words(last.induction / last.heads, last.heads)} at the end, where the best has "
         f"{last.score:.2f}"
     )
     if not without:

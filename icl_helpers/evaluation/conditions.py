@@ -8,12 +8,14 @@ Example
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 
@@ -35,7 +37,10 @@ from icl_helpers.attention.interventions import (
 )
 from icl_helpers.errors import InputError
 
-__all__ = ["ABLATIONS", "CATEGORIES", "FULL", "PAPER_ABLATION_SEEDS", "Condition", "conditions"]
+__all__ = [
+    "ABLATIONS", "CATEGORIES", "FULL", "PAPER_ABLATION_SEEDS", "Condition", "conditions",
+    "drawn_again",
+]  # fmt: skip
 
 ABLATIONS = ("mean", "zero", "knockout")
 PAPER_ABLATION_SEEDS = (42, 43, 44)
@@ -189,6 +194,24 @@ def _control(
     if control == "published":
         return random_heads(induction, n_heads, seed=seed), []
     return layer_matched_heads(induction, n_heads, n_layers, seed=seed, exclude=induction)
+
+
+def drawn_again(frame: pd.DataFrame, scores: Float[torch.Tensor, "layers heads"]) -> pd.Series:
+    """Count for rows of results how many heads of the random draw are induction heads.
+
+    Missing for what is no draw, or one of a kind that the row does not say.
+    """
+    keys = ["condition", "fraction", "control", "ablation_seed"]
+
+    @functools.cache
+    def count(name: str, fraction: float, control: str, seed: Any) -> Any:
+        if name != "random_heads" or control not in CONTROLS or pd.isna(seed):
+            return pd.NA
+        induction = tuple(top_heads(scores, fraction))
+        return len(set(_control(induction, scores, int(seed), control)[0]) & set(induction))
+
+    counts = [count(*key) for key in frame[keys].itertuples(index=False, name=None)]
+    return pd.Series(counts, index=frame.index, dtype="Int64")
 
 
 def _check(

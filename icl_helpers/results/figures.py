@@ -1,10 +1,12 @@
-"""Figures of the book, and alternative texts of those with bars. A figure draws nothing else."""
+"""Figures of the book, and alternative texts of those with bars. A figure draws nothing else.
+
+Every figure has a second drawing for the screen of a phone, ``narrow``, with the same content.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -21,16 +23,19 @@ from icl_helpers.evaluation.store import CELL, keyed
 
 __all__ = [
     "accuracy_bars", "accuracy_lines", "attention_over_prompt", "bars_alt", "benefit_alt",
-    "benefit_bars", "intervention_lines", "loss_lines", "ranked_heads", "rise_lines",
-    "score_heatmap", "score_lines",
+    "benefit_bars", "heatmap_alt", "intervention_lines", "loss_lines", "ranked_heads",
+    "named_conditions", "rise_lines", "score_heatmap", "score_lines",
 ]  # fmt: skip
 
+# Inches: what a phone shows at its own size.
+_NARROW = 4.0
+
 _FULL, _INDUCTION, _RANDOM, _OTHER, _GUIDE = "#444444", "#b2182b", "#2166ac", "#bbbbbb", "#999999"
-# In the order of the bars.
+# In the order of the bars; the controls other than the paper's are hatched as well.
 _COLOURS = {
-    "full": _FULL, "induction_heads": _INDUCTION, "induction_pattern": "#ef8a62",
-    "random_heads": _RANDOM, "random_heads_published": _RANDOM, "random_heads_strict": "#92c5de",
-    "random_heads_any_layer": "#b8b8b8",
+    "full": (_FULL, ""), "induction heads": (_INDUCTION, ""), "induction pattern": ("#ef8a62", ""),
+    "random heads": (_RANDOM, ""), "random heads, strict": ("#7fbf7b", "///"),
+    "random heads, any layer": ("#af8dc3", "..."),
 }  # fmt: skip
 _TASK_STYLES = (
     ("#1b7837", "o"), ("#762a83", "s"), ("#e08214", "^"), (_RANDOM, "D"), (_INDUCTION, "v"),
@@ -53,11 +58,13 @@ def _closed(figure: Figure) -> Figure:
 
 
 def score_heatmap(
-    values: Float[torch.Tensor, "layers heads"], *, label: str, upper: float | None = 1.0
-) -> Figure:
+    values: Float[torch.Tensor, "layers heads"], *, label: str, upper: float | None = 1.0,
+    narrow: bool = False,
+) -> Figure:  # fmt: skip
     """Draw a heatmap layers x heads, layer 0 at the bottom (paper, Figures 2 and 8)."""
     layers, heads = values.shape
-    figure, (axes,) = _new_figure(min(10, 2.2 + 0.28 * heads), min(9, 1.6 + 0.28 * layers))
+    width = _NARROW if narrow else min(10, 2.2 + 0.28 * heads)
+    figure, (axes,) = _new_figure(width, min(9, 1.6 + 0.28 * layers))
     sns.heatmap(
         values.numpy(), vmin=0, vmax=upper, cmap="rocket_r", ax=axes, cbar_kws={"label": label},
         linewidths=0.4 if layers * heads <= 256 else 0,
@@ -68,13 +75,29 @@ def score_heatmap(
     return _closed(figure)
 
 
-def ranked_heads(scores: Float[torch.Tensor, "layers heads"], *, counts: Sequence[int]) -> Figure:
+def heatmap_alt(values: Float[torch.Tensor, "layers heads"], *, label: str) -> str:
+    """Write the alternative text of :func:`score_heatmap`: its size, range and five highest."""
+    layers, heads = values.shape
+    best = values.flatten().argsort(descending=True, stable=True)[:5].tolist()
+    named = ", ".join(
+        f"layer {index // heads} head {index % heads} {values.flatten()[index]:.3g}"
+        for index in best
+    )
+    return (
+        f"Heatmap of the {label}, {layers} layers by {heads} heads, from {values.min():.3g} to "
+        f"{values.max():.3g}. Highest: {named}."
+    )
+
+
+def ranked_heads(
+    scores: Float[torch.Tensor, "layers heads"], *, counts: Sequence[int], narrow: bool = False
+) -> Figure:
     """Draw all heads by score, highest first, with the head counts that are removed marked."""
     ordered = scores.flatten().sort(descending=True).values.numpy()
-    figure, (axes,) = _new_figure(7, 3)
+    figure, (axes,) = _new_figure(_NARROW if narrow else 7, 3)
     axes.plot(np.arange(1, len(ordered) + 1), ordered, marker="o", markersize=3, color=_FULL)
     for count, style in zip(sorted(counts), itertools.cycle(("--", "-.", ":")), strict=False):
-        label = f"top {count}"
+        label = f"top {count} of {len(ordered):,}"
         axes.axvline(count + 0.5, color=_INDUCTION, linestyle=style, linewidth=1, label=label)
     axes.legend(loc="upper right", frameon=False)
     axes.axhline(0.3, color=_GUIDE, linewidth=0.8)
@@ -83,24 +106,35 @@ def ranked_heads(scores: Float[torch.Tensor, "layers heads"], *, counts: Sequenc
 
 
 def attention_over_prompt(
-    attention: Float[torch.Tensor, "heads tokens"], tokens: Sequence[str], heads: Sequence[Head]
-) -> Figure:
-    """Draw attention of a few heads from one position over a prompt (paper, Figures 6 and 7)."""
+    attention: Float[torch.Tensor, "heads tokens"], tokens: Sequence[str], heads: Sequence[Head],
+    *, narrow: bool = False,
+) -> Figure:  # fmt: skip
+    """Draw attention of a few heads from one position over a prompt (paper, Figures 6 and 7).
+
+    A narrow drawing has the tokens below each other.
+    """
     shown = [token.replace("\n", "\\n") for token in tokens]
-    figure, (axes,) = _new_figure(min(16, 2 + 0.16 * len(shown)), 1.4 + 0.45 * len(heads))
+    names = [str(head) for head in heads]
+    length, breadth = min(16, 2 + 0.16 * len(shown)), 1.4 + 0.45 * len(heads)
+    figure, (axes,) = _new_figure(*((_NARROW, length) if narrow else (length, breadth)))
     sns.heatmap(
-        attention.numpy(), vmin=0, vmax=1, cmap="rocket_r", ax=axes, cbar_kws={"label": "attention"}
-    )
-    axes.set_xticks(np.arange(len(shown)) + 0.5, shown, rotation=90, fontsize=7)
-    axes.set_yticks(np.arange(len(heads)) + 0.5, [str(head) for head in heads], rotation=0)
-    axes.set(ylabel="layer.head")
+        (attention.T if narrow else attention).numpy(), vmin=0, vmax=1, cmap="rocket_r", ax=axes,
+        cbar_kws={"label": "attention"},
+    )  # fmt: skip
+    along, across = axes.set_xticks, axes.set_yticks
+    if narrow:
+        along, across = across, along
+    along(np.arange(len(shown)) + 0.5, shown, rotation=0 if narrow else 90, fontsize=7)
+    across(np.arange(len(heads)) + 0.5, names, rotation=0)
+    (axes.set_xlabel if narrow else axes.set_ylabel)("layer.head")
     return _closed(figure)
 
 
 def accuracy_bars(
-    results: pd.DataFrame, *, ablations: Sequence[str], n_heads: int, shots: str = "most"
-) -> Figure:
-    """Draw accuracy per task and condition at the larger fraction; lines span the runs' range.
+    results: pd.DataFrame, *, ablations: Sequence[str], n_heads: int, shots: str = "most",
+    narrow: bool = False,
+) -> Figure:  # fmt: skip
+    """Draw accuracy per task and condition with most heads removed; lines span the runs' range.
 
     ``n_heads`` is how many heads the model has; ``shots`` is ``"most"`` (each task's largest
     number) or ``"none"`` (zero-shot). Results with several sets of labels get a panel each.
@@ -108,10 +142,11 @@ def accuracy_bars(
     bars, title = _accuracies(results, ablations, shots, n_heads)
     if bars.empty:
         return _note(_NOTHING_EVALUATED, height=3.8)
-    name = "{} labels" if bars["labels"].nunique() > 1 else ""
-    figure, grid = _bar_panels(bars, "labels", name.format, title=title, height=3, width=0.8)
+    several = bars["labels"].nunique() > 1
+    titles = {labels: f"{labels} labels" if several else "" for labels in bars["labels"]}
+    figure, grid = _bar_panels(bars, "labels", titles, title=title, height=3, narrow=narrow)
     for axes in grid:
-        _percent(axes)
+        _percent(axes, along="x" if narrow else "y")
     return _closed(figure)
 
 
@@ -139,26 +174,37 @@ def _accuracies(
     rows = rows[rows["shots"] == task_shots]
     runs = keyed(rows).groupby(CELL, sort=False, dropna=False)["accuracy"]
     bars = (100 * runs.agg(height="mean", low="min", high="max")).reset_index()
-    bars["condition"] += bars["control"].map(lambda control: control and f"_{control}")
     heads = f", {heads_in_words(share, n_heads)}" if share > 0 else ""
-    return bars, f"{_numbers(rows['shots'])} examples{heads}"
+    return named_conditions(bars), f"{_numbers(rows['shots'])} examples{heads}"
 
 
-def benefit_bars(changes: pd.DataFrame, *, ablation: str, n_heads: int) -> Figure:
+def named_conditions(rows: pd.DataFrame) -> pd.DataFrame:
+    """Name conditions as they are shown, with their control where it is not the paper's."""
+    control = rows["control"].map(lambda name: "" if name in ("", "published") else f", {name}")
+    return rows.assign(condition=(rows["condition"] + control).str.replace("_", " "))
+
+
+def benefit_bars(
+    changes: pd.DataFrame, *, ablation: str, n_heads: int, narrow: bool = False
+) -> Figure:
     """Draw the relative change of the benefit of examples under an ablation (Figures 4 and 9).
 
-    ``changes`` comes from :func:`icl_helpers.results.statistics.benefit_changes`. A panel per
-    fraction of heads; lines are 95 % intervals, cut at the edges of the panel. Tasks that are left
-    out have no bars.
+    ``changes`` comes from :func:`icl_helpers.results.statistics.benefit_changes`. A panel each
+    number of heads; lines are 95 % intervals. Tasks that are left out have no bars.
     """
     bars, title = _changes(changes, ablation)
     if bars.empty:
         return _note(_NO_BENEFIT, height=2)
-    heads = partial(heads_in_words, n_total=n_heads)
-    figure, grid = _bar_panels(bars, "fraction", heads, title=title, height=2.6, width=0.76)
+    titles = {share: heads_in_words(share, n_heads) for share in set(bars["fraction"])}
+    figure, grid = _bar_panels(bars, "fraction", titles, title=title, height=2.6, narrow=narrow)
+    ends = bars[["height", "low", "high"]]
+    low, high = min(0.0, ends.min(axis=None)), max(0.0, ends.max(axis=None))
+    room = 0.05 * (high - low)
     for axes in grid:
-        axes.axhline(0, color=_FULL, linewidth=0.8)
-        axes.set(ylabel="change of benefit (%)", ylim=(-160, 60))
+        (axes.axvline if narrow else axes.axhline)(0, color=_FULL, linewidth=0.8)
+        name, limits = "change of benefit (%)", (low - room, high + room)
+        along = "x" if narrow else "y"
+        axes.set(**{f"{along}label": name, f"{along}lim": limits})
     return _closed(figure)
 
 
@@ -167,7 +213,7 @@ def benefit_alt(changes: pd.DataFrame, *, ablation: str, n_heads: int) -> str:
     bars, title = _changes(changes, ablation)
     if bars.empty:
         return f"Empty figure: {_NO_BENEFIT}."
-    heads = bars["fraction"].map(partial(heads_in_words, n_total=n_heads))
+    heads = bars["fraction"].map(lambda share: heads_in_words(share, n_heads))
     heights = bars["condition"] + " at " + heads + bars["height"].map(" {:+.0f}".format)
     return f"Bars, in percent. {title}. {_in_words(bars['task'], heights)}."
 
@@ -178,42 +224,48 @@ def _changes(changes: pd.DataFrame, ablation: str) -> tuple[pd.DataFrame, str]:
     several = changes.groupby("task")["labels"].transform("nunique")[rows.index] > 1
     names = rows["task"].where(~several, rows["task"] + " " + rows["labels"])
     title = f"Accuracy gained by {_numbers(rows['shots'])} examples: relative change under"
-    return rows.assign(task=names, height=rows["relative_change"]), f"{title} {ablation} ablation"
+    bars = named_conditions(rows.assign(task=names, height=rows["relative_change"]))
+    return bars, f"{title} {ablation} ablation"
 
 
 def _bar_panels(
-    bars: pd.DataFrame,
-    by: str,
-    panel_title: Callable[[Any], str],
-    *,
-    title: str,
-    height: float,
-    width: float,
-) -> tuple[Figure, Sequence[Axes]]:
+    bars: pd.DataFrame, by: str, titles: Mapping[Any, str], *, title: str, height: float,
+    narrow: bool,
+) -> tuple[Figure, Sequence[Axes]]:  # fmt: skip
     """Draw bars to ``height`` with lines from ``low`` to ``high``, by task and condition.
 
-    Rows of equal ``by`` have a panel, ``height`` inches high; a task's bars are ``width`` wide.
+    Rows of equal ``by`` have a panel, ``height`` inches high, with its title; where the figure is
+    narrow bars lie, and panels are as high as they need.
     """
     panels = list(bars.groupby(by))
     tasks = list(dict.fromkeys(bars["task"]))
     conditions = [name for name in _COLOURS if name in set(bars["condition"])]
-    width /= len(conditions)
-    figure, grid = _new_figure(9, 0.8 + height * len(panels), rows=len(panels))
+    width = 0.8 / len(conditions)
+    if narrow:
+        height = 0.6 + 0.16 * len(conditions) * len(tasks)
+    figure, grid = _new_figure(
+        _NARROW if narrow else 9, 0.8 + height * len(panels), rows=len(panels)
+    )
     for axes, (key, panel) in zip(grid, panels, strict=True):
         for index, condition in enumerate(conditions):
             part = panel[panel["condition"] == condition].set_index("task").reindex(tasks)
             centres = np.arange(len(tasks)) + (index - (len(conditions) - 1) / 2) * width
             lines = [part["height"] - part["low"], part["high"] - part["height"]]
-            axes.bar(
-                centres, part["height"], width, yerr=np.clip(lines, 0, None),
-                color=_COLOURS[condition], label=condition.replace("_", " "),
-                error_kw={"linewidth": 1},
+            colour, hatch = _COLOURS[condition]
+            (axes.barh if narrow else axes.bar)(
+                centres, part["height"], width, color=colour, hatch=hatch, edgecolor="white",
+                linewidth=0, label=condition, error_kw={"linewidth": 1},
+                **{"xerr" if narrow else "yerr": np.clip(lines, 0, None)},
             )  # fmt: skip
-        axes.set_title(panel_title(key), loc="left", fontsize="medium")
-        axes.set_xticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
+        axes.set_title(titles[key], loc="left", fontsize="medium")
+        ticks = axes.set_yticks if narrow else axes.set_xticks
+        ticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
+        if narrow:
+            axes.set_ylim(len(tasks) - 0.5, -0.5)
     handles, names = grid[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(title, fontsize="medium")
+    columns = 2 if narrow else 5
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+    figure.suptitle(title, fontsize="medium", wrap=True)
     return figure, grid
 
 
@@ -234,7 +286,9 @@ def _note(text: str, *, height: float) -> Figure:
     return _closed(figure)
 
 
-def score_lines(frame: pd.DataFrame, *, phases: Sequence[int], threshold: float) -> Figure:
+def score_lines(
+    frame: pd.DataFrame, *, phases: Sequence[int], threshold: float, narrow: bool = False
+) -> Figure:
     """Draw the prefix-matching score of every head over training steps.
 
     ``frame`` is that of :func:`synthetic.training.measure.measure_training` for one training seed;
@@ -242,7 +296,7 @@ def score_lines(frame: pd.DataFrame, *, phases: Sequence[int], threshold: float)
     """
     scores = frame[frame["measure"] == "prefix_score"]
     wide = scores.pivot(index="step", columns=["layer", "head"], values="value")
-    figure, axes = _step_axes(phases)
+    figure, axes = _step_axes(phases, narrow)
     heads = wide.columns[wide.iloc[-1] >= threshold]
     axes.plot(wide.drop(columns=heads), color=_OTHER, linewidth=0.8)
     axes.plot(wide[heads], color=_INDUCTION, marker="o", markersize=2.5)
@@ -251,13 +305,13 @@ def score_lines(frame: pd.DataFrame, *, phases: Sequence[int], threshold: float)
     return _closed(figure)
 
 
-def rise_lines(counts: pd.DataFrame, *, threshold: float) -> Figure:
+def rise_lines(counts: pd.DataFrame, *, threshold: float, narrow: bool = False) -> Figure:
     """Draw each model's highest score and share of heads at the threshold over training steps.
 
     ``counts`` is that of :func:`icl_helpers.results.comparison.count_induction_heads`; rows without
     a step, and the step 0, have no place on the axis and are left out.
     """
-    figure, (highest, share) = _new_figure(8, 5, rows=2)
+    figure, (highest, share) = _new_figure(_NARROW if narrow else 8, 5, rows=2)
     rows = counts[counts["step"].fillna(0) > 0]
     styles = itertools.cycle(_TASK_STYLES)
     for (name, part), (colour, marker) in zip(rows.groupby("model"), styles, strict=False):
@@ -268,13 +322,14 @@ def rise_lines(counts: pd.DataFrame, *, threshold: float) -> Figure:
     highest.set(ylabel="highest score", ylim=(0, 1.02), xscale="log")
     share.set(xlabel="training step", ylabel=f"heads at {threshold} or more (%)", ylim=(0, None))
     handles, names = share.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False)
+    columns = 1 if narrow else 2
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
     return _closed(figure)
 
 
-def loss_lines(frame: pd.DataFrame, *, phases: Sequence[int]) -> Figure:
+def loss_lines(frame: pd.DataFrame, *, phases: Sequence[int], narrow: bool = False) -> Figure:
     """Draw the loss in the first and the last copy of repeated sequences over training steps."""
-    figure, axes = _step_axes(phases)
+    figure, axes = _step_axes(phases, narrow)
     means = frame.groupby(["measure", "step"])["value"].mean()
     axes.plot(means["loss_first_copy"], label="first copy", color=_FULL, linestyle="--")
     last = means["loss_last_copy"]
@@ -284,14 +339,16 @@ def loss_lines(frame: pd.DataFrame, *, phases: Sequence[int]) -> Figure:
     return _closed(figure)
 
 
-def accuracy_lines(frame: pd.DataFrame, *, phases: Sequence[int]) -> Figure:
+def accuracy_lines(frame: pd.DataFrame, *, phases: Sequence[int], narrow: bool = False) -> Figure:
     """Draw the few-shot accuracy of every task over training steps, in percent."""
     tasks = frame[frame["measure"] == "accuracy"].groupby("task", sort=False)
     lines = {str(task): rows.groupby("step")["value"].mean() for task, rows in tasks}
-    return _percent_lines(lines, _TASK_STYLES, phases, linewidth=1.2)
+    return _percent_lines(lines, _TASK_STYLES, phases, narrow)
 
 
-def intervention_lines(frame: pd.DataFrame, *, phases: Sequence[int]) -> Figure:
+def intervention_lines(
+    frame: pd.DataFrame, *, phases: Sequence[int], narrow: bool = False
+) -> Figure:
     """Draw accuracy, averaged over the tasks, with and without heads over training steps."""
     means = frame.groupby(["measure", "step"])["value"].mean()
     lines = {
@@ -299,34 +356,36 @@ def intervention_lines(frame: pd.DataFrame, *, phases: Sequence[int]) -> Figure:
         "without random heads": means["accuracy_without_random_heads"],
         "without induction heads": means["accuracy_without_induction_heads"],
     }
-    return _percent_lines(lines, ((_FULL, "o"), (_RANDOM, "s"), (_INDUCTION, "^")), phases)
+    styles = ((_FULL, "o"), (_RANDOM, "s"), (_INDUCTION, "^"))
+    return _percent_lines(lines, styles, phases, narrow)
 
 
 def _percent_lines(
     lines: Mapping[str, pd.Series], styles: Iterable[tuple[str, str]], phases: Sequence[int],
-    linewidth: float = 1.5,
+    narrow: bool,
 ) -> Figure:  # fmt: skip
     """Draw accuracies (shares by step) in percent, in cycles of colours and markers."""
-    figure, axes = _step_axes(phases)
+    figure, axes = _step_axes(phases, narrow)
     for (name, line), (colour, marker) in zip(lines.items(), itertools.cycle(styles), strict=False):
         axes.plot(
             100 * line, label=name.replace("_", " "), color=colour, marker=marker, markersize=3.5,
-            linewidth=linewidth,
+            linewidth=1.3,
         )  # fmt: skip
     _percent(axes)
-    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.28), frameon=False)
+    figure.legend(ncols=2 if narrow else 3, loc="outside upper center", frameon=False)
     return _closed(figure)
 
 
-def _step_axes(phases: Sequence[int]) -> tuple[Figure, Axes]:
-    figure, (axes,) = _new_figure(8, 3.2)
+def _step_axes(phases: Sequence[int], narrow: bool) -> tuple[Figure, Axes]:
+    figure, (axes,) = _new_figure(_NARROW if narrow else 8, 3.2)
     for step in phases:
         axes.axvline(step, color=_GUIDE, linestyle=":", linewidth=1)
     axes.set(xlabel="training step")
     return figure, axes
 
 
-def _percent(axes: Axes) -> None:
+def _percent(axes: Axes, *, along: str = "y") -> None:
     """Scale an axis of accuracies and mark chance for two labels."""
-    axes.axhline(50, color=_GUIDE, linewidth=0.8, linestyle=":")
-    axes.set(ylabel="accuracy (%)", ylim=(0, 105))
+    mark = axes.axhline if along == "y" else axes.axvline
+    mark(50, color=_GUIDE, linewidth=0.8, linestyle=":")
+    axes.set(**{f"{along}label": "accuracy (%)", f"{along}lim": (0, 105)})

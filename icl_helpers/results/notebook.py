@@ -2,13 +2,16 @@
 
 A cell's caption and alternative text are fixed when the notebook is written, but what a figure
 shows is known only after it ran. :func:`show_figure` stores both with the figure's output, under
-the key :data:`DESCRIPTION`, and the book puts them in place of the cell's own.
+the key :data:`DESCRIPTION`, and the book puts them in place of the cell's own; beside them lies a
+second drawing, which the book shows on narrow screens.
 """
 
 from __future__ import annotations
 
+import base64
 import html
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,15 @@ import torch
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 
+from icl_helpers.attention.heads import heads_in_words
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.store import CELL
+from icl_helpers.evaluation.store import CELL, ROW
 from icl_helpers.results.comparison import (
     PAPER_MODELS,
     count_induction_heads,
     overlay,
     published_head_scores,
+    published_name,
     published_table,
 )
 from icl_helpers.results.figures import (
@@ -31,25 +36,39 @@ from icl_helpers.results.figures import (
     bars_alt,
     benefit_alt,
     benefit_bars,
+    named_conditions,
     score_heatmap,
 )
 from icl_helpers.results.statistics import benefit_changes, left_out_tasks
-from icl_helpers.results.tables import annotated_table, write_table
+from icl_helpers.results.tables import annotated_table, name_heads, write_table
 from icl_helpers.tasks.data import load_splits
 from icl_helpers.tasks.specs import STAND_IN_TASKS, text_spec
 
 __all__ = [
     "DESCRIPTION", "benefit_or_none", "describe_text_tasks", "show_bars", "show_benefit",
-    "show_figure", "show_paper_table", "show_published", "show_published_scores", "show_table",
+    "show_benefit_table", "show_drawing", "show_figure", "show_paper_table", "show_published", "show_published_scores", "show_table",
     "text_task_table",
 ]  # fmt: skip
 
 DESCRIPTION = "icl_description"
 
 
-def show_figure(figure: Figure, *, alt: str, caption: str) -> None:
-    """Display a figure together with its alternative text and caption."""
-    display(figure, metadata={DESCRIPTION: {"alt": alt, "caption": caption}})  # type: ignore[no-untyped-call]
+def show_figure(figure: Figure, *, alt: str, caption: str, narrow: Figure | None = None) -> None:
+    """Display a figure with its alternative text, caption, and drawing for narrow screens."""
+    description = {"alt": alt, "caption": caption}
+    if narrow is not None:
+        drawn = io.BytesIO()
+        narrow.savefig(drawn, format="png", dpi=180)
+        description["narrow"] = base64.b64encode(drawn.getvalue()).decode()
+    display(figure, metadata={DESCRIPTION: description})  # type: ignore[no-untyped-call]
+
+
+def show_drawing(
+    draw: Callable[..., Figure], *shown: Any, alt: str, caption: str, **options: Any
+) -> None:
+    """Display a figure of :mod:`icl_helpers.results.figures`, with its narrow drawing."""
+    wide, narrow = (draw(*shown, **options, narrow=narrow) for narrow in (False, True))
+    show_figure(wide, alt=alt, caption=caption, narrow=narrow)
 
 
 def show_bars(
@@ -59,36 +78,60 @@ def show_bars(
     """Display a figure of :func:`accuracy_bars` with its heights as alternative text."""
     seeds = ", ".join(map(str, sorted(set(results["demonstration_seed"]))))
     most = int(results["n"].max()) if len(results) else 0
-    show_figure(
-        accuracy_bars(results, ablations=ablations, n_heads=n_heads, shots=shots),
+    show_drawing(
+        accuracy_bars, results, ablations=ablations, n_heads=n_heads, shots=shots,
         alt=bars_alt(results, ablations=ablations, n_heads=n_heads, shots=shots),
         caption=f"{caption} At most {most} documents a task, demonstration seeds {seeds}.",
-    )
+    )  # fmt: skip
 
 
 def show_table(
     frame: pd.DataFrame, *, label: str, directory: Path | None = None, name: str = ""
 ) -> None:
-    """Display a table in a frame that scrolls sideways on a narrow screen.
+    """Display a table, ``label`` above it, in a frame that scrolls sideways on a narrow screen.
 
     With a directory the table is also written there as ``name.csv`` and ``name.tex``, and links to
     both follow it; they lead to ``tables/`` beside the page, where the book puts the run's files.
     """
+    _show_html(_labelled(frame) if isinstance(frame.index, pd.MultiIndex) else frame, label)
+    if directory is not None:
+        _offer(frame, label, directory, name)
+
+
+def _show_html(frame: pd.DataFrame, label: str) -> None:
+    title = html.escape(label[:1].upper() + label[1:])
     # An interval stands below its value and is not broken: columns stay narrow and readable.
     table = frame.to_html(border=0, na_rep="").replace("\n", " ").replace(" [", "<br>[")
+    table = table.replace("<thead>", f"<caption>{title}</caption> <thead>", 1)
     height = "; max-height: 40rem" if len(frame) > 30 else ""
     region = (
-        f'<div role="region" aria-label="{html.escape(label)}" tabindex="0" '
-        f'style="overflow-x: auto; white-space: nowrap{height}">{table}</div>'
+        f'<div class="icl-table" role="region" aria-label="{title}" tabindex="0" '
+        f'style="overflow-x: auto{height}">{table}</div>'
     )
     display(HTML(region))  # type: ignore[no-untyped-call]
-    if directory is not None:
-        write_table(frame, directory, name)
-        _say(f"Download {label}: {_links(name)}")
+
+
+def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
+    """Join the levels of an index: a row has one head, which stays in sight on a phone."""
+    joined = [", ".join(map(str, levels)).replace("_", " ") for levels in frame.index]
+    corner = ", ".join(frame.index.names)
+    labelled = frame.set_axis(pd.Index(joined), axis="index")
+    if isinstance(frame.columns, pd.MultiIndex):
+        return labelled.rename_axis(columns=["", corner])
+    return labelled.rename_axis(columns=corner)
+
+
+def _offer(frame: pd.DataFrame, label: str, directory: Path, name: str) -> None:
+    """Write a table into the run and link to it."""
+    write_table(frame, directory, name)
+    _say(f"Download {label}: {_links(name)}")
 
 
 def _links(name: str) -> str:
     return f"[CSV](tables/{name}.csv), [LaTeX](tables/{name}.tex)"
+
+
+_REMOVAL = {1: "mean ablation", 3: "mean ablation", 4: "zero ablation", 5: "zero ablation"}
 
 
 def _say(text: str) -> None:
@@ -99,18 +142,28 @@ def _say(text: str) -> None:
 def show_paper_table(
     documents: pd.DataFrame, number: int, directory: Path, *, n_heads: int
 ) -> None:
-    """Display a table of the paper for a run: cells with intervals and marks, and its tests.
+    """Display a table of the paper for a run: accuracies, induction minus random heads, and tests.
 
-    Both are written into the directory as ``table-N`` and ``table-N-tests``. Says so where the
-    documents are of no task of the table.
+    Accuracies have intervals and marks, and a table each number of heads: side by side they would
+    be wider than a page. All are written into the directory as ``table-N``, ``table-N-gaps`` and
+    ``table-N-tests``. Says so where the documents are of no task of the table.
     """
     try:
         table = annotated_table(documents, number, n_heads=n_heads)
     except InputError as error:
         _say(f"*Nothing to show: {error}.*")
         return
-    name = f"table-{number}"
-    show_table(_narrow(table.cells), label=f"table {number}", directory=directory, name=name)
+    name, title = f"table-{number}", f"table {number}, {_REMOVAL[number]}"
+    cells = _narrow(table.cells)
+    shares = cells.columns.get_level_values(1)
+    for share in dict.fromkeys(filter(None, shares)):
+        part = cells.loc[:, (shares == "") | (shares == share)].droplevel(1, axis="columns")
+        show_table(part, label=f"{title}, {share} removed or blocked")
+    _offer(cells, title, directory, name)
+    if not table.gaps.empty:
+        label = f"{title}: induction heads minus random heads, points"
+        gaps = _narrow(table.gaps)
+        show_table(gaps, label=label, directory=directory, name=f"{name}-gaps")
     # A p-value is never zero, however small: it keeps its exponent.
     exponents = {p: table.tests[p].map("{:.1e}".format) for p in ("p", "p_holm")}
     tests = table.tests.round(6).assign(**exponents)
@@ -132,15 +185,35 @@ def show_published(model: str, documents: pd.DataFrame, number: int, directory: 
     beside = overlay(model, documents)
     if beside is not None:
         rows = beside[beside["table"] == number].drop(columns="table").round(1)
-        label = f"table {number}, published and recomputed"
-        show_table(rows, label=label, directory=directory, name=f"published-{number}")
+        label = f"{_published_title(number, str(published_name(model)))} and recomputed"
+        _show_html(_compact(rows), label)
+        _offer(rows, label, directory, f"published-{number}")
         return
     for model_name in PAPER_MODELS.values():
-        _say(f"**Published, {model_name}**")
         cells = _narrow(published_table(number, model_name))
-        label = f"table {number} as published for {model_name}"
+        label = _published_title(number, model_name)
         name = f"published-{number}-{model_name.lower()}"
         show_table(cells, label=label, directory=directory, name=name)
+
+
+def _published_title(number: int, model_name: str) -> str:
+    return f"table {number}, {model_name}, {_REMOVAL[number]}, published"
+
+
+def _compact(rows: pd.DataFrame) -> pd.DataFrame:
+    """Lay out rows of :func:`icl_helpers.results.comparison.overlay` in few columns."""
+    bounds = rows["low"].map(" [{:.1f}, ".format) + rows["high"].map("{:.1f}]".format)
+    shown = pd.DataFrame(
+        {
+            "condition": named_conditions(rows)["condition"],
+            "heads": rows["heads"],
+            "published": rows["published"],
+            "this run": rows["accuracy"].map("{:.1f}".format) + bounds,
+            "difference": rows["difference"].map("{:+.1f}".format),
+            "inside": rows["inside"].map({True: "yes", False: "no"}),
+        }
+    )
+    return _labelled(_narrow(shown.set_axis(pd.MultiIndex.from_frame(rows[ROW]), axis="index")))
 
 
 def show_published_scores() -> None:
@@ -152,17 +225,17 @@ def show_published_scores() -> None:
     count: Any = next(count_induction_heads(scores).itertuples())
     same = (count.layer, count.head) == (15, 30)
     facts = (
-        f"{count.induction} of {count.heads:,} heads score 0.3 or more "
-        f"({100 * count.induction / count.heads:.1f} %); the best is layer {count.layer}, head "
+        f"{heads_in_words(count.induction / count.heads, count.heads)} "
+        f"score 0.3 or more; the best is layer {count.layer}, head "
         f"{count.head}, with {count.score:.2f}, "
         f"{'the same head as' if same else 'another head than'} in the paper"
     )
     grid = scores.pivot(index="layer", columns="head", values="score")
-    show_figure(
-        score_heatmap(torch.tensor(grid.to_numpy()), label="next-token matching score"),
+    show_drawing(
+        score_heatmap, torch.tensor(grid.to_numpy()), label="next-token matching score",
         alt=f"Heatmap of layers by heads of Llama-3-8B, as published by Feucht et al.: {facts}.",
         caption=f"Llama-3-8B, as published by Feucht et al. (2025), not measured here: {facts}.",
-    )
+    )  # fmt: skip
 
 
 def _narrow(cells: pd.DataFrame) -> pd.DataFrame:
@@ -188,15 +261,37 @@ def show_benefit(changes: pd.DataFrame, *, ablation: str, n_heads: int) -> None:
     """Display :func:`icl_helpers.results.figures.benefit_bars` with a computed caption."""
     out = left_out_tasks(changes)
     names = out["task"] + " (" + out["labels"] + ": " + out["why"] + ")"
-    show_figure(
-        benefit_bars(changes, ablation=ablation, n_heads=n_heads),
+    show_drawing(
+        benefit_bars, changes, ablation=ablation, n_heads=n_heads,
         alt=benefit_alt(changes, ablation=ablation, n_heads=n_heads),
         caption=(
             f"Relative change of the benefit of examples under {ablation} ablation; -100 % means "
-            f"that examples help no more. Lines are 95 % intervals, cut at the panel's edge. Left "
-            f"out: {', '.join(names) or 'none'}."
+            f"that examples help no more. Lines are 95 % intervals. Left out: "
+            f"{', '.join(names) or 'none'}."
         ),
-    )
+    )  # fmt: skip
+
+
+def show_benefit_table(changes: pd.DataFrame, *, n_heads: int, directory: Path) -> None:
+    """Display the benefit under every condition; the whole is written as ``benefit``."""
+    label = "the benefit of examples, percent and points"
+    bounds = changes["low"].map(" [{:.0f}, ".format) + changes["high"].map("{:.0f}]".format)
+    change = changes["relative_change"].map("{:+.0f}".format) + bounds
+    shown = pd.DataFrame(
+        {
+            "condition": named_conditions(changes)["condition"],
+            "ablation": changes["ablation"].replace({"none": "", "knockout": ""}),
+            "heads": name_heads(changes, n_heads)["heads"],
+            **{name: changes[name].map("{:.1f}".format) for name in ("zero_shot", "few_shot")},
+            "benefit": changes["benefit"].map("{:+.1f}".format),
+            "change, %": change.where(
+                changes["relative_change"].notna() & (changes["condition"] != "full"), ""
+            ),
+        }
+    ).rename(columns=lambda name: name.replace("_", " "))  # fmt: skip
+    shown = shown.set_axis(pd.MultiIndex.from_frame(changes[ROW]), axis="index")
+    _show_html(_labelled(_narrow(shown)), label)
+    _offer(name_heads(changes.round(2), n_heads), label, directory, "benefit")
 
 
 def describe_text_tasks(tasks: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """The paper's tables from a run's results, with how sure each number is (Tables 1, 3, 4, 5).
 
-Rows are tasks and shots; columns are the full model, induction heads, induction pattern and random
-heads at each fraction. :data:`LEGEND` says what stands in a cell. The last columns compare
-induction heads with random heads on the same documents.
+Rows are tasks and shots; columns are the full model, induction heads, induction pattern and each
+control of random heads, at each number of heads. :data:`LEGEND` says what stands in a cell. A
+second table compares induction heads with each control on the same documents.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONDITION_TITLES = {
     "full": "full model", "induction_heads": "induction heads",
     "induction_pattern": "induction pattern", "random_heads": "random heads",
 }  # fmt: skip
-_GAP = "induction minus random"
+_GAP = "induction minus random heads"
 # The paper's control needs no name.
 _PLAIN = ("", "published")
 
@@ -88,8 +88,9 @@ MARK = "*"
 LEGEND = (
     "Each cell: accuracy in percent; in parentheses the difference to the full model in points; in "
     "brackets the 95 % interval of the accuracy, over documents, demonstration seeds and control "
-    "draws. The columns *induction minus random* hold the difference between the two, with its own "
-    "interval. A star marks a difference that is distinguishable from noise. Two things must say "
+    "draws. *Random heads* are the paper's control, which may draw induction heads again; *random "
+    "heads, strict* never does. The last table holds induction heads minus either, with the "
+    "interval of that difference. A star marks a difference that is distinguishable from noise. Two things must say "
     "so: an exact paired test on the same documents, below 5 % after Holm's correction for all "
     "tests of the table's rows with examples (those without are corrected by themselves, and "
     "counted once, since seeds cannot differ there); and the difference's own 95 % interval over "
@@ -99,9 +100,13 @@ LEGEND = (
 
 
 class AnnotatedTable(NamedTuple):
-    """``cells``: text, in the paper's layout; ``tests``: one row per comparison, as numbers."""
+    """``cells`` and ``gaps``: text, in the paper's layout; ``tests``: numbers, a row a comparison.
+
+    ``gaps`` is induction heads minus random heads, a column each control and number of heads.
+    """
 
     cells: pd.DataFrame
+    gaps: pd.DataFrame
     tests: pd.DataFrame
 
 
@@ -111,7 +116,8 @@ def annotated_table(documents: pd.DataFrame, number: int, *, n_heads: int) -> An
     ``n_heads`` is how many heads the model has. ``cells`` is indexed by task, labels and shots,
     with columns (condition, heads). ``tests`` has the columns of
     :func:`icl_helpers.results.statistics.comparisons`, corrected over this table alone, with heads
-    in place of their fraction. Raises :class:`InputError` when the run holds none of the table's
+    in place of their fraction, and where the documents say so (``drawn_again``) how many heads of
+    each random draw are induction heads. Raises :class:`InputError` when the run holds none of the table's
     rows or no full model.
     """
     rows = table_rows(documents, number)
@@ -131,10 +137,27 @@ def annotated_table(documents: pd.DataFrame, number: int, *, n_heads: int) -> An
     cells["text"] = accuracy + cells["change"].fillna("") + _bounds(cells, "{:.1f}")
     columns = ["against", "against_control", "difference", "low", "high", "p", "p_holm"]
     columns += ["cohens_g", "distinguishable"]
+    tests = _with_draws(tests[[*CELL, *columns]], rows)
+    gaps = gaps[gaps["against"] == "random_heads"]
     return AnnotatedTable(
-        cell_frame(pd.concat([cells, gaps[gaps["against"] == "random_heads"]]), n_heads=n_heads),
-        name_heads(tests[[*CELL, *columns]], n_heads),
+        cell_frame(cells, n_heads=n_heads),
+        pd.DataFrame() if gaps.empty else cell_frame(gaps, n_heads=n_heads),
+        name_heads(tests, n_heads),
     )
+
+
+def _with_draws(tests: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Add how many heads of the compared random draws are induction heads, draw by draw."""
+    if "drawn_again" not in rows:
+        return tests
+    draws = rows.dropna(subset="drawn_again").sort_values("ablation_seed")
+    again = {
+        key: ", ".join(map(str, part.drop_duplicates("ablation_seed")["drawn_again"]))
+        for key, part in draws.groupby(["fraction", "control"])
+    }
+    control = tests["control"].where(tests["control"] != "", tests["against_control"])
+    keys = zip(tests["fraction"], control, strict=True)
+    return tests.assign(induction_heads_in_draws=[again.get(key, "") for key in keys])
 
 
 def _bounds(frame: pd.DataFrame, form: str) -> pd.Series:

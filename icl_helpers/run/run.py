@@ -32,7 +32,7 @@ from icl_helpers.attention.passes import one_angle_length
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences, token_pool
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.evaluation.cells import CellGroup, build
-from icl_helpers.evaluation.conditions import FULL, Condition, conditions
+from icl_helpers.evaluation.conditions import FULL, Condition, conditions, drawn_again
 from icl_helpers.evaluation.evaluate import ModelSource, evaluate_request, plan_request
 from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.evaluation.store import KEYS, read_frame
@@ -300,8 +300,12 @@ class Run:
         return self._table("results", group)
 
     def documents(self, group: Group = "tasks") -> pd.DataFrame:
-        """Per-document results behind :meth:`results`."""
-        return self._table("documents", group)
+        """Per-document results behind :meth:`results`.
+
+        With ``drawn_again``, how many heads of a row's random draw are induction heads.
+        """
+        rows = self._table("documents", group)
+        return rows.assign(drawn_again=drawn_again(rows, self.prefix_scores().mean(0)))
 
     def _table(self, name: str, group: Group) -> pd.DataFrame:
         path = self.directory / f"{name}.parquet"

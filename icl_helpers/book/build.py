@@ -299,11 +299,14 @@ def _offer_narrow(html: Path) -> None:
         source = f'<source media="(max-width: 600px)" srcset="{up}{drawing.as_posix()}">'
         return f"{found['before']}<picture>{source}{found['image']}</picture>"
 
-    figure = r'(?P<before><figure [^>]*id="(?P<name>[^"]+)"[^>]*>\s*(?:<a [^>]*>)?)(?P<image><img [^>]*>)'
+    figure = re.compile(
+        r'(?P<before><figure [^>]*id="(?P<name>[^"]+)"[^>]*>\s*(?:<a [^>]*>)?)'
+        r"(?P<image><img [^>]*>)"
+    )
     for page in html.rglob("*.html"):
         up = "../" * (len(page.relative_to(html).parts) - 1)
         text = page.read_text(encoding="utf-8")
-        page.write_text(re.sub(figure, picture, text), encoding="utf-8")
+        page.write_text(figure.sub(picture, text), encoding="utf-8")
 
 
 def _repository_buttons(config: dict[str, Any]) -> None:

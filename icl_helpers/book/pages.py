@@ -295,9 +295,10 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     outcomes = kind_outcomes(documents)
     n_heads = sizes[run][0]
     heads = heads_in_words(max(it.fraction for it in outcomes) or 1.0, n_heads)
-    (staged / "_static").mkdir(exist_ok=True)
-    figure = accuracy_bars(results, ablations=list(_FIGURE), n_heads=n_heads)
-    figure.savefig(staged / "_static" / "front.png", dpi=160)
+    (staged / "_static" / "narrow").mkdir(parents=True, exist_ok=True)
+    for narrow, place in ((False, "front.png"), (True, "narrow/fig-front.png")):
+        figure = accuracy_bars(results, ablations=list(_FIGURE), n_heads=n_heads, narrow=narrow)
+        figure.savefig(staged / "_static" / place, dpi=160)
     left = removal_caption(documents[documents["task"].isin(results["task"])])
     alt = f"{bars_alt(results, ablations=list(_FIGURE), n_heads=n_heads)} {left}".strip()
     embedded = [name for name in embedded_models() if name in map(_model, runs)]

@@ -322,8 +322,8 @@ def read_frame(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(
             f"{path} does not exist: run the stages before this one first, with this run_dir "
-            f"(notebooks 1 to 6, or: icl run --run-dir {path.parent}), or make the run of a bundle, "
-            f"which needs no model: icl import BUNDLE --run-dir {path.parent}"
+            f"(notebooks 1 to 6, or: icl run --run-dir {path.parent}), or make the run of a "
+            f"bundle, which needs no model: icl import BUNDLE --run-dir {path.parent}"
         )
     frame = _read_parquet(path)
     if frame is None:

@@ -22,9 +22,20 @@ from icl_helpers.attention.heads import Head, heads_in_words
 from icl_helpers.evaluation.store import CELL, keyed
 
 __all__ = [
-    "accuracy_bars", "accuracy_lines", "attention_over_prompt", "bars_alt", "benefit_alt",
-    "benefit_bars", "heatmap_alt", "intervention_lines", "loss_lines", "ranked_heads",
-    "named_conditions", "rise_lines", "score_heatmap", "score_lines",
+    "accuracy_bars",
+    "accuracy_lines",
+    "attention_over_prompt",
+    "bars_alt",
+    "benefit_alt",
+    "benefit_bars",
+    "heatmap_alt",
+    "intervention_lines",
+    "loss_lines",
+    "named_conditions",
+    "ranked_heads",
+    "rise_lines",
+    "score_heatmap",
+    "score_lines",
 ]  # fmt: skip
 
 # Inches: what a phone shows at its own size.

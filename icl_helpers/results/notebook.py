@@ -46,8 +46,8 @@ from icl_helpers.tasks.specs import STAND_IN_TASKS, text_spec
 
 __all__ = [
     "DESCRIPTION", "benefit_or_none", "describe_text_tasks", "show_bars", "show_benefit",
-    "show_benefit_table", "show_drawing", "show_figure", "show_paper_table", "show_published", "show_published_scores", "show_table",
-    "text_task_table",
+    "show_benefit_table", "show_drawing", "show_figure", "show_paper_table", "show_published",
+    "show_published_scores", "show_table", "text_task_table",
 ]  # fmt: skip
 
 DESCRIPTION = "icl_description"

@@ -90,9 +90,9 @@ LEGEND = (
     "brackets the 95 % interval of the accuracy, over documents, demonstration seeds and control "
     "draws. *Random heads* are the paper's control, which may draw induction heads again; *random "
     "heads, strict* never does. The last table holds induction heads minus either, with the "
-    "interval of that difference. A star marks a difference that is distinguishable from noise. Two things must say "
-    "so: an exact paired test on the same documents, below 5 % after Holm's correction for all "
-    "tests of the table's rows with examples (those without are corrected by themselves, and "
+    "interval of that difference. A star marks a difference that is distinguishable from noise. "
+    "Two things must say so: an exact paired test on the same documents, below 5 % after Holm's "
+    "correction for all tests of the table's rows with examples (those without are corrected by themselves, and "
     "counted once, since seeds cannot differ there); and the difference's own 95 % interval over "
     "documents, seeds and draws, which must not hold zero. What has no star may differ or not: "
     "these documents, seeds and draws do not tell."
@@ -117,8 +117,8 @@ def annotated_table(documents: pd.DataFrame, number: int, *, n_heads: int) -> An
     with columns (condition, heads). ``tests`` has the columns of
     :func:`icl_helpers.results.statistics.comparisons`, corrected over this table alone, with heads
     in place of their fraction, and where the documents say so (``drawn_again``) how many heads of
-    each random draw are induction heads. Raises :class:`InputError` when the run holds none of the table's
-    rows or no full model.
+    each random draw are induction heads. Raises :class:`InputError` when the run holds none of the
+    table's rows or no full model.
     """
     rows = table_rows(documents, number)
     if not (rows["condition"] == "full").any():

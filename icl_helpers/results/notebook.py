@@ -114,7 +114,7 @@ def _show_html(frame: pd.DataFrame, label: str) -> None:
 def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
     """Join the levels of an index: a row has one head, which stays in sight on a phone."""
     joined = [", ".join(map(str, levels)).replace("_", " ") for levels in frame.index]
-    corner = ", ".join(frame.index.names)
+    corner = ", ".join(map(str, frame.index.names))
     labelled = frame.set_axis(pd.Index(joined), axis="index")
     if isinstance(frame.columns, pd.MultiIndex):
         return labelled.rename_axis(columns=["", corner])

@@ -64,7 +64,7 @@ def documents() -> pd.DataFrame:
 
 
 def test_table_1_shows_accuracy_difference_mark_and_interval(documents):
-    cells, tests = annotated_table(documents, 1, n_heads=50)
+    cells, gaps, tests = annotated_table(documents, 1, n_heads=50)
     row = cells.loc[("repetition", "unrelated", 10)]
     rows = documents[(documents["task"] == "repetition") & (documents["shots"] == 10)]
     plain = 100 * rows.groupby(["condition", "ablation"])["correct"].mean()
@@ -74,14 +74,16 @@ def test_table_1_shows_accuracy_difference_mark_and_interval(documents):
     assert row[("full model", "")].startswith(f"{full:.1f} [")
     random = row[("random heads", "3 of 50 heads (6.0 %)")]
     assert MARK not in random
-    gap = row[("induction minus random", "3 of 50 heads (6.0 %)")]
+    gap = gaps.loc[
+        ("repetition", "unrelated", 10), ("induction minus random heads", "3 of 50 heads (6.0 %)")
+    ]
     assert gap.startswith(f"{removed - plain['random_heads', 'mean']:+.1f}{MARK} [")
     assert set(tests["ablation"]) == {"mean", "knockout"}
     assert set(tests["task"]) == {"repetition"}
 
 
 def test_marks_follow_holm_over_the_table_alone_and_the_interval(documents):
-    cells, tests = annotated_table(documents, 1, n_heads=50)
+    cells, gaps, tests = annotated_table(documents, 1, n_heads=50)
     no_examples = tests["shots"] == 0
     for family in (tests[no_examples], tests[~no_examples]):
         assert family["p_holm"].to_numpy() == pytest.approx(holm(family["p"].to_numpy()))
@@ -89,12 +91,12 @@ def test_marks_follow_holm_over_the_table_alone_and_the_interval(documents):
     assert (tests["distinguishable"] == ((tests["p_holm"] < 0.05) & apart)).all()
     assert not tests.loc[no_examples, "distinguishable"].any()
     # Every star of the cells is one of the tests', and none is left out.
-    stars = cells.map(lambda text: text.count(MARK)).to_numpy().sum()
+    stars = sum(part.map(lambda text: text.count(MARK)).to_numpy().sum() for part in (cells, gaps))
     assert stars == tests["distinguishable"].sum() > 0
 
 
 def test_a_test_of_the_table_is_the_paired_test_on_the_same_documents(documents):
-    _, tests = annotated_table(documents, 3, n_heads=50)
+    _, _, tests = annotated_table(documents, 3, n_heads=50)
     row = tests[(tests["shots"] == 10) & (tests["against"] == "full")].iloc[0]
     wide = documents[(documents["task"] == "sst2") & (documents["shots"] == 10)].pivot_table(
         index="doc_id", columns=["condition", "demonstration_seed"], values="correct"
@@ -104,7 +106,7 @@ def test_a_test_of_the_table_is_the_paired_test_on_the_same_documents(documents)
 
 
 def test_table_4_takes_zero_ablation_and_text_tables_have_no_knockout(documents):
-    cells, tests = annotated_table(documents, 4, n_heads=50)
+    cells, _, tests = annotated_table(documents, 4, n_heads=50)
     assert set(tests["ablation"]) == {"zero", "knockout"}
     assert ("random heads", "3 of 50 heads (6.0 %)") not in cells.columns
     assert {name for name, _ in annotated_table(documents, 3, n_heads=50).cells.columns} == {

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
+import re
+
 import pandas as pd
 import pytest
+from matplotlib.container import BarContainer
 
-from icl_helpers.evaluation.store import document_results
+from icl_helpers.evaluation.store import accuracies, document_results
 from icl_helpers.results import notebook as reporting
+from icl_helpers.results.figures import accuracy_bars, benefit_bars
+from icl_helpers.results.statistics import benefit_changes
 from tests.results.test_comparison import write_run
 
 RIGHT = {"full": 19, "induction_heads": 4, "random_heads": 19}
@@ -33,7 +40,8 @@ def test_table_of_a_run_is_shown_with_its_tests_and_both_are_written(tmp_path, s
     # 20 documents of which 15 are lost in every run: 2 / 2 ** 15, and never 0.0.
     assert tests["p"].tolist()[0] == "6.1e-05"
     names = {path.name for path in (tmp_path / "tables").iterdir()}
-    assert names == {"table-1.csv", "table-1.tex", "table-1-tests.csv", "table-1-tests.tex"}
+    written = ("table-1", "table-1-gaps", "table-1-tests")
+    assert names == {f"{name}.{kind}" for name in written for kind in ("csv", "tex")}
     assert all(f"tables/{name}" in page for name in names)
 
 
@@ -48,8 +56,8 @@ def test_published_values_stand_alone_beside_another_model(tmp_path, shown):
     documents = document_results(write_run(tmp_path / "a", "icl-tiny", fraction=0.06, right=RIGHT))
     reporting.show_published("icl-tiny", documents, 1, tmp_path / "tables")
     page = "\n".join(shown)
-    assert "**Published, Llama-3-8B**" in page
-    assert "**Published, InternLM2-20B**" in page
+    assert "<caption>Table 1, Llama-3-8B, mean ablation, published</caption>" in page
+    assert "<caption>Table 1, InternLM2-20B, mean ablation, published</caption>" in page
     assert "difference" not in page
     assert "95.0" not in page
 
@@ -60,5 +68,93 @@ def test_published_values_stand_beside_a_run_of_the_same_model(tmp_path, shown):
     reporting.show_published(model, documents, 1, tmp_path / "tables")
     page = "\n".join(shown)
     assert "<th>difference</th>" in page
-    assert "<td>95.0</td>" in page
+    assert "<td>95.0<br>[" in page
     assert "InternLM2" not in page
+
+
+def both_controls() -> pd.DataFrame:
+    """Documents at two numbers of heads with both controls; 4 heads lose all but every fourth."""
+    rows = []
+    for condition, control, fraction, draw in (
+        ("full", "", None, None),
+        *(("induction_heads", "", share, None) for share in (0.02, 0.06)),
+        *(
+            ("random_heads", control, share, draw)
+            for share in (0.02, 0.06)
+            for control in ("published", "strict")
+            for draw in (42, 43)
+        ),
+    ):
+        for shots, seed, doc in itertools.product((0, 10), (42, 43), range(40)):
+            rows.append(
+                {"task": "repetition", "labels": "unrelated", "shots": shots,
+                 "condition": condition, "ablation": "none" if fraction is None else "mean",
+                 "fraction": fraction, "control": control, "ablation_seed": draw,
+                 "demonstration_seed": seed, "doc_id": doc, "margin": 0.0, "valid": True,
+                 "correct": doc % 2 == 0 if shots == 0 else
+                 doc % 4 == 0 if condition == "induction_heads" else doc % 20 > 0}
+            )  # fmt: skip
+    return pd.DataFrame(rows).astype({"ablation_seed": "Int64"})
+
+
+def test_a_table_each_number_of_heads_and_one_of_induction_minus_either_control(tmp_path, shown):
+    reporting.show_paper_table(both_controls(), 1, tmp_path, n_heads=64)
+    small, large, _, gaps = shown[:4]
+    titles = [re.search("<caption>(.*?)</caption>", text)[1] for text in (small, large, gaps)]
+    assert titles == [
+        "Table 1, mean ablation, 2 of 64 heads (3.1 %) removed or blocked",
+        "Table 1, mean ablation, 4 of 64 heads (6.3 %) removed or blocked",
+        "Table 1, mean ablation: induction heads minus random heads, points",
+    ]
+    heads = re.findall("<th>(.*?)</th>", large.split("<tbody>")[0])
+    assert heads == [
+        "task, shots", "full model", "induction heads", "random heads", "random heads, strict"
+    ]  # fmt: skip
+    # A row has one head, which stays in sight on a phone.
+    assert re.findall("<th>(.*?)</th>", large.split("<tbody>")[1]) == [
+        "repetition, 0", "repetition, 10"
+    ]  # fmt: skip
+    assert "25.0 (-70.0)*<br>[" in large
+    assert gaps.count("-70.0*<br>[") == 4
+    assert "induction minus random heads, strict" in gaps
+
+
+def test_benefit_stands_in_few_columns_beside_the_number_of_heads(tmp_path, shown):
+    documents = both_controls()
+    changes = benefit_changes(accuracies(documents), documents)
+    reporting.show_benefit_table(changes, n_heads=64, directory=tmp_path)
+    assert "4 of 64 heads (6.3 %)" in shown[0]
+    # 45 points are gained, and 25 lost without the heads: 1 - (-25 / 45).
+    assert "-156<br>[" in shown[0]
+    assert len(re.findall("<th>", shown[0].split("<tbody>")[0])) <= 8
+    written = pd.read_csv(tmp_path / "benefit.csv")
+    assert set(written["heads"].dropna()) == {"2 of 64 heads (3.1 %)", "4 of 64 heads (6.3 %)"}
+
+
+def test_a_drawing_for_narrow_screens_lies_beside_the_figure(monkeypatch):
+    kept = {}
+    monkeypatch.setattr(reporting, "display", lambda figure, metadata: kept.update(metadata))
+    documents = both_controls()
+    results = accuracies(documents)
+    reporting.show_bars(results, ablations=["mean"], n_heads=64, caption="A.")
+    described = kept[reporting.DESCRIPTION]
+    image = base64.b64decode(described["narrow"])
+    assert image.startswith(b"\x89PNG")
+    assert int.from_bytes(image[16:20], "big") < 800  # pixels wide
+    assert "random heads, strict 95" in described["alt"]
+
+
+def test_both_controls_have_bars_of_their_own_and_no_interval_is_cut():
+    documents = both_controls()
+    results = accuracies(documents)
+    changes = benefit_changes(results, documents)
+    reach = changes[changes["ablation"] == "mean"]
+    for narrow in (False, True):
+        axes = accuracy_bars(results, ablations=["mean"], n_heads=64, narrow=narrow).axes[0]
+        bars = [found for found in axes.containers if isinstance(found, BarContainer)]
+        colours = {found[0].get_facecolor() for found in bars}
+        assert len(colours) == 4
+        for axes in benefit_bars(changes, ablation="mean", n_heads=64, narrow=narrow).axes:
+            low, high = axes.get_xlim() if narrow else axes.get_ylim()
+            assert low <= reach["low"].min()
+            assert high >= reach["high"].max()

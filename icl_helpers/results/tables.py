@@ -92,10 +92,10 @@ LEGEND = (
     "heads, strict* never does. The last table holds induction heads minus either, with the "
     "interval of that difference. A star marks a difference that is distinguishable from noise. "
     "Two things must say so: an exact paired test on the same documents, below 5 % after Holm's "
-    "correction for all tests of the table's rows with examples (those without are corrected by themselves, and "
-    "counted once, since seeds cannot differ there); and the difference's own 95 % interval over "
-    "documents, seeds and draws, which must not hold zero. What has no star may differ or not: "
-    "these documents, seeds and draws do not tell."
+    "correction for all tests of the table's rows with examples (those without are corrected by "
+    "themselves, and counted once, since seeds cannot differ there); and the difference's own 95 % "
+    "interval over documents, seeds and draws, which must not hold zero. What has no star may "
+    "differ or not: these documents, seeds and draws do not tell."
 )
 
 

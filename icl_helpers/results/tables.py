@@ -17,6 +17,7 @@ import pandas as pd
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.evaluation.store import CELL, ROW, keyed
 from icl_helpers.files import atomic_path, embedded_dir
+from icl_helpers.results.outcomes import Span, range_in_words, task_kind
 from icl_helpers.results.statistics import accuracy_intervals, comparisons
 from icl_helpers.tasks.specs import get_task_spec, task_names
 
@@ -171,10 +172,6 @@ def abstract_results(results: pd.DataFrame) -> pd.DataFrame:
     return results if rows.empty else rows
 
 
-def _label_counts(tasks: pd.Series) -> pd.Series:
-    return tasks.map(lambda task: len(get_task_spec(task).choices))
-
-
 def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
     """Read the shipped measurements of an embedded model: ``effect`` or ``dynamics``.
 
@@ -189,33 +186,37 @@ def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
-def effect_summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Summarise the finding in percent or percentage points, one row a training seed.
+_EFFECT = {
+    "full": "full model", "induction_heads": "without induction heads",
+    "induction_pattern": "pattern blocked", "random_heads": "without random heads",
+}  # fmt: skip
 
-    Averages are over the two-label tasks at ten shots, but for the four-way accuracy (twenty
-    shots). ``furthest from chance`` and ``moved at zero shots`` are the worst task's. The share of
-    the pattern is the loss under knockout in percent of the loss under removal, averaged over the
-    tasks where removal costs 10 points or more (NaN where there is none).
+
+def effect_summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the finding by kind of tasks: ranges over them, one column a training seed.
+
+    Accuracies are percent at each task's most examples. *Furthest from chance* and *moved* are
+    points of the worst task without examples.
     """
     summaries = {seed: _summary(part) for seed, part in frame.groupby("training_seed")}
-    return pd.DataFrame.from_dict(summaries, orient="index").rename_axis("training_seed")
+    return pd.DataFrame(summaries).rename_axis(columns="training seed")
 
 
-def _summary(part: pd.DataFrame) -> dict[str, float]:
-    wide = part.pivot_table("accuracy", ["task", "shots"], "condition").reset_index()
-    chance = 100 / _label_counts(wide["task"])
+def _summary(part: pd.DataFrame) -> dict[str, str]:
+    index = ["task", "labels", "shots"]
+    wide = part.pivot_table("accuracy", index, "condition").reset_index()
+    kinds = [task_kind(*pair) for pair in zip(wide["task"], wide["labels"], strict=True)]
     few = wide["shots"] == wide.groupby("task")["shots"].transform("max")
-    binary = wide[few & (chance == 50)]
-    zero = wide["shots"] == 0
-    removed = wide["full"] - wide["induction_heads"]
-    blocked = wide["full"] - wide["induction_pattern"]
-    costly = few & (removed >= 10)
-    return {
-        "full, two labels": binary["full"].mean(),
-        "full, four labels": wide.loc[few & (chance == 25), "full"].mean(),
-        "zero-shot, furthest from chance": (wide["full"] - chance)[zero].abs().max(),
-        "loss without induction heads": removed[binary.index].mean(),
-        "loss without random heads": (binary["full"] - binary["random_heads"]).mean(),
-        "share of the pattern": 100 * (blocked[costly] / removed[costly]).mean(),
-        "moved at zero shots": removed[zero].abs().max(),
+    summary = {
+        f"{kind}, {name}": range_in_words(Span.of(list(rows[condition])))
+        for kind, rows in wide[few].groupby(pd.Series(kinds, wide.index)[few], sort=False)
+        for condition, name in _EFFECT.items()
+    }
+    zero = wide[wide["shots"] == 0]
+    chance = 100 / zero["task"].map(lambda task: len(get_task_spec(task).choices))
+    furthest = (zero["full"] - chance).abs().max()
+    moved = (zero["full"] - zero["induction_heads"]).abs().max()
+    return summary | {
+        "no examples, furthest from chance": f"{furthest:.1f}",
+        "no examples, moved by removal at most": f"{moved:.1f}",
     }

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from icl_helpers.results.comparison import count_induction_heads, published_head_scores
+from icl_helpers.results.outcomes import task_kind
 
 __all__ = [
     "episode_sentences", "loss_sentences", "removal_sentences", "rise_counts", "rise_sentences",
@@ -109,23 +110,29 @@ def loss_sentences(measured: pd.DataFrame, vocabulary: int) -> str:
 def removal_sentences(measured: pd.DataFrame, *, level: float = 0.75) -> str:
     """Say what is left without the induction heads at the steps where the full model is good.
 
-    Those are the steps at which its accuracy, averaged over the tasks, is ``level`` or more.
+    Said of each kind of tasks apart; good are the steps at which the full model has ``level`` or
+    more on every task of the kind. What is left is the range over these steps and tasks.
     """
     sentences = []
-    for seed, frame in measured.groupby("training_seed"):
-        wide = frame.pivot_table("value", "step", "measure")
-        good = wide[wide["accuracy"] >= level]
+    rows = measured[measured["task"].notna()]
+    kinds = rows["task"].map(lambda task: task_kind(task, "unrelated"))
+    for (seed, kind), frame in rows.groupby(["training_seed", kinds], sort=False):
+        wide = frame.pivot_table("value", ["step", "task"], "measure")
+        lowest = wide["accuracy"].groupby("step").min()
+        good = wide[wide.index.get_level_values("step").isin(lowest.index[lowest >= level])]
+        start = f"In training seed {seed}, on {kind},"
         if good.empty:
-            sentences.append(f"In training seed {seed} no step has {100 * level:.0f} % or more.")
+            sentences.append(f"{start} no step has {100 * level:.0f} % or more on every task.")
             continue
         left, control = (
             f"{100 * good[name].min():.0f} to {100 * good[name].max():.0f} %"
             for name in ("accuracy_without_induction_heads", "accuracy_without_random_heads")
         )
+        steps = good.index.get_level_values("step").unique()
         sentences.append(
-            f"In training seed {seed} the full model has {100 * level:.0f} % or more at "
-            f"{len(good)} of {len(wide)} saved steps, the first of them {good.index[0]:,}; at "
+            f"{start} the full model has {100 * level:.0f} % or more on every task at "
+            f"{len(steps)} of {len(lowest)} saved steps, the first of them {steps[0]:,}; at "
             f"these, {left} remain without its induction heads and {control} without as many "
             f"others; chance is 50 %."
         )
-    return " ".join(sentences)
+    return "\n".join(f"- {sentence}" for sentence in sentences)

@@ -82,18 +82,25 @@ def test_loss_is_compared_with_an_even_guess(worst, side):
     assert "at the end the last costs 0.50 and the first 6.0" in found
 
 
-def test_removal_is_told_of_the_steps_where_the_full_model_is_good():
-    kinds = ("accuracy", "accuracy_without_induction_heads", "accuracy_without_random_heads")
-    table = {1: (0.5, 0.4, 0.5), 2: (0.8, 0.6, 0.7), 3: (0.9, 0.3, 0.85)}
-    rows = [
-        (step, kind, value)
-        for step, values in table.items()
-        for kind, value in zip(kinds, values, strict=True)
-    ]
-    found = dynamics.removal_sentences(measured(*rows))
-    assert "75 % or more at 2 of 3 saved steps, the first of them 2" in found
-    assert "30 to 60 % remain without its induction heads and 70 to 85 % without" in found
-    assert "no step has 95 % or more" in dynamics.removal_sentences(measured(*rows), level=0.95)
+def test_removal_is_told_of_the_steps_where_the_full_model_is_good_and_by_kind():
+    measures = ("accuracy", "accuracy_without_induction_heads", "accuracy_without_random_heads")
+    tables = {
+        "repetition": {1: (0.5, 0.4, 0.5), 2: (0.8, 0.6, 0.7), 3: (0.9, 0.3, 0.85)},
+        "wordseq1_binary": {1: (0.5, 0.5, 0.5), 2: (0.6, 0.1, 0.6), 3: (0.9, 0.02, 0.9)},
+        "wordseq2_binary": {1: (0.5, 0.5, 0.5), 2: (0.9, 0.1, 0.6), 3: (0.9, 0.05, 0.8)},
+    }
+    frame = pd.concat(
+        measured(*[(step, name, value) for step, values in table.items()
+                   for name, value in zip(measures, values, strict=True)]).assign(task=task)
+        for task, table in tables.items()
+    )  # fmt: skip
+    letters, words = dynamics.removal_sentences(frame).splitlines()
+    assert "75 % or more on every task at 2 of 3 saved steps, the first of them 2" in letters
+    assert "30 to 60 % remain without its induction heads and 70 to 85 % without" in letters
+    assert "on words, two labels, " in words
+    assert "at 1 of 3 saved steps, the first of them 3" in words
+    assert "2 to 5 % remain without its induction heads and 80 to 90 % without" in words
+    assert "no step has 95 % or more" in dynamics.removal_sentences(frame, level=0.95)
 
 
 def test_shipped_measurements_are_told_as_counting_gives():

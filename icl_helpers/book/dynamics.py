@@ -15,10 +15,11 @@ from typing import Any
 import pandas as pd
 
 from icl_helpers.results.comparison import count_induction_heads, published_head_scores
-from icl_helpers.results.outcomes import task_kind
+from icl_helpers.results.outcomes import Span, range_in_words, task_kind
+from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
-    "episode_sentences", "loss_sentences", "removal_sentences", "rise_counts", "rise_sentences",
+    "effect_summary", "episode_sentences", "loss_sentences", "removal_sentences", "rise_counts", "rise_sentences",
 ]  # fmt: skip
 
 
@@ -136,3 +137,39 @@ def removal_sentences(measured: pd.DataFrame, *, level: float = 0.75) -> str:
             f"others; chance is 50 %."
         )
     return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+_EFFECT = {
+    "full": "full model", "induction_heads": "without induction heads",
+    "induction_pattern": "pattern blocked", "random_heads": "without random heads",
+}  # fmt: skip
+
+
+def effect_summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the finding by kind of tasks: ranges over them, one column a training seed.
+
+    Accuracies are percent at each task's most examples. *Furthest from chance* and *moved* are
+    points of the worst task without examples.
+    """
+    summaries = {seed: _summary(part) for seed, part in frame.groupby("training_seed")}
+    return pd.DataFrame(summaries).rename_axis(columns="training seed")
+
+
+def _summary(part: pd.DataFrame) -> dict[str, str]:
+    index = ["task", "labels", "shots"]
+    wide = part.pivot_table("accuracy", index, "condition").reset_index()
+    kinds = [task_kind(*pair) for pair in zip(wide["task"], wide["labels"], strict=True)]
+    few = wide["shots"] == wide.groupby("task")["shots"].transform("max")
+    summary = {
+        f"{kind}, {name}": range_in_words(Span.of(list(rows[condition])))
+        for kind, rows in wide[few].groupby(pd.Series(kinds, wide.index)[few], sort=False)
+        for condition, name in _EFFECT.items()
+    }
+    zero = wide[wide["shots"] == 0]
+    chance = 100 / zero["task"].map(lambda task: len(get_task_spec(task).choices))
+    furthest = (zero["full"] - chance).abs().max()
+    moved = (zero["full"] - zero["induction_heads"]).abs().max()
+    return summary | {
+        "no examples, furthest from chance": f"{furthest:.1f}",
+        "no examples, moved by removal at most": f"{moved:.1f}",
+    }

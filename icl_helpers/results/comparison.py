@@ -10,7 +10,6 @@ Example
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pandas as pd
 
@@ -18,7 +17,7 @@ from icl_helpers.attention.heads import SCORE_THRESHOLD
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import CELL, ROW, keyed
 from icl_helpers.results.statistics import accuracy_intervals
-from icl_helpers.results.tables import cell_frame
+from icl_helpers.results.tables import cell_frame, published_accuracy, read_published
 
 __all__ = [
     "PAPER_MODELS", "compare_runs", "count_induction_heads", "overlay", "published_accuracy",
@@ -27,17 +26,6 @@ __all__ = [
 
 # Published name of each of the paper's models, by the last part of its hub id.
 PAPER_MODELS = {"meta-llama-3-8b": "Llama-3-8B", "internlm2-20b": "InternLM2-20B"}
-
-
-def read_published(name: str) -> pd.DataFrame:
-    """Read a table of the folder ``published``, whose ``README.md`` has columns and sources."""
-    path = Path(__file__).parents[1] / "published" / name
-    return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-
-
-def published_accuracy() -> pd.DataFrame:
-    """Read every accuracy that the paper published, in percent."""
-    return read_published("accuracy.csv")
 
 
 def published_head_scores() -> pd.DataFrame:

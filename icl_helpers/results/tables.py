@@ -17,13 +17,12 @@ import pandas as pd
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.evaluation.store import CELL, ROW, keyed
 from icl_helpers.files import atomic_path, embedded_dir
-from icl_helpers.results.outcomes import Span, range_in_words, task_kind
 from icl_helpers.results.statistics import accuracy_intervals, comparisons
-from icl_helpers.tasks.specs import get_task_spec, task_names
+from icl_helpers.tasks.specs import task_names
 
 __all__ = [
     "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results", "annotated_table",
-    "cell_frame", "effect_summary", "markdown_table", "read_measurements",
+    "cell_frame", "markdown_table", "published_accuracy", "read_measurements", "read_published",
     "table_rows", "write_table",
 ]  # fmt: skip
 
@@ -186,37 +185,12 @@ def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
-_EFFECT = {
-    "full": "full model", "induction_heads": "without induction heads",
-    "induction_pattern": "pattern blocked", "random_heads": "without random heads",
-}  # fmt: skip
+def read_published(name: str) -> pd.DataFrame:
+    """Read a table of the folder ``published``, whose ``README.md`` has columns and sources."""
+    path = Path(__file__).parents[1] / "published" / name
+    return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
 
 
-def effect_summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Summarise the finding by kind of tasks: ranges over them, one column a training seed.
-
-    Accuracies are percent at each task's most examples. *Furthest from chance* and *moved* are
-    points of the worst task without examples.
-    """
-    summaries = {seed: _summary(part) for seed, part in frame.groupby("training_seed")}
-    return pd.DataFrame(summaries).rename_axis(columns="training seed")
-
-
-def _summary(part: pd.DataFrame) -> dict[str, str]:
-    index = ["task", "labels", "shots"]
-    wide = part.pivot_table("accuracy", index, "condition").reset_index()
-    kinds = [task_kind(*pair) for pair in zip(wide["task"], wide["labels"], strict=True)]
-    few = wide["shots"] == wide.groupby("task")["shots"].transform("max")
-    summary = {
-        f"{kind}, {name}": range_in_words(Span.of(list(rows[condition])))
-        for kind, rows in wide[few].groupby(pd.Series(kinds, wide.index)[few], sort=False)
-        for condition, name in _EFFECT.items()
-    }
-    zero = wide[wide["shots"] == 0]
-    chance = 100 / zero["task"].map(lambda task: len(get_task_spec(task).choices))
-    furthest = (zero["full"] - chance).abs().max()
-    moved = (zero["full"] - zero["induction_heads"]).abs().max()
-    return summary | {
-        "no examples, furthest from chance": f"{furthest:.1f}",
-        "no examples, moved by removal at most": f"{moved:.1f}",
-    }
+def published_accuracy() -> pd.DataFrame:
+    """Read every accuracy that the paper published, in percent."""
+    return read_published("accuracy.csv")

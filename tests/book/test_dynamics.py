@@ -158,3 +158,22 @@ def test_sentences_of_the_page_on_what_training_shows_hold():
     for ids, weights in zip(batch.ids.tolist(), batch.weights.tolist(), strict=True):
         for place, weight in enumerate(weights):
             assert weight == 0 or ids[place] in ids[:place]
+
+
+def test_effect_of_training_is_summed_up_by_kind_and_never_over_opposite_tasks():
+    rows = [
+        {"training_seed": 0, "task": task, "labels": "unrelated", "shots": shots,
+         "condition": condition, "accuracy": accuracy}
+        for task, few in (("repetition", 92), ("recursion", 72), ("wordseq1_binary", 6),
+                          ("wordseq2_binary", 1))
+        for shots, by_condition in (
+            (10, {"full": 99, "induction_heads": few, "induction_pattern": 50, "random_heads": 98}),
+            (0, {"full": 50, "induction_heads": 46.5, "induction_pattern": 50, "random_heads": 50}),
+        )
+        for condition, accuracy in by_condition.items()
+    ]  # fmt: skip
+    found = dynamics.effect_summary(pd.DataFrame(rows))[0]
+    assert found["letters, without induction heads"] == "72 to 92"
+    assert found["words, two labels, without induction heads"] == "1 to 6"
+    assert found["words, two labels, pattern blocked"] == "50"
+    assert found["no examples, moved by removal at most"] == "3.5"

@@ -9,7 +9,7 @@ import pytest
 
 import icl_helpers as icl
 from icl_helpers.results.comparison import published_table
-from icl_helpers.results.tables import effect_summary, table_rows, write_table
+from icl_helpers.results.tables import table_rows, write_table
 
 NUMBERS = (1, 3, 4, 5)
 TITLES = {
@@ -75,22 +75,3 @@ def test_a_table_is_written_as_csv_and_latex(tmp_path):
     assert latex.count(" \\\\\n") == len(table) + 1
     assert "centre\\_embedding" in latex
     assert "1.0\\%" in latex
-
-
-def test_effect_of_training_is_summed_up_by_kind_and_never_over_opposite_tasks():
-    rows = [
-        {"training_seed": 0, "task": task, "labels": "unrelated", "shots": shots,
-         "condition": condition, "accuracy": accuracy}
-        for task, few in (("repetition", 92), ("recursion", 72), ("wordseq1_binary", 6),
-                          ("wordseq2_binary", 1))
-        for shots, by_condition in (
-            (10, {"full": 99, "induction_heads": few, "induction_pattern": 50, "random_heads": 98}),
-            (0, {"full": 50, "induction_heads": 46.5, "induction_pattern": 50, "random_heads": 50}),
-        )
-        for condition, accuracy in by_condition.items()
-    ]  # fmt: skip
-    found = effect_summary(pd.DataFrame(rows))[0]
-    assert found["letters, without induction heads"] == "72 to 92"
-    assert found["words, two labels, without induction heads"] == "1 to 6"
-    assert found["words, two labels, pattern blocked"] == "50"
-    assert found["no examples, moved by removal at most"] == "3.5"

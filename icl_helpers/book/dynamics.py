@@ -19,7 +19,8 @@ from icl_helpers.results.outcomes import Span, range_in_words, task_kind
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
-    "effect_summary", "episode_sentences", "loss_sentences", "removal_sentences", "rise_counts", "rise_sentences",
+    "effect_summary", "episode_sentences", "loss_sentences", "removal_sentences", "rise_counts",
+    "rise_sentences",
 ]  # fmt: skip
 
 

@@ -22,7 +22,6 @@ import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, heads_in_words, top_heads
 from icl_helpers.files import embedded_models
-from icl_helpers.results.comparison import published_accuracy
 from icl_helpers.results.outcomes import (
     KindOutcome,
     Span,
@@ -37,7 +36,7 @@ from icl_helpers.results.outcomes import (
     task_name,
     training_seed_doubts,
 )
-from icl_helpers.results.tables import read_measurements
+from icl_helpers.results.tables import published_accuracy, read_measurements
 from icl_helpers.results.viewer import PromptView, follower_shares, looks_in_words
 
 __all__ = [

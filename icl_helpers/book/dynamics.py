@@ -16,9 +16,12 @@ import pandas as pd
 
 from icl_helpers.attention.heads import heads_in_words
 from icl_helpers.results.comparison import count_induction_heads, published_head_scores
+from icl_helpers.results.outcomes import Span, range_in_words, task_kind
+from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
-    "episode_sentences", "loss_sentences", "removal_sentences", "rise_counts", "rise_sentences",
+    "effect_summary", "episode_sentences", "loss_sentences", "removal_sentences", "rise_counts",
+    "rise_sentences",
 ]  # fmt: skip
 
 
@@ -110,23 +113,65 @@ def loss_sentences(measured: pd.DataFrame, vocabulary: int) -> str:
 def removal_sentences(measured: pd.DataFrame, *, level: float = 0.75) -> str:
     """Say what is left without the induction heads at the steps where the full model is good.
 
-    Those are the steps at which its accuracy, averaged over the tasks, is ``level`` or more.
+    Said of each kind of tasks apart; good are the steps at which the full model has ``level`` or
+    more on every task of the kind. What is left is the range over these steps and tasks.
     """
     sentences = []
-    for seed, frame in measured.groupby("training_seed"):
-        wide = frame.pivot_table("value", "step", "measure")
-        good = wide[wide["accuracy"] >= level]
+    rows = measured[measured["task"].notna()]
+    kinds = rows["task"].map(lambda task: task_kind(task, "unrelated"))
+    for (seed, kind), frame in rows.groupby(["training_seed", kinds], sort=False):
+        wide = frame.pivot_table("value", ["step", "task"], "measure")
+        lowest = wide["accuracy"].groupby("step").min()
+        good = wide[wide.index.get_level_values("step").isin(lowest.index[lowest >= level])]
+        start = f"In training seed {seed}, on {kind},"
         if good.empty:
-            sentences.append(f"In training seed {seed} no step has {100 * level:.0f} % or more.")
+            sentences.append(f"{start} no step has {100 * level:.0f} % or more on every task.")
             continue
         left, control = (
             f"{100 * good[name].min():.0f} to {100 * good[name].max():.0f} %"
             for name in ("accuracy_without_induction_heads", "accuracy_without_random_heads")
         )
+        steps = good.index.get_level_values("step").unique()
         sentences.append(
-            f"In training seed {seed} the full model has {100 * level:.0f} % or more at "
-            f"{len(good)} of {len(wide)} saved steps, the first of them {good.index[0]:,}; at "
+            f"{start} the full model has {100 * level:.0f} % or more on every task at "
+            f"{len(steps)} of {len(lowest)} saved steps, the first of them {steps[0]:,}; at "
             f"these, {left} remain without its induction heads and {control} without as many "
             f"others; chance is 50 %."
         )
-    return " ".join(sentences)
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+_EFFECT = {
+    "full": "full model", "induction_heads": "without induction heads",
+    "induction_pattern": "pattern blocked", "random_heads": "without random heads",
+}  # fmt: skip
+
+
+def effect_summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the finding by kind of tasks: ranges over them, one column a training seed.
+
+    Accuracies are percent at each task's most examples. *Furthest from chance* and *moved* are
+    points of the worst task without examples.
+    """
+    summaries = {seed: _summary(part) for seed, part in frame.groupby("training_seed")}
+    return pd.DataFrame(summaries).rename_axis(columns="training seed")
+
+
+def _summary(part: pd.DataFrame) -> dict[str, str]:
+    index = ["task", "labels", "shots"]
+    wide = part.pivot_table("accuracy", index, "condition").reset_index()
+    kinds = [task_kind(*pair) for pair in zip(wide["task"], wide["labels"], strict=True)]
+    few = wide["shots"] == wide.groupby("task")["shots"].transform("max")
+    summary = {
+        f"{kind}, {name}": range_in_words(Span.of(list(rows[condition])))
+        for kind, rows in wide[few].groupby(pd.Series(kinds, wide.index)[few], sort=False)
+        for condition, name in _EFFECT.items()
+    }
+    zero = wide[wide["shots"] == 0]
+    chance = 100 / zero["task"].map(lambda task: len(get_task_spec(task).choices))
+    furthest = (zero["full"] - chance).abs().max()
+    moved = (zero["full"] - zero["induction_heads"]).abs().max()
+    return summary | {
+        "no examples, furthest from chance": f"{furthest:.1f}",
+        "no examples, moved by removal at most": f"{moved:.1f}",
+    }

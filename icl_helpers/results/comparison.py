@@ -10,7 +10,6 @@ Example
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pandas as pd
 
@@ -18,7 +17,12 @@ from icl_helpers.attention.heads import SCORE_THRESHOLD
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import CELL, ROW, keyed
 from icl_helpers.results.statistics import accuracy_intervals
-from icl_helpers.results.tables import cell_frame, name_heads
+from icl_helpers.results.tables import (
+    cell_frame,
+    name_heads,
+    published_accuracy,
+    read_published,
+)
 
 __all__ = [
     "PAPER_MODELS", "compare_runs", "count_induction_heads", "overlay", "published_accuracy",
@@ -28,17 +32,6 @@ __all__ = [
 # Published name of each of the paper's models, by the last part of its hub id, and their heads.
 PAPER_MODELS = {"meta-llama-3-8b": "Llama-3-8B", "internlm2-20b": "InternLM2-20B"}
 _PAPER_HEADS = {"Llama-3-8B": 32 * 32, "InternLM2-20B": 48 * 48}
-
-
-def read_published(name: str) -> pd.DataFrame:
-    """Read a table of the folder ``published``, whose ``README.md`` has columns and sources."""
-    path = Path(__file__).parents[1] / "published" / name
-    return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-
-
-def published_accuracy() -> pd.DataFrame:
-    """Read every accuracy that the paper published, in percent."""
-    return read_published("accuracy.csv")
 
 
 def published_head_scores() -> pd.DataFrame:

@@ -18,13 +18,13 @@ from icl_helpers.attention.heads import heads_in_words
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.evaluation.store import CELL, ROW, keyed
 from icl_helpers.files import atomic_path, embedded_dir
-from icl_helpers.results.outcomes import task_kind
 from icl_helpers.results.statistics import accuracy_intervals, comparisons
 from icl_helpers.tasks.specs import task_names
 
 __all__ = [
     "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results", "annotated_table",
-    "cell_frame", "effect_summary", "markdown_table", "name_heads", "read_measurements",
+    "cell_frame", "markdown_table", "name_heads", "published_accuracy", "read_measurements",
+    "read_published",
     "table_rows", "write_table",
 ]  # fmt: skip
 
@@ -211,46 +211,12 @@ def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
-def effect_summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Summarise the finding by kind of tasks, a row a training seed and kind.
-
-    Cells are text: the mean over the tasks of the kind and, in parentheses, their range; percent
-    or points, at each task's most examples (*zero-shot* columns: without). The share of the pattern
-    is what blocking it costs in percent of what removal costs: the ratio of the kind's mean losses,
-    with the range of the tasks' own ratios; empty where removal costs less than 10 points on any.
-    """
-    wide = frame.pivot_table("accuracy", ["training_seed", *ROW], "condition").reset_index()
-    kinds = [task_kind(*key) for key in wide[["task", "labels"]].itertuples(index=False)]
-    few = wide["shots"] == wide.groupby("task")["shots"].transform("max")
-    wide["removed"] = wide["full"] - wide["induction_heads"]
-    wide["blocked"] = wide["full"] - wide["induction_pattern"]
-    wide["control"] = wide["full"] - wide["random_heads"]
-    groups = wide.assign(kind=kinds)[few | (wide["shots"] == 0)].groupby(
-        ["training_seed", "kind"], sort=False
-    )
-    return groups.apply(_summary, include_groups=False)
+def read_published(name: str) -> pd.DataFrame:
+    """Read a table of the folder ``published``, whose ``README.md`` has columns and sources."""
+    path = Path(__file__).parents[1] / "published" / name
+    return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
 
 
-def _summary(part: pd.DataFrame) -> pd.Series:
-    zero, few = part[part["shots"] == 0], part[part["shots"] > 0]
-    costly = (few["removed"] >= 10).all()
-    share = 100 * few["blocked"].mean() / few["removed"].mean()
-    return pd.Series(
-        {
-            "full": _spread(few["full"]),
-            "zero-shot, full": _spread(zero["full"]),
-            "loss without induction heads": _spread(few["removed"]),
-            "loss with the pattern blocked": _spread(few["blocked"]),
-            "loss without random heads": _spread(few["control"]),
-            "share of the pattern": _spread(100 * few["blocked"] / few["removed"], mean=share)
-            if costly
-            else "",
-            "zero-shot, loss without induction heads": _spread(zero["removed"]),
-        }
-    )
-
-
-def _spread(values: pd.Series, *, mean: float | None = None) -> str:
-    """Write a mean (or another sum) and the range over the tasks."""
-    middle = values.mean() if mean is None else mean
-    return f"{middle:.1f} ({values.min():.1f} to {values.max():.1f})"
+def published_accuracy() -> pd.DataFrame:
+    """Read every accuracy that the paper published, in percent."""
+    return read_published("accuracy.csv")

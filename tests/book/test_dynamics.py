@@ -82,18 +82,25 @@ def test_loss_is_compared_with_an_even_guess(worst, side):
     assert "at the end the last costs 0.50 and the first 6.0" in found
 
 
-def test_removal_is_told_of_the_steps_where_the_full_model_is_good():
-    kinds = ("accuracy", "accuracy_without_induction_heads", "accuracy_without_random_heads")
-    table = {1: (0.5, 0.4, 0.5), 2: (0.8, 0.6, 0.7), 3: (0.9, 0.3, 0.85)}
-    rows = [
-        (step, kind, value)
-        for step, values in table.items()
-        for kind, value in zip(kinds, values, strict=True)
-    ]
-    found = dynamics.removal_sentences(measured(*rows))
-    assert "75 % or more at 2 of 3 saved steps, the first of them 2" in found
-    assert "30 to 60 % remain without its induction heads and 70 to 85 % without" in found
-    assert "no step has 95 % or more" in dynamics.removal_sentences(measured(*rows), level=0.95)
+def test_removal_is_told_of_the_steps_where_the_full_model_is_good_and_by_kind():
+    measures = ("accuracy", "accuracy_without_induction_heads", "accuracy_without_random_heads")
+    tables = {
+        "repetition": {1: (0.5, 0.4, 0.5), 2: (0.8, 0.6, 0.7), 3: (0.9, 0.3, 0.85)},
+        "wordseq1_binary": {1: (0.5, 0.5, 0.5), 2: (0.6, 0.1, 0.6), 3: (0.9, 0.02, 0.9)},
+        "wordseq2_binary": {1: (0.5, 0.5, 0.5), 2: (0.9, 0.1, 0.6), 3: (0.9, 0.05, 0.8)},
+    }
+    frame = pd.concat(
+        measured(*[(step, name, value) for step, values in table.items()
+                   for name, value in zip(measures, values, strict=True)]).assign(task=task)
+        for task, table in tables.items()
+    )  # fmt: skip
+    letters, words = dynamics.removal_sentences(frame).splitlines()
+    assert "75 % or more on every task at 2 of 3 saved steps, the first of them 2" in letters
+    assert "30 to 60 % remain without its induction heads and 70 to 85 % without" in letters
+    assert "on words, two labels, " in words
+    assert "at 1 of 3 saved steps, the first of them 3" in words
+    assert "2 to 5 % remain without its induction heads and 80 to 90 % without" in words
+    assert "no step has 95 % or more" in dynamics.removal_sentences(frame, level=0.95)
 
 
 def test_shipped_measurements_are_told_as_counting_gives():
@@ -151,3 +158,22 @@ def test_sentences_of_the_page_on_what_training_shows_hold():
     for ids, weights in zip(batch.ids.tolist(), batch.weights.tolist(), strict=True):
         for place, weight in enumerate(weights):
             assert weight == 0 or ids[place] in ids[:place]
+
+
+def test_effect_of_training_is_summed_up_by_kind_and_never_over_opposite_tasks():
+    rows = [
+        {"training_seed": 0, "task": task, "labels": "unrelated", "shots": shots,
+         "condition": condition, "accuracy": accuracy}
+        for task, few in (("repetition", 92), ("recursion", 72), ("wordseq1_binary", 6),
+                          ("wordseq2_binary", 1))
+        for shots, by_condition in (
+            (10, {"full": 99, "induction_heads": few, "induction_pattern": 50, "random_heads": 98}),
+            (0, {"full": 50, "induction_heads": 46.5, "induction_pattern": 50, "random_heads": 50}),
+        )
+        for condition, accuracy in by_condition.items()
+    ]  # fmt: skip
+    found = dynamics.effect_summary(pd.DataFrame(rows))[0]
+    assert found["letters, without induction heads"] == "72 to 92"
+    assert found["words, two labels, without induction heads"] == "1 to 6"
+    assert found["words, two labels, pattern blocked"] == "50"
+    assert found["no examples, moved by removal at most"] == "3.5"

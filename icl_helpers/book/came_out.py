@@ -291,8 +291,8 @@ def _sure(outcomes: Sequence[KindOutcome], model: str = "") -> list[str]:
     draws = max(len(task.by_draw) for task in tasks)
     drawn = f" and {_count(draws, 'draw')} of random heads" if draws else ""
     return [
-        f"{range_in_words(documents)} documents a task, {_count(seeds, 'demonstration seed')}{drawn}. A "
-        f"difference is called distinguishable where the exact paired test, corrected for all of "
+        f"{range_in_words(documents)} documents a task, {_count(seeds, 'demonstration seed')}"
+        f"{drawn}. A difference is called distinguishable where the exact paired test, corrected for all of "
         f"this stage's comparisons, and the interval over documents, seeds and draws both say so; "
         f"a prediction that a difference is missing holds where it is not distinguishable, which "
         f"is weak evidence.",

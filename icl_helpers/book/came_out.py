@@ -292,10 +292,9 @@ def _sure(outcomes: Sequence[KindOutcome], model: str = "") -> list[str]:
     drawn = f" and {_count(draws, 'draw')} of random heads" if draws else ""
     return [
         f"{range_in_words(documents)} documents a task, {_count(seeds, 'demonstration seed')}"
-        f"{drawn}. A difference is called distinguishable where the exact paired test, corrected for all of "
-        f"this stage's comparisons, and the interval over documents, seeds and draws both say so; "
-        f"a prediction that a difference is missing holds where it is not distinguishable, which "
-        f"is weak evidence.",
+        f"{drawn}. A difference is called distinguishable where the exact paired test, corrected "
+        f"for this stage's comparisons, and the interval over documents, seeds and draws both say "
+        f"so; that one is missing is said where it is not distinguishable, which is weak evidence.",
         *seed_doubts(outcomes, model=model, disagreements=False),
     ]
 

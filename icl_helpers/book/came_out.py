@@ -93,19 +93,24 @@ def section(
 
 def prediction(
     text: str, tasks: Iterable[TaskOutcome], holds: Callable[[TaskOutcome], bool],
-    why: Callable[[TaskOutcome], str],
+    why: Callable[[TaskOutcome], str], *, against: Callable[[TaskOutcome], bool] = lambda _: True,
 ) -> str:  # fmt: skip
-    """Say on which tasks a prediction held, and on which not and why."""
+    """Say on which tasks a prediction held, and on which not and why.
+
+    ``against`` tells the tasks that contradict it from those that decide nothing: where it holds of
+    none, the prediction was not shown, which is not the same as wrong.
+    """
     found = list(tasks)
     if not found:
         return f"*{text}*: was not evaluated here."
-    failed = [f"{task_name(task.task)}{_labels(task)} ({why(task)})" for task in found
-              if not holds(task)]  # fmt: skip
+    failed = [task for task in found if not holds(task)]
+    named = [f"{task_name(task.task)}{_labels(task)} ({why(task)})" for task in failed]
     count = len(found) - len(failed)
-    verdict = "held" if not failed else "did not hold" if not count else "held in part"
+    verdict = "did not hold" if any(map(against, failed)) else "was not shown"
+    verdict = "held" if not failed else "held in part" if count else verdict
     of_all = "the one task" if len(found) == 1 else f"all {len(found)} tasks"
     on = f"on {of_all if not failed else f'{count} of {len(found)} tasks'}"
-    but = f"; not on {listed(failed)}" if failed else ""
+    but = f"; not on {listed(named)}" if failed else ""
     return f"*{text}*: **{verdict}**, {on}{but}."
 
 
@@ -273,6 +278,10 @@ def _published_levels(number: int) -> list[str]:
     ]
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _sure(outcomes: Sequence[KindOutcome], model: str = "") -> list[str]:
     tasks = [task for outcome in outcomes for task in outcome.tasks]
     if not tasks:
@@ -280,13 +289,12 @@ def _sure(outcomes: Sequence[KindOutcome], model: str = "") -> list[str]:
     documents = Span.of([task.documents for task in tasks])
     seeds = max(len(task.by_seed) for task in tasks)
     draws = max(len(task.by_draw) for task in tasks)
-    drawn = f" and {draws} draws of random heads" if draws else ""
+    drawn = f" and {_count(draws, 'draw')} of random heads" if draws else ""
     return [
-        f"{range_in_words(documents)} documents a task, {seeds} demonstration seeds{drawn}. A "
-        f"difference is called distinguishable where the exact paired test, corrected for all of "
-        f"this stage's comparisons, and the interval over documents, seeds and draws both say so; "
-        f"a prediction that a difference is missing holds where it is not distinguishable, which "
-        f"is weak evidence.",
+        f"{range_in_words(documents)} documents a task, {_count(seeds, 'demonstration seed')}"
+        f"{drawn}. A difference is called distinguishable where the exact paired test, corrected "
+        f"for this stage's comparisons, and the interval over documents, seeds and draws both say "
+        f"so; that one is missing is said where it is not distinguishable, which is weak evidence.",
         *seed_doubts(outcomes, model=model, disagreements=False),
     ]
 
@@ -369,9 +377,11 @@ def full_parts(documents: pd.DataFrame, number: int = 1) -> _Parts:
         _sentences([*none, *some], 0, "full"),
         [
             prediction("Without examples accuracy lies at chance", _tasks(none, "full"),
-                       lambda task: task.level == "at chance", _level),
+                       lambda task: task.level == "at chance", _level,
+                       against=lambda task: task.level in ("below chance", "above chance")),
             prediction("With examples accuracy is above chance", _tasks(some, "full"),
-                       lambda task: task.level == "above chance", _level),
+                       lambda task: task.level == "above chance", _level,
+                       against=lambda task: task.level == "below chance"),
         ],
         _sure(some),
         seed_doubts(some),
@@ -403,11 +413,14 @@ def _removal_predictions(
     removed = _tasks(some, "induction_heads")
     return [
         prediction(f"Accuracy falls without the induction heads ({title})", removed,
-                   lambda task: _sign(task, "full") < 0, _gap("full")),
+                   lambda task: _sign(task, "full") < 0, _gap("full"),
+                   against=lambda task: _sign(task, "full") > 0),
         *(
             prediction(
                 f"It falls more than without random heads{_of(control)} ({title})", removed,
-                functools.partial(_below, control=control), _gap("random_heads", control))
+                functools.partial(_below, control=control), _gap("random_heads", control),
+                against=functools.partial(_above, control=control),
+            )
             for control in _controls(removed)
         ),
         prediction(f"Accuracy without examples hardly moves ({title})",
@@ -418,6 +431,10 @@ def _removal_predictions(
 
 def _below(task: TaskOutcome, *, control: str) -> bool:
     return _sign(task, "random_heads", control) < 0
+
+
+def _above(task: TaskOutcome, *, control: str) -> bool:
+    return _sign(task, "random_heads", control) > 0
 
 
 def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
@@ -446,7 +463,8 @@ def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _P
         [*_sentences(some, n_heads, "induction_heads", "induction_pattern"), *answers],
         [
             prediction("Accuracy falls with the induction pattern blocked", blocked,
-                       lambda task: _sign(task, "full") < 0, _gap("full")),
+                       lambda task: _sign(task, "full") < 0, _gap("full"),
+                       against=lambda task: _sign(task, "full") > 0),
             prediction("Blocking the pattern costs about as much as removing the heads: their "
                        "intervals overlap",
                        [task for task in blocked if (task.task, task.labels) in removed],

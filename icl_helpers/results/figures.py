@@ -383,12 +383,12 @@ def _percent_lines(
             linewidth=1.3,
         )  # fmt: skip
     _percent(axes)
-    figure.legend(ncols=2 if narrow else 3, loc="outside upper center", frameon=False)
+    figure.legend(ncols=1 if narrow else 3, loc="outside upper center", frameon=False)
     return _closed(figure)
 
 
 def _step_axes(phases: Sequence[int], narrow: bool) -> tuple[Figure, Axes]:
-    figure, (axes,) = _new_figure(_NARROW if narrow else 8, 3.2)
+    figure, (axes,) = _new_figure(*((_NARROW, 4.2) if narrow else (8, 3.2)))
     for step in phases:
         axes.axvline(step, color=_GUIDE, linestyle=":", linewidth=1)
     axes.set(xlabel="training step")

@@ -279,8 +279,9 @@ def show_benefit_table(changes: pd.DataFrame, *, n_heads: int, directory: Path) 
     change = changes["relative_change"].map("{:+.0f}".format) + bounds
     shown = pd.DataFrame(
         {
-            "condition": named_conditions(changes)["condition"],
-            "ablation": changes["ablation"].replace({"none": "", "knockout": ""}),
+            "condition": named_conditions(changes)["condition"].str.cat(
+                changes["ablation"].map({"mean": ", mean", "zero": ", zero"}), na_rep=""
+            ),
             "heads": name_heads(changes, n_heads)["heads"],
             **{name: changes[name].map("{:.1f}".format) for name in ("zero_shot", "few_shot")},
             "benefit": changes["benefit"].map("{:+.1f}".format),

@@ -106,7 +106,7 @@ def test_lm_eval_command_line_agrees_with_evaluate(tmp_path):
     conditions = icl_helpers.conditions(scores, fractions=[0.05], ablations=["zero"], full=False)
     ours = icl_helpers.evaluate(
         model, tokenizer, tasks=["repetition"], shots=5, seeds=[42], limit=20,
-        conditions=conditions[:1],
+        sampling="first", conditions=conditions[:1],
     )  # fmt: skip
     assert float(ours["accuracy"].iloc[0]) == found
 

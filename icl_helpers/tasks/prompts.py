@@ -44,7 +44,7 @@ class Prompt:
     choices: tuple[str, ...]
     target: int
     doc_id: int
-    n_demonstrations: int
+    n_demonstrations: int = 0
     n_leaked: int = 0
     n_dropped: int = 0
 

@@ -126,6 +126,7 @@ def test_prompts_on_both_sides_of_a_rope_switch_equal_one_pass_each(ablation, to
         condition = Condition("full")
     found = icl.evaluate(
         model, tokenizer, tasks=["wordseq1_binary"], shots=4, seeds=[42], limit=10,
+        sampling="first",
         conditions=[condition],
     ).documents  # fmt: skip
     for prompt, scores in zip(prompts, found.log_probabilities, strict=True):

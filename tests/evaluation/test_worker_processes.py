@@ -88,7 +88,8 @@ def test_cell_that_kills_its_process_is_given_up_and_the_command_fails(tmp_path)
     command = [
         sys.executable, "-m", "icl_helpers.cli", "evaluate", "--tasks", "repetition",
         "--shots", "2", "--seeds", "42", "--ablation-seeds", "42", "--fractions", "0.05",
-        "--limit", "3", "--conditions", "full,zero", "--run-dir", str(run), "--workers", "2",
+        "--limit", "3", "--conditions", "full,zero", "--control", "strict", "--run-dir", str(run),
+        "--workers", "2",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -161,7 +161,7 @@ def test_tokenizer_without_bos_pad_or_merges_goes_through_every_condition(kind, 
     run = icl.Run(
         icl.stage_parameters(
             model=str(folder), tasks=["repetition"], shots=[3], seeds=[42], ablation_seeds=[42],
-            limit=3, fractions=[0.2], reference=str(reference), run_dir=str(tmp_path / "run"),
+            limit=3, fractions=[0.2], control="strict", reference=str(reference), run_dir=str(tmp_path / "run"),
         )
     )  # fmt: skip
     found = run.evaluate("full", "mean", "zero", "knockout")

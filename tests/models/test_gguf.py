@@ -175,7 +175,7 @@ def test_run_and_workers_take_a_gguf_file(small_file, tmp_path):
 
     parameters = icl.stage_parameters(
         model=str(small_file), tasks=["repetition"], shots=[2], seeds=[42], limit=2,
-        fractions=[0.2], ablation_seeds=[42], run_dir=str(tmp_path / "run"),
+        fractions=[0.2], ablation_seeds=[42], control="strict", run_dir=str(tmp_path / "run"),
     )  # fmt: skip
     run = icl.Run(parameters)
     assert run.evaluate("full", "zero")["n"].tolist() == [2, 2, 2]

@@ -34,7 +34,9 @@ def shown(monkeypatch):
     """Alternative texts and captions of the figures that are displayed."""
     texts: list[str] = []
     monkeypatch.setattr(
-        notebook, "show_figure", lambda figure, **about: texts.extend(about.values())
+        notebook,
+        "show_figure",
+        lambda figure, *, alt, caption, narrow=None: texts.extend([alt, caption]),
     )
     return texts
 
@@ -63,7 +65,7 @@ def test_llama_3_8b_beside_the_claim_is_what_counting_gives(shown):
     notebook.show_published_scores()
     alt, caption = shown
     for text in shown:
-        assert f"{high} of 1,024 heads score 0.3 or more ({100 * high / 1024:.1f} %)" in text
+        assert f"{high} of 1,024 heads ({100 * high / 1024:.1f} %) score 0.3 or more" in text
         assert f"layer {layer}, head {head}, with {grid[layer, head]:.2f}, the same head" in text
         assert "as published by Feucht et al." in text
     assert "not measured here" in caption

@@ -119,8 +119,8 @@ def test_stages_together_take_the_tokens_of_the_whole_run_without_text_tasks():
     assert stages[1] == 1005
     whole = costs.estimate_cost(parameters).tokens + stages[1]
     assert sum(stages.values()) == pytest.approx(whole, abs=5)
-    # Two shares of heads: induction heads and three random sets, by mean and by zero.
-    assert stages[4] == pytest.approx(16 * stages[3], abs=20)
+    # Two shares of heads: induction heads and three random sets by either control, by mean and zero.
+    assert stages[4] == pytest.approx(2 * 2 * (1 + 2 * 3) * stages[3], abs=20)
     assert stages[5] == pytest.approx(2 * stages[3], abs=20)
     rows = stage_table(parameters).splitlines()
     assert [row.split(",")[0].strip("| ") for row in rows[2:]] == ["1", "2", "3", "4", "5"]

@@ -72,7 +72,7 @@ def test_two_processes_filling_one_directory_leave_one_valid_file_per_cell(tmp_p
     assert [process.wait(timeout=500) for process in both] == [0, 0]
     cells = list(CellStore(tmp_path / "cells").cells())
     keys = {str(sorted(spec.items())) for spec, _ in cells}
-    assert len(cells) == len(keys) == 2 * (1 + 2 * 4)
+    assert len(cells) == len(keys) == 2 * (1 + 2 * (1 + 2 * 3))
     assert len(list((tmp_path / "cells").iterdir())) == len(cells)
     assert len(pd.read_parquet(tmp_path / "results.parquet")) == len(cells)
 

@@ -133,7 +133,7 @@ def test_table_scrolls_and_leads_to_its_files(tmp_path, shown):
     page = DisplayFormatter().format(shown[0][0])[0]["text/html"]
     assert 'tabindex="0"' in page
     assert "overflow-x: auto" in page
-    assert 'aria-label="table &quot;1&quot;"' in page
+    assert 'aria-label="Table &quot;1&quot;"' in page
     assert "&lt;1&gt;" in page
     assert (tmp_path / "tables" / "table-1.csv").is_file()
     assert (tmp_path / "tables" / "table-1.tex").is_file()
@@ -141,13 +141,13 @@ def test_table_scrolls_and_leads_to_its_files(tmp_path, shown):
     assert "[LaTeX](tables/table-1.tex)" in shown[1][0].data
 
 
-def test_book_puts_the_computed_description_in_place_of_the_cells_own():
+def test_book_puts_the_computed_description_in_place_of_the_cells_own(tmp_path):
     output = new_output(
         "display_data", metadata={reporting.DESCRIPTION: {"alt": "bars 12", "caption": "New."}}
     )
     figure = {"figure": {"name": "fig", "caption": "Old."}, "image": {"alt": "old"}}
     cell = new_code_cell("", metadata={"mystnb": figure}, outputs=[output])
-    book._make_static(new_notebook(cells=[cell]), "-slug")
+    book._make_static(new_notebook(cells=[cell]), "-slug", tmp_path)
     assert cell.metadata["mystnb"]["figure"] == {"name": "fig-slug", "caption": "New."}
     assert cell.metadata["mystnb"]["image"]["alt"] == "bars 12"
 

@@ -290,7 +290,9 @@ def test_documents_keep_what_every_label_scored(tokenizer, tmp_path):
         run_dir=tmp_path,
         conditions=["full", Condition("induction_heads", "zero", 0.1, heads=(icl.Head(1, 1),))],
     ).documents  # fmt: skip
-    assert set(found.columns) == {*COLUMNS, "setting", "n_demonstrations", "n_leaked", "n_dropped"}
+    assert set(found.columns) == {
+        *COLUMNS, "setting", "n_demonstrations", "n_leaked", "n_dropped", "n_blocked",
+    }  # fmt: skip
     prompts = icl.build_prompts("wordseq1_4way", shots=2, seed=42)[:9]
     rows = found[found["condition"] == "full"].to_dict("records")
     for prompt, row in zip(prompts, rows, strict=True):

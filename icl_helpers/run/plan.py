@@ -30,7 +30,7 @@ from icl_helpers.files import check_run_dir, content_key, embedded_models, file_
 from icl_helpers.models.fingerprint import model_fractions
 from icl_helpers.models.reference_text import reference_texts
 from icl_helpers.parameters import StageParameters, about
-from icl_helpers.tasks.data import load_rows, load_splits
+from icl_helpers.tasks.data import check_rows
 from icl_helpers.tasks.prompts import PromptSet, prompt_sets, resolve_shots
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
 
@@ -191,16 +191,13 @@ class Plan:
         stages = tuple(stages)
         groups = {_STAGES[stage][0] for stage in stages if stage in _STAGES}
         for task in dict.fromkeys(task for group in groups for task in self.tasks(group)):
-            spec = get_task_spec(task)
-            if isinstance(spec, TextTaskSpec):
-                if "attention_knockout" in stages and task in self.tasks():
-                    raise InputError(
-                        f"task {task!r} is a text task, for whose prompts the paper defines no "
-                        f"induction pattern: name it in nlp_tasks, or leave out stage 5"
-                    )
-                load_splits(spec, data=self.data(task))
-            else:
-                load_rows(task, data=self.data(task))
+            text = isinstance(get_task_spec(task), TextTaskSpec)
+            if text and "attention_knockout" in stages and task in self.tasks():
+                raise InputError(
+                    f"task {task!r} is a text task, for whose prompts the paper defines no "
+                    f"induction pattern: name it in nlp_tasks, or leave out stage 5"
+                )
+            check_rows(task, data=self.data(task))
         if self.parameters.reference is not None:
             reference_texts(self.parameters.model, reference=self.parameters.reference)
 

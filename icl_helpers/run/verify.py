@@ -33,6 +33,7 @@ from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.models.fingerprint import model_facts, model_key
 from icl_helpers.models.loading import load_model
 from icl_helpers.run.bundle import Bundle, BundledCell, open_bundle
+from icl_helpers.tasks.data import check_rows
 
 __all__ = ["TOLERANCES", "Verification", "verify_bundle"]
 
@@ -234,7 +235,7 @@ def _groups(cells: Sequence[BundledCell], data_dir: str | None) -> tuple[list[_G
             if seed is None:
                 raise InputError("its rows were gone when the bundle was made")
             group = CellGroup.of_spec(spec, seed=seed, data=data)
-            group.check_data()
+            check_rows(group.task, data=group.data)
         except ICLError as error:
             lacking.setdefault((spec["task"], str(error)), []).extend(own)
         else:

@@ -25,11 +25,18 @@ from tqdm import tqdm
 from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.files import atomic_path, cache_dir, read_text, synthetic_dir, user_path
 from icl_helpers.models.hub import go_offline_if_hub_unreachable
-from icl_helpers.tasks.specs import NLP_TASKS, HubSource, TaskSpec, TextTaskSpec, pattern_spec
+from icl_helpers.tasks.specs import (
+    NLP_TASKS,
+    HubSource,
+    TaskSpec,
+    TextTaskSpec,
+    get_task_spec,
+    pattern_spec,
+)
 
 __all__ = [
-    "COMMIT", "HASHES", "HOLD_OUT_SEED", "TextSplits", "check_local", "data_file", "fetch_original",
-    "hold_out", "is_published", "load_rows", "load_splits", "original_data_dir",
+    "COMMIT", "HASHES", "HOLD_OUT_SEED", "TextSplits", "check_local", "check_rows", "data_file",
+    "fetch_original", "hold_out", "is_published", "load_rows", "load_splits", "original_data_dir",
 ]  # fmt: skip
 
 HOLD_OUT_SEED = 42
@@ -287,6 +294,15 @@ def is_published(task: str, *, data: str | os.PathLike[str] = "synthetic") -> bo
     """Whether an abstract task's rows are the published repository's own, by their hash."""
     path = data_file(task, data=data)
     return HASHES.get(path.name) == _digest(path.read_bytes())
+
+
+def check_rows(task: str, *, data: str | os.PathLike[str] = "synthetic") -> None:
+    """Read a task's rows, abstract or text. Raises as :func:`icl_helpers.build_prompts` does."""
+    spec = get_task_spec(task)
+    if isinstance(spec, TextTaskSpec):
+        load_splits(spec, data=data)
+    else:
+        load_rows(task, data=data)
 
 
 def load_rows(task: str, *, data: str | os.PathLike[str] = "synthetic") -> list[tuple[str, str]]:

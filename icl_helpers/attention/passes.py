@@ -252,8 +252,8 @@ _WAYS_OUT = {
 def check_usable(model: PreTrainedModel) -> None:
     """Raise :class:`UnsupportedArchitectureError` where edits might not reach the model's heads.
 
-    Wrapped models, models or layers that are compiled, and models whose heads are spread over
-    several processes.
+    Wrapped models, models or layers that are compiled, models without weights, and models whose
+    heads are spread over several processes.
     """
     if not isinstance(model, PreTrainedModel):
         kinds = [kind.__name__ for kind in type(model).__mro__]
@@ -261,6 +261,11 @@ def check_usable(model: PreTrainedModel) -> None:
         raise UnsupportedArchitectureError(
             f"expected a transformers model, got {kinds[0]}; "
             + (ways[0] if ways else "load it with load_model or transformers' AutoModelForCausalLM")
+        )
+    if model.device.type == "meta":
+        raise UnsupportedArchitectureError(
+            "the model is on the meta device, its first weights are elsewhere or have no values; "
+            "load it again with a device_map that keeps its embedding on a device"
         )
     processes = getattr(model, "_tp_size", None) or 1
     if processes > 1:

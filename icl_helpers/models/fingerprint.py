@@ -242,7 +242,7 @@ def _edited_frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     steady = [kind for kind in ("default", *ROPE_INIT_FUNCTIONS) if kind not in _LENGTHWISE]
     for name, module in model.named_modules():
         kind, own = getattr(module, "rope_type", None), getattr(module, "inv_freq", None)
-        if own is None or kind not in steady:
+        if own is None or own.device.type == "meta" or kind not in steady:
             continue
         compute = ROPE_INIT_FUNCTIONS.get(kind) or module.compute_default_rope_parameters
         expected = compute(module.config)[0].to(own.device)

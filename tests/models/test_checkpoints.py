@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import icl_helpers as icl
+from icl_helpers.attention.hook import attention_layout
 from icl_helpers.files import content_key
 from icl_helpers.models.fingerprint import model_key, weights_fingerprint
 from tests.conftest import make_llama, make_tokenizer
@@ -141,9 +142,12 @@ def test_offloaded_weights_are_told_apart_as_those_in_memory_are(where, checkpoi
 
     def put_away(model):
         folder = tmp_path / f"offload{id(model)}"
-        if where == "cpu":
-            return cpu_offload(model, torch.device("cpu"))
-        return disk_offload(model, str(folder), torch.device("cpu"))
+        for number, layer in enumerate(model.model.layers[1:]):
+            if where == "cpu":
+                cpu_offload(layer, torch.device("cpu"))
+            else:
+                disk_offload(layer, str(folder / str(number)), torch.device("cpu"))
+        return model
 
     other = make_llama()
     with torch.no_grad():
@@ -161,9 +165,12 @@ def test_offloaded_weights_are_told_apart_as_those_in_memory_are(where, checkpoi
         assert torch.equal(found, plain(ids).logits)
 
 
-def test_weights_without_values_have_no_fingerprint():
+def test_weights_without_values_have_no_fingerprint_and_no_pass():
+    model = make_llama().to("meta")
     with pytest.raises(icl.InputError, match="meta device and has no values"):
-        weights_fingerprint(make_llama().to("meta"))
+        weights_fingerprint(model)
+    with pytest.raises(icl.UnsupportedArchitectureError, match="meta device.*device_map"):
+        attention_layout(model)
 
 
 @pytest.mark.parametrize("rope_type", ["default", "llama3", "dynamic"])

@@ -55,7 +55,11 @@ def test_table_without_rows_says_so(tmp_path, shown):
 
 
 @pytest.mark.parametrize("shots", [[5], [0], [0, 5]])
-def test_without_a_task_both_with_and_without_examples_there_is_no_benefit(shots, tmp_path, shown):
+def test_without_a_task_both_with_and_without_examples_there_is_no_benefit(
+    shots, tmp_path, monkeypatch
+):
+    shown: list = []
+    monkeypatch.setattr(reporting, "display", lambda thing, metadata=None: shown.append(thing))
     few = documents_frame().assign(shots=5, labels="semantic", task="fact_opinion")
     documents = pd.concat(
         [few if n else few.assign(shots=0, correct=few["doc_id"] % 2 == 0) for n in shots],
@@ -69,7 +73,7 @@ def test_without_a_task_both_with_and_without_examples_there_is_no_benefit(shots
         assert not shown
         return
     assert changes.empty
-    assert "No task was evaluated both with and without examples" in shown[0]
+    assert "No task was evaluated both with and without examples" in shown[0].data
     with pytest.raises(InputError, match="both with and without examples"):
         benefit_changes(results, documents)
     # What the page shows next has the columns that it needs.

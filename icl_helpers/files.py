@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = content.decode("utf-16" if marked else "utf-8-sig")
-        # Wider letters of Latin script, taken for narrow ones.
+        # A NUL is a part of a letter of 2 or 4 bytes, read as one of 1.
         wrong = text.find("\0")
     except UnicodeDecodeError as error:
         wrong = error.start

@@ -137,6 +137,10 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
     written = {page["file"] for page in behind}
     behind += [{"file": page} for page in _stage_chapters(staged) if page not in written]
     (staged / "model-card.md").write_text(pages.model_card("icl-tiny"))
+    claims, claims_in_short = pages.claims_page(runs)
+    (staged / "claims.md").write_text(claims)
+    (staged / "report.md").write_text(pages.report_page(runs, claims_in_short))
+    parts["The study"].insert(0, {"file": "claims"})
     several = pages.comparison_page(runs, staged) if len(runs) > 1 else None
     for name, text in (
         ("verification", pages.verification_page(runs)), ("comparison", several),
@@ -155,6 +159,7 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
         **front_page(staged, runs),
         **_costs(),
         "drawing": pages.drawing(),
+        "claims_in_short": claims_in_short,
         "code": f" The code is at <{url}>." if url else "",
     }
     _repository_buttons(config)

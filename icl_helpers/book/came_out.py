@@ -35,9 +35,10 @@ from icl_helpers.results.outcomes import (
     task_kind,
     task_name,
     training_seed_doubts,
+    verdict,
 )
 from icl_helpers.results.tables import published_accuracy, read_measurements
-from icl_helpers.results.viewer import PromptView, follower_shares, looks_in_words
+from icl_helpers.results.viewer import PromptView, follower_shares, looks_in_words, query_word
 
 __all__ = [
     "headline",
@@ -106,12 +107,11 @@ def prediction(
     failed = [task for task in found if not holds(task)]
     named = [f"{task_name(task.task)}{_labels(task)} ({why(task)})" for task in failed]
     count = len(found) - len(failed)
-    verdict = "did not hold" if any(map(against, failed)) else "was not shown"
-    verdict = "held" if not failed else "held in part" if count else verdict
+    judged = verdict(list(map(holds, found)), list(map(against, failed)))
     of_all = "the one task" if len(found) == 1 else f"all {len(found)} tasks"
     on = f"on {of_all if not failed else f'{count} of {len(found)} tasks'}"
     but = f"; not on {listed(named)}" if failed else ""
-    return f"*{text}*: **{verdict}**, {on}{but}."
+    return f"*{text}*: **{judged}**, {on}{but}."
 
 
 def _labels(task: TaskOutcome) -> str:
@@ -494,9 +494,7 @@ def text_parts(documents: pd.DataFrame, n_heads: int) -> _Parts:
 
 def pattern_parts(view: PromptView) -> _Parts:
     """Stage 7: where the heads look from the last colon and from the query's first word."""
-    query = view.text.rindex("\n\n") + 2
-    word = next(i for i, (_, end) in enumerate(view.spans) if end > query)
-    last = len(view.spans) - 1
+    word, last = query_word(view), len(view.spans) - 1
     said, predictions = [], []
     for position, name, kind in ((last, "the final colon", "labels"), (word, None, "words")):
         name = name or f"*{view.tokens[word].strip()}*, the query's first word"
@@ -516,12 +514,12 @@ def _pattern_prediction(view: PromptView, position: int, name: str, kind: str) -
     shares = follower_shares(view, position, "colons" if kind == "labels" else kind)
     if not shares:
         return f"*From {name} heads look at {what}*: there is none in this prompt."
-    count = sum(share > 0.5 for share in shares)
-    verdict = "held" if count == len(shares) else "held in part" if count else "did not hold"
+    above = [share > 0.5 for share in shares]
+    judged = verdict(above, [True])
     span = range_in_words(Span.of([100 * share for share in shares]))
     return (
-        f"*From {name} heads look at {what}*: **{verdict}**, {count} of {len(shares)} heads put "
-        f"more than half of their attention there ({span} %)."
+        f"*From {name} heads look at {what}*: **{judged}**, {sum(above)} of {len(shares)} heads "
+        f"put more than half of their attention there ({span} %)."
     )
 
 
@@ -563,6 +561,6 @@ _STAGES: dict[int, Callable[[Any], _Parts]] = {
         _only(run.documents(), "mean", "knockout"), _n_heads(run), _model(run)
     ),
     6: lambda run: text_parts(run.documents("nlp_tasks"), _n_heads(run)),
-    7: lambda run: pattern_parts(next(iter(run.views().values()))),
+    7: lambda run: pattern_parts(run.first_view()),
     8: _result_parts,
 }  # fmt: skip

@@ -47,6 +47,7 @@ from icl_helpers.attention.scores import prefix_matching_scores
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.results.comparison import read_published
+from icl_helpers.results.outcomes import Span, range_in_words
 from icl_helpers.tasks.data import load_rows, original_data_dir
 from icl_helpers.tasks.prompts import Prompt, build_prompts
 from icl_helpers.tasks.specs import pattern_spec
@@ -225,11 +226,17 @@ def compare(
 
 
 def summary_sentence(frame: pd.DataFrame) -> str:
-    """One line for what :func:`compare` found, averaged over tasks."""
-    sides = frame.groupby("side", sort=False)[["accuracy", "changed"]].mean()
-    accuracies = ", ".join(f"{row.accuracy:.1f} % {side}" for side, row in sides.iterrows())
-    changed = " and ".join(f"{share:.1f} %" for share in sides["changed"].iloc[1:])
-    return f"accuracy {accuracies}; {changed} of the answers changed"
+    """One line for what :func:`compare` found: ranges over tasks, which may differ."""
+    sides = frame.groupby("side", sort=False)
+    ranges = {
+        column: {side: range_in_words(Span.of(list(values)), 1) for side, values in sides[column]}
+        for column in ("accuracy", "changed")
+    }
+    accuracies = ", ".join(f"{found} % {side}" for side, found in ranges["accuracy"].items())
+    changed = " and ".join(f"{found} %" for found in list(ranges["changed"].values())[1:])
+    tasks = frame["task"].nunique()
+    over = f" over {tasks} tasks" if tasks > 1 else ""
+    return f"accuracy {accuracies}{over}; {changed} of a task's answers changed"
 
 
 def blank_line_sentence() -> str:

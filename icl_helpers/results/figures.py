@@ -31,6 +31,8 @@ __all__ = [
     "heatmap_alt",
     "intervention_lines",
     "loss_lines",
+    "margin_alt",
+    "margin_bars",
     "named_conditions",
     "ranked_heads",
     "rise_lines",
@@ -178,15 +180,60 @@ def _accuracies(
     results: pd.DataFrame, ablations: Sequence[str], shots: str, n_heads: int
 ) -> tuple[pd.DataFrame, str]:
     """Return bars (percent) at one number of shots and the larger fraction, and their title."""
-    rows = results[results["ablation"].isin(["none", *ablations])]
+    rows, title = _shown_rows(results, ablations, shots, n_heads)
+    runs = keyed(rows).groupby(CELL, sort=False, dropna=False)["accuracy"]
+    bars = (100 * runs.agg(height="mean", low="min", high="max")).reset_index()
+    return named_conditions(bars), title
+
+
+def _shown_rows(
+    rows: pd.DataFrame, ablations: Sequence[str], shots: str, n_heads: int
+) -> tuple[pd.DataFrame, str]:
+    """Return the rows of one number of shots a task and the larger fraction, and their title."""
+    rows = rows[rows["ablation"].isin(["none", *ablations])]
     share = rows["fraction"].max()
     rows = rows[(rows["fraction"] == share) | (rows["condition"] == "full")]
     task_shots = rows.groupby("task")["shots"].transform("max" if shots == "most" else "min")
     rows = rows[rows["shots"] == task_shots]
-    runs = keyed(rows).groupby(CELL, sort=False, dropna=False)["accuracy"]
-    bars = (100 * runs.agg(height="mean", low="min", high="max")).reset_index()
     heads = f", {heads_in_words(share, n_heads)}" if share > 0 else ""
-    return named_conditions(bars), f"{_numbers(rows['shots'])} examples{heads}"
+    return rows, f"{_numbers(rows['shots'])} examples{heads}"
+
+
+def margin_bars(
+    documents: pd.DataFrame, *, ablations: Sequence[str], n_heads: int, narrow: bool = False
+) -> Figure:
+    """Draw the median margin of the right label per task and condition; lines span the quartiles.
+
+    ``documents`` is :func:`icl_helpers.document_results`, with the most examples and the larger
+    share of heads. Below zero, the wrong label leads on most documents.
+    """
+    bars, title = _margins(documents, ablations, n_heads)
+    if bars.empty:
+        return _note(_NOTHING_EVALUATED, height=3.8)
+    figure, (axes,) = _bar_panels(bars, "panel", {"": ""}, title=title, height=3, narrow=narrow)
+    (axes.axvline if narrow else axes.axhline)(0, color=_FULL, linewidth=0.8)
+    (axes.set_xlabel if narrow else axes.set_ylabel)("margin of the right label (nats)")
+    return _closed(figure)
+
+
+def margin_alt(documents: pd.DataFrame, *, ablations: Sequence[str], n_heads: int) -> str:
+    """Write the alternative text of :func:`margin_bars`: title and every bar's height."""
+    bars, title = _margins(documents, ablations, n_heads)
+    if bars.empty:
+        return f"Empty figure: {_NOTHING_EVALUATED}."
+    heights = bars["condition"] + bars["height"].map(" {:+.1f}".format)
+    return f"Median margin in nats, {title}. {_in_words(bars['task'], heights)}."
+
+
+def _margins(
+    documents: pd.DataFrame, ablations: Sequence[str], n_heads: int
+) -> tuple[pd.DataFrame, str]:
+    """Return bars (nats) from quartile to quartile, and their title."""
+    rows, title = _shown_rows(documents, ablations, "most", n_heads)
+    margins = keyed(rows).groupby(CELL, sort=False, dropna=False)["margin"]
+    bars = margins.quantile([0.25, 0.5, 0.75]).unstack()
+    bars.columns = pd.Index(["low", "height", "high"])
+    return named_conditions(bars.reset_index().assign(panel="")), title
 
 
 def named_conditions(rows: pd.DataFrame) -> pd.DataFrame:

@@ -36,6 +36,8 @@ from icl_helpers.results.figures import (
     bars_alt,
     benefit_alt,
     benefit_bars,
+    margin_alt,
+    margin_bars,
     named_conditions,
     score_heatmap,
 )
@@ -46,8 +48,8 @@ from icl_helpers.tasks.specs import STAND_IN_TASKS, text_spec
 
 __all__ = [
     "DESCRIPTION", "benefit_or_none", "describe_text_tasks", "show_bars", "show_benefit",
-    "show_benefit_table", "show_drawing", "show_figure", "show_paper_table", "show_published",
-    "show_published_scores", "show_table", "text_task_table",
+    "show_benefit_table", "show_drawing", "show_figure", "show_margins", "show_paper_table",
+    "show_published", "show_published_scores", "show_table", "text_task_table",
 ]  # fmt: skip
 
 DESCRIPTION = "icl_description"
@@ -82,6 +84,19 @@ def show_bars(
         accuracy_bars, results, ablations=ablations, n_heads=n_heads, shots=shots,
         alt=bars_alt(results, ablations=ablations, n_heads=n_heads, shots=shots),
         caption=f"{caption} At most {most} documents a task, demonstration seeds {seeds}.",
+    )  # fmt: skip
+
+
+def show_margins(documents: pd.DataFrame, *, ablations: Sequence[str], n_heads: int) -> None:
+    """Display :func:`icl_helpers.results.figures.margin_bars` with its heights as text."""
+    show_drawing(
+        margin_bars, documents, ablations=ablations, n_heads=n_heads,
+        alt=margin_alt(documents, ablations=ablations, n_heads=n_heads),
+        caption=(
+            "Median margin by which the right label leads the best wrong one, with the most "
+            "examples per task; lines span the quartiles. Below zero the wrong label leads on most "
+            "documents."
+        ),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,9 +33,9 @@ from icl_helpers.results.statistics import (
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
-    "Difference", "KindOutcome", "Span", "TaskOutcome", "doubts", "findings", "kind_outcomes",
-    "listed", "outcome_sentence", "range_in_words", "task_kind", "task_name", "task_outcomes",
-    "training_seed_doubts",
+    "Difference", "KindOutcome", "Span", "TaskOutcome", "Verdict", "doubts", "findings",
+    "kind_outcomes", "listed", "outcome_sentence", "range_in_words", "task_kind", "task_name",
+    "task_outcomes", "training_seed_doubts", "verdict",
 ]  # fmt: skip
 
 # Percent of documents from which on an answer is called that of all documents.
@@ -371,6 +371,22 @@ _CONDITIONS = {
     "induction_pattern": "with the induction pattern blocked in {heads}",
     "random_heads": "without as many random heads{control}",
 }
+
+
+Verdict = Literal["held", "held in part", "did not hold", "was not shown"]
+
+
+def verdict(holds: Sequence[bool], against: Sequence[bool]) -> Verdict:
+    """Judge a claim about several tasks by those on which it holds and those that contradict it.
+
+    Where it holds of none and none contradicts it, it was not shown, which is not the same as
+    wrong. Raises :class:`InputError` without tasks.
+    """
+    if not holds:
+        raise InputError("a claim cannot be judged without tasks")
+    if any(holds):
+        return "held" if all(holds) else "held in part"
+    return "did not hold" if any(against) else "was not shown"
 
 
 def outcome_sentence(outcome: KindOutcome, *, heads: str) -> str:

@@ -35,7 +35,8 @@ from icl_helpers.tasks.specs import get_task_spec
 __all__ = [
     "Interval", "accuracy_interval", "accuracy_intervals", "benefit_changes", "cohens_g",
     "comparisons", "coverage_table", "difference_interval", "filled_keys", "holm", "icl_benefit",
-    "is_distinguishable", "left_out_tasks", "mean_interval", "paired_test", "simulate_coverage",
+    "is_distinguishable", "left_out_tasks", "mean_interval", "paired_difference", "paired_test",
+    "simulate_coverage",
 ]  # fmt: skip
 
 LEVEL = 0.95
@@ -285,6 +286,27 @@ def comparisons(
     frame["p_holm"] = frame.groupby(frame["shots"] == 0)["p"].transform(holm)
     found = is_distinguishable(frame["p_holm"], frame["low"], frame["high"], level=level)
     return _fraction_of_some(frame).assign(distinguishable=found)
+
+
+def paired_difference(
+    first: pd.DataFrame, second: pd.DataFrame, *, level: float = LEVEL
+) -> tuple[Interval, float]:
+    """Compare two cells of one task: their difference in points, first minus second, and exact p.
+
+    Each frame has the rows of one cell of :func:`icl_helpers.document_results`; any two may be
+    compared, of other numbers of examples or kinds of removal too. p is not corrected. Raises
+    :class:`InputError` where a frame holds several cells, or they share no documents.
+    """
+    parts = [_answers(rows) for rows in (first, second)]
+    if any(len(part) != 1 for part in parts):
+        raise InputError(f"each side must be one cell, got {[len(part) for part in parts]}")
+    (one, answers), (other, against) = (next(iter(part.items())) for part in parts)
+    pair = _aligned(answers, against)
+    if one[2] == other[2] == 0:
+        pair = [array[:, :1] for array in pair]
+    drawn = _is_drawn(one) or _is_drawn(other)
+    interval = difference_interval(pair[0], pair[1], level=level, drawn=drawn)
+    return Interval(*(100 * bound for bound in interval)), paired_test(pair[0], pair[1])
 
 
 def _is_drawn(key: tuple[Any, ...]) -> bool:

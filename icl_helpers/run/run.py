@@ -61,7 +61,7 @@ from icl_helpers.models.reference_text import (
     samples_key,
 )
 from icl_helpers.parameters import StageParameters
-from icl_helpers.results.viewer import PromptView, prompt_view, viewer_prompts
+from icl_helpers.results.viewer import PromptView, prompt_view, query_followers, viewer_prompts
 from icl_helpers.run.bundle import Bundle
 from icl_helpers.run.plan import KINDS, Group, Plan, check_same_model, run_info, stated_parameters
 from icl_helpers.tasks.prompts import Prompt, build_prompts
@@ -406,6 +406,16 @@ class Run:
                 [task], seed=p.seeds[0], data=self.plan.data(task)
             ).items()
         }  # fmt: skip
+
+    def first_view(self) -> PromptView:
+        """The first of :meth:`views`; ``run.json`` notes where its heads look from the query.
+
+        That is, by category, what each pays to what followed earlier elements (``followers``), for
+        whoever reads the run without its model.
+        """
+        view = next(iter(self.views().values()))
+        self._record(followers=query_followers(view))
+        return view
 
     def _viewed_heads(self) -> list[Head]:
         return self.induction_heads()[:5]

@@ -15,7 +15,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from icl_helpers.results.statistics import (
 from icl_helpers.results.tables import published_accuracy
 from icl_helpers.run.plan import run_info, run_table
 
-__all__ = ["VERDICTS", "Claim", "Evidence", "Finding", "claims"]
+__all__ = ["VERDICTS", "Claim", "Evidence", "Finding", "claims", "judged_lines"]
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "undecided", "not testable here")
 _JUDGED = dict(
@@ -62,10 +62,11 @@ CLOSE = 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """A verdict, one of ``VERDICTS``, and what it rests on, a line a task."""
+    """A verdict, one of ``VERDICTS``; what it rests on, a line a task; and where it fails."""
 
     verdict: str
-    effects: tuple[str, ...]
+    effects: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +75,12 @@ class Evidence:
 
     ``scores`` are those of the heads, [layers, heads]; ``followers`` the shares of attention that
     the best heads pay, from the query of one prompt, to what followed earlier elements
-    (:func:`icl_helpers.results.viewer.query_followers`), None where the run did not look.
+    (:func:`icl_helpers.results.viewer.query_followers`). Each may be missing.
     """
 
-    abstract: pd.DataFrame
-    text: pd.DataFrame
-    scores: np.ndarray
+    abstract: pd.DataFrame = field(default_factory=pd.DataFrame)
+    text: pd.DataFrame = field(default_factory=pd.DataFrame)
+    scores: np.ndarray | None = None
     followers: Mapping[str, Sequence[float]] | None = None
 
     @classmethod
@@ -93,13 +94,10 @@ class Evidence:
         """The documents of one of the two groups of tasks."""
         return self.text if text else self.abstract
 
-    def heads(self, fraction: float) -> str:
-        """A share of the heads in words, counted first."""
-        return heads_in_words(fraction, self.scores.size)
-
     def fractions(self, text: bool = False) -> list[float]:
         """Shares of heads that were removed, smallest first."""
-        return sorted(set(self.documents(text)["fraction"].dropna()) - {0.0})
+        rows = self.documents(text)
+        return [] if rows.empty else sorted(set(rows["fraction"].dropna()) - {0.0})
 
     @functools.cache  # noqa: B019 -- an object lives as long as its page is made
     def outcomes(
@@ -107,14 +105,13 @@ class Evidence:
     ) -> tuple[TaskOutcome, ...]:
         """Outcomes at the ``smaller`` or ``larger`` share of heads; none where not evaluated."""
         rows, fractions = self.documents(text), self.fractions(text)
-        kinds = {"none", ablation, "knockout"}
-        if rows.empty or not fractions or (share == "smaller" and len(fractions) < 2):
+        if share == "smaller" and len(fractions) < 2:
             return ()
-        if not rows["ablation"].isin(kinds).any() or (
-            shots == "none" and 0 not in set(rows["shots"])
-        ):
+        if rows.empty or not rows["ablation"].isin(["none", ablation, "knockout"]).any():
             return ()
-        fraction = fractions[0 if share == "smaller" else -1]
+        if shots == "none" and not (rows["shots"] == 0).any():
+            return ()
+        fraction = fractions[0] if share == "smaller" else None
         return tuple(task_outcomes(rows, ablation=ablation, fraction=fraction, shots=shots))
 
     def learnt(self, text: bool = False) -> set[tuple[str, str]]:
@@ -156,9 +153,10 @@ _Seen = tuple[str, bool, bool]
 
 def _finding(seen: Sequence[_Seen]) -> Finding:
     if not seen:
-        return Finding("not testable here", ())
+        return Finding("not testable here")
     judged = verdict([holds for _, holds, _ in seen], [against for *_, against in seen])
-    return Finding(_JUDGED[judged], tuple(text for text, *_ in seen))
+    failed = tuple(text for text, holds, _ in seen if not holds)
+    return Finding(_JUDGED[judged], tuple(text for text, *_ in seen), failed)
 
 
 def _tasks(
@@ -186,18 +184,16 @@ def _points(name: str, points: float, low: float, high: float, told: bool) -> st
 
 
 def _falls(
-    against: str, *, control: str = "", text: bool = False, **options: Any
-) -> Callable[[Evidence], Finding]:
+    against: str, *, condition: str = "induction_heads", control: str = "", text: bool = False,
+    **options: Any,
+) -> Callable[[Evidence], Finding]:  # fmt: skip
     """Accuracy without the heads is lower than that of the full model, or of the control."""
 
     def judge(evidence: Evidence) -> Finding:
         seen = []
-        for task in _tasks(evidence, options.get("condition", "induction_heads"), text=text,
-                           **{k: v for k, v in options.items() if k != "condition"}):  # fmt: skip
-            found = next(
-                (it for it in task.differences
-                 if it.against == against and it.control in ("", control or it.control)), None
-            )  # fmt: skip
+        for task in _tasks(evidence, condition, text=text, **options):
+            rivals = (it for it in task.differences if it.against == against)
+            found = next((it for it in rivals if it.control in ("", control or it.control)), None)
             if found is not None:
                 seen.append(_seen_difference(_name(task, text), found, -1))
         return _finding(seen)
@@ -346,6 +342,8 @@ def _near_chance(task: TaskOutcome, margin: float = 0.0) -> bool:
 
 
 def _few_heads(evidence: Evidence) -> Finding:
+    if evidence.scores is None:
+        return _finding([])
     total = evidence.scores.size
     count = int((evidence.scores >= SCORE_THRESHOLD).sum())
     said = heads_in_words(count / total, total) if count else f"none of {total:,} heads"
@@ -353,6 +351,8 @@ def _few_heads(evidence: Evidence) -> Finding:
 
 
 def _best_head(evidence: Evidence) -> Finding:
+    if evidence.scores is None:
+        return _finding([])
     layer, head = divmod(int(evidence.scores.argmax()), evidence.scores.shape[1])
     best = float(evidence.scores.max())
     return _finding([(f"layer {layer} head {head}: {best:.2f}", best >= 0.9, best < 0.9)])
@@ -529,3 +529,19 @@ def claims() -> tuple[Claim, ...]:
     if stated:
         raise InputError(f"no rule judges the claim {next(iter(stated))!r}")
     return tuple(found)
+
+
+def judged_lines(evidence: Evidence, stages: Sequence[int]) -> list[str]:
+    """Say of every claim that these stages measure what the evidence makes of it."""
+    lines = []
+    for claim in claims():
+        if claim.stage not in stages:
+            continue
+        found = claim.judge(evidence)
+        count, held = len(found.effects), len(found.effects) - len(found.failed)
+        on = f"; it holds {held} of {count} times, not for {'; '.join(found.failed)}"
+        every = f" ({'; '.join(found.effects)})" if found.effects else ""
+        lines.append(
+            f"*{claim.text}* **{found.verdict.capitalize()}**{on if found.failed else every}."
+        )
+    return lines

@@ -8,7 +8,6 @@ Example
 -------
 >>> run = icl.run_at("runs/icl-tiny")
 >>> Markdown(what_came_out(run, 4))
->>> kind_lines(run.documents())
 """
 
 from __future__ import annotations
@@ -21,37 +20,23 @@ import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, heads_in_words, top_heads
 from icl_helpers.book.claims import Evidence, judged_lines
-from icl_helpers.files import embedded_models
 from icl_helpers.results.outcomes import (
     KindOutcome,
     Span,
-    TaskOutcome,
-    doubts,
-    findings,
+    headline,
+    kind_lines,
     kind_outcomes,
     listed,
     outcome_sentence,
     range_in_words,
+    seed_doubts,
     task_kind,
-    training_seed_doubts,
+    tasks_under,
 )
-from icl_helpers.results.tables import published_accuracy, read_measurements
+from icl_helpers.results.tables import published_accuracy
 from icl_helpers.results.viewer import PromptView, looks_in_words, query_followers, query_word
 
-__all__ = [
-    "headline",
-    "in_short",
-    "kind_lines",
-    "removal_caption",
-    "section",
-    "seed_doubts",
-    "what_came_out",
-]  # fmt: skip
-
-_NAMES = {
-    "full": "full model", "induction_heads": "heads removed",
-    "induction_pattern": "pattern blocked", "random_heads": "random heads removed",
-}  # fmt: skip
+__all__ = ["in_short", "section", "what_came_out"]
 
 
 class _Parts(NamedTuple):
@@ -93,102 +78,10 @@ def section(
     return "\n\n".join(blocks)
 
 
-def headline(outcomes: Sequence[KindOutcome], *, heads: str) -> str:
-    """Say on how many tasks accuracy with examples falls, and falls more than under the control.
-
-    ``outcomes`` are those of :func:`icl_helpers.results.outcomes.kind_outcomes`; ``heads`` is as of
-    :func:`icl_helpers.attention.heads.heads_in_words`.
-    """
-    removed = _tasks(outcomes, "induction_heads")
-    if not removed:
-        return "No head was removed in this run: there is nothing to compare yet."
-    learnt = sum(task.level == "above chance" for task in _tasks(outcomes, "full"))
-    fell = sum(_sign(task, "full") < 0 for task in removed)
-    parts = [
-        f"With the most examples the full model is above chance on {learnt} of {len(removed)} "
-        f"tasks. Without {heads}, those with the highest induction score, accuracy is "
-        f"distinguishably lower on {fell} of {len(removed)}"
-    ]
-    below = sum(task.level == "below chance" for task in removed)
-    parts += [f"below chance on {below}"] if below else []
-    for control in _controls(removed):
-        more = sum(_sign(task, "random_heads", control) < 0 for task in removed)
-        parts.append(f"lower than without as many random heads{_of(control)} on {more}")
-    return "; ".join(parts) + "."
-
-
-def kind_lines(outcomes: Sequence[KindOutcome]) -> list[str]:
-    """Say of each kind of tasks what it gives under each condition, one line a kind."""
-    lines: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        said = f"{_NAMES[outcome.condition]}{_of(outcome.control)} "
-        said += "; ".join(findings(outcome, brief=True))
-        lines.setdefault(outcome.kind, []).append(said)
-    chances = {outcome.kind: outcome.chance for outcome in outcomes}
-    tasks = {outcome.kind: len(outcome.tasks) for outcome in outcomes}
-    return [
-        f"**{kind.capitalize()}** ({tasks[kind]} {'task' if tasks[kind] == 1 else 'tasks'}, chance "
-        f"{chances[kind]:.0f} %): {'. '.join(part[0].upper() + part[1:] for part in said)}."
-        for kind, said in lines.items()
-    ]
-
-
 def in_short(run: Any) -> str:
     """Say of a whole run what came out, as Markdown: doubts, the headline, and each kind."""
     found = _result_parts(run)
     return section([], found.model, [], found.doubts)
-
-
-def removal_caption(documents: pd.DataFrame, *, ablation: str = "mean") -> str:
-    """Say of each kind of tasks what is left without the induction heads, for a figure's caption.
-
-    ``documents`` is :func:`icl_helpers.document_results`; empty where nothing was removed.
-    """
-    if not (documents["condition"] == "induction_heads").any():
-        return ""
-    said = [
-        f"{outcome.kind} {'; '.join(findings(outcome, brief=True))}"
-        for outcome in kind_outcomes(documents, ablation=ablation)
-        if outcome.condition == "induction_heads"
-    ]
-    return f"Without the induction heads: {'. '.join(said)}." if said else ""
-
-
-def seed_doubts(
-    outcomes: Sequence[KindOutcome], *, model: str = "", disagreements: bool = True
-) -> list[str]:
-    """Say where seeds or draws disagree, training seeds of an embedded model too; else the rest.
-
-    The rest (``disagreements`` False) are single seeds and numbers that are not finite.
-    """
-    lines = [line for outcome in outcomes for line in doubts(outcome)]
-    if model in embedded_models():
-        lines += training_seed_doubts(read_measurements("effect", model=model))
-    return [line for line in dict.fromkeys(lines) if ("disagree on" in line) == disagreements]
-
-
-def _tasks(outcomes: Iterable[KindOutcome], condition: str) -> list[TaskOutcome]:
-    return [task for it in outcomes if it.condition == condition for task in it.tasks]
-
-
-def _controls(tasks: Iterable[TaskOutcome]) -> list[str]:
-    found = (it.control for task in tasks for it in task.differences if it.against != "full")
-    return list(dict.fromkeys(found))
-
-
-def _of(control: str) -> str:
-    return control and f" ({control} control)"
-
-
-def _difference(task: TaskOutcome, against: str, control: str = "") -> Any:
-    return next(
-        (it for it in task.differences if (it.against, it.control) == (against, control)), None
-    )
-
-
-def _sign(task: TaskOutcome, against: str, control: str = "") -> int:
-    found = _difference(task, against, control)
-    return found.sign if found else 0
 
 
 def _published(number: int, conditions: Mapping[str, str]) -> list[str]:
@@ -350,7 +243,7 @@ def removal_parts(
 def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
     """Stage 5: whether blocking the pattern costs what removing the heads does."""
     some, _ = _outcomes(documents)
-    blocked = _tasks(some, "induction_pattern")
+    blocked = tasks_under(some, "induction_pattern")
     shares = [it.zero_shot_answers for it in blocked if it.zero_shot_answers is not None]
     answers = (
         [f"With the pattern blocked, {range_in_words(Span.of(shares))} % of the answers of a "

@@ -25,7 +25,7 @@ import yaml
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, heads_in_words
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.store import CELL
+from icl_helpers.evaluation.store import CELL, accuracies
 from icl_helpers.files import assets_dir
 from icl_helpers.results.outcomes import (
     Difference,
@@ -87,8 +87,9 @@ class Evidence:
     def of_run(cls, run_dir: str | os.PathLike[str]) -> Evidence:
         """Read a finished run; loads no model."""
         scores = json.loads((Path(run_dir) / "heads.json").read_text(encoding="utf-8"))["scores"]
-        documents = (run_table(run_dir, "documents", group) for group in ("tasks", "nlp_tasks"))
-        return cls(*documents, np.array(scores), run_info(run_dir).get("followers"))  # type: ignore[arg-type]
+        abstract = run_table(run_dir, "documents", "tasks")
+        text = run_table(run_dir, "documents", "nlp_tasks")
+        return cls(abstract, text, np.array(scores), run_info(run_dir).get("followers"))
 
     def documents(self, text: bool) -> pd.DataFrame:
         """The documents of one of the two groups of tasks."""
@@ -112,7 +113,9 @@ class Evidence:
         if shots == "none" and not (rows["shots"] == 0).any():
             return ()
         fraction = fractions[0] if share == "smaller" else None
-        return tuple(task_outcomes(rows, ablation=ablation, fraction=fraction, shots=shots))
+        return tuple(
+            task_outcomes(rows, ablation=ablation, fraction=fraction, shots=shots, levels=False)
+        )
 
     def learnt(self, text: bool = False) -> set[tuple[str, str]]:
         """Tasks (with labels) on which the full model is above chance with the most examples."""
@@ -178,9 +181,12 @@ def _name(task: TaskOutcome, text: bool = False) -> str:
     return f"{task_name(task.task)}{f' ({task.labels} labels)' if text else ''}"
 
 
-def _points(name: str, points: float, low: float, high: float, told: bool) -> str:
-    doubt = "" if told else ", not distinguishable"
-    return f"{name}: {points:+.0f} points ({low:+.0f} to {high:+.0f}{doubt})"
+def _points(name: str, found: Difference) -> str:
+    doubt = "" if found.distinguishable else ", not distinguishable"
+    return (
+        f"{name}: {round(found.points):+d} points "
+        f"({round(found.low):+d} to {round(found.high):+d}{doubt})"
+    )
 
 
 def _falls(
@@ -202,20 +208,18 @@ def _falls(
 
 
 def _seen_difference(name: str, found: Difference, sign: int) -> _Seen:
-    effect = _points(name, found.points, found.low, found.high, found.distinguishable)
-    return effect, found.sign == sign, found.sign == -sign
+    return _points(name, found), found.sign == sign, found.sign == -sign
 
 
 def _unmoved(evidence: Evidence) -> Finding:
     """Without examples, removal changes little: the whole interval is small."""
     seen = []
-    for task in _tasks(evidence, "induction_heads", shots="none"):
-        found = task.to_full
-        if found is not None:
-            effect = _points(
-                _name(task), found.points, found.low, found.high, found.distinguishable
-            )
-            seen.append((effect, _is_small(found), _is_large(found)))
+    for text in (False, True):
+        for task in _tasks(evidence, "induction_heads", text=text, shots="none"):
+            found = task.to_full
+            if found is not None:
+                effect = _points(_name(task, text), found)
+                seen.append((effect, _is_small(found), _is_large(found)))
     return _finding(seen)
 
 
@@ -244,11 +248,7 @@ def _pairs_claim(
         wanted = [pair for pair in pairs(evidence) if len(pair[1]) and len(pair[2])]
         return _finding(
             [
-                (
-                    _points(name, it.points, it.low, it.high, it.distinguishable),
-                    holds(it),
-                    against(it),
-                )
+                (_points(name, it), holds(it), against(it))
                 for (name, *_), it in zip(wanted, _paired(evidence, wanted), strict=True)
             ]
         )
@@ -261,7 +261,7 @@ def _is_small(found: Difference) -> bool:
 
 
 def _is_large(found: Difference) -> bool:
-    return found.distinguishable and not _is_small(found)
+    return found.low > SMALL or found.high < -SMALL
 
 
 def _shares(evidence: Evidence) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
@@ -374,9 +374,7 @@ def _benefit(evidence: Evidence) -> Finding:
     rows = evidence.text
     if rows.empty or not evidence.fractions(True) or rows["shots"].nunique() < 2:
         return _finding([])
-    keys = [*CELL, "demonstration_seed", "ablation_seed"]
-    results = rows.groupby(keys, dropna=False)["correct"].mean().rename("accuracy")
-    changes = benefit_changes(results.reset_index(), rows)
+    changes = benefit_changes(accuracies(rows), rows)
     chosen = changes[
         (changes["condition"] == "induction_heads") & (changes["ablation"] == "mean")
         & (changes["fraction"] == evidence.fractions(True)[-1]) & (changes["left_out"] == "")
@@ -449,8 +447,7 @@ _JUDGES: Mapping[str, tuple[Callable[[Evidence], Finding], Callable[[], str] | N
     "few-heads": (_few_heads, None),
     "best-head": (_best_head, None),
     "zero-shot-chance": (
-        _level_claim("full", _near_chance, shots="none", learnt=False),
-        _published_level("full", shots="none"),
+        _level_claim("full", _near_chance, shots="none", learnt=False), None,
     ),
     "few-shot": (
         _level_claim("full", lambda task: task.level == "above chance", learnt=False),
@@ -474,7 +471,7 @@ _JUDGES: Mapping[str, tuple[Callable[[Evidence], Finding], Callable[[], str] | N
         _level_claim("induction_heads", lambda task: _near_chance(task, CLOSE)),
         _published_level("induction_heads", fraction=0.03),
     ),
-    "zero-shot-unmoved": (_unmoved, _published([1], shots="none")),
+    "zero-shot-unmoved": (_unmoved, _published([3], shots="none")),
     "knockout": (
         _falls("full", condition="induction_pattern"), _published([1], "induction_pattern"),
     ),

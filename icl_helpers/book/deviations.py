@@ -229,7 +229,7 @@ def summary_sentence(frame: pd.DataFrame) -> str:
     """One line for what :func:`compare` found: ranges over tasks, which may differ."""
     sides = frame.groupby("side", sort=False)
     ranges = {
-        column: {side: range_in_words(Span.of(list(values)), 1) for side, values in sides[column]}
+        column: {str(k): range_in_words(Span.of(list(values)), 1) for k, values in sides[column]}
         for column in ("accuracy", "changed")
     }
     accuracies = ", ".join(f"{found} % {side}" for side, found in ranges["accuracy"].items())

@@ -21,7 +21,6 @@ from icl_helpers.attention.induction_pattern import (
     induction_pattern,
     prompt_elements,
 )
-from icl_helpers.book.came_out import headline, kind_lines, removal_caption, seed_doubts
 from icl_helpers.book.claims import VERDICTS, Evidence, claims
 from icl_helpers.files import (
     SMOLLM2,
@@ -36,7 +35,14 @@ from icl_helpers.models.loading import load_tokenizer
 from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
 from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
-from icl_helpers.results.outcomes import kind_outcomes, listed
+from icl_helpers.results.outcomes import (
+    headline,
+    kind_lines,
+    kind_outcomes,
+    listed,
+    removal_caption,
+    seed_doubts,
+)
 from icl_helpers.results.tables import abstract_results, markdown_table
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
 from icl_helpers.run.plan import Plan, run_heads, run_info, run_table, shown_name

@@ -231,7 +231,7 @@ def _margins(
     """Return bars (nats) from quartile to quartile, and their title."""
     rows, title = _shown_rows(documents, ablations, "most", n_heads)
     margins = keyed(rows).groupby(CELL, sort=False, dropna=False)["margin"]
-    bars = margins.quantile([0.25, 0.5, 0.75]).unstack()
+    bars = margins.quantile(np.array([0.25, 0.5, 0.75])).unstack()
     bars.columns = pd.Index(["low", "height", "high"])
     return named_conditions(bars.reset_index().assign(panel="")), title
 

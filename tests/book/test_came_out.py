@@ -8,6 +8,7 @@ import torch
 
 from icl_helpers.attention.heads import Head
 from icl_helpers.book import came_out
+from icl_helpers.results.outcomes import removal_caption
 from icl_helpers.results.viewer import PromptView
 from tests.results.test_outcomes import CONTROL, LETTERS, REMOVED, rows, run
 
@@ -35,9 +36,9 @@ def test_opposite_tasks_are_named_in_headline_and_lines_and_never_averaged():
     assert "Heads removed 1 to 6 %; below chance" in text
     assert "Heads removed repetition 92 %, recursion 40 %; below chance on recursion" in text
     assert "35 %" not in text
-    caption = came_out.removal_caption(run(OPPOSITE))
+    caption = removal_caption(run(OPPOSITE))
     assert "words, two labels 1 to 6 %; below chance" in caption
-    assert came_out.removal_caption(run(OPPOSITE).query("condition == 'full'")) == ""
+    assert removal_caption(run(OPPOSITE).query("condition == 'full'")) == ""
 
 
 def test_seeds_and_draws_that_disagree_come_first():

@@ -174,8 +174,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _book(args: argparse.Namespace) -> int:
-    from icl_helpers.book.build import build_book
-    from icl_helpers.book.shipped import prepare_shipped
+    from icl_helpers.book.build import build_book, prepare_shipped
 
     if args.bundles is not None:
         prepare_shipped(args.bundles, args.runs)

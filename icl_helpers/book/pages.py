@@ -28,6 +28,7 @@ from icl_helpers.files import (
     book_dir,
     embedded_dir,
     embedded_models,
+    imported_dir,
     notebooks_dir,
     project_root,
 )
@@ -154,7 +155,8 @@ def verification_page(runs: Sequence[Path]) -> str | None:
         report = {"reason": "nobody asked for it"}
         if path.is_file():
             report = json.loads(path.read_text(encoding="utf-8"))
-        found.append({**report, "title": title, "table": _report_table(report)})
+        bundle = run_slug(run) if imported_dir(run) is not None else None
+        found.append({**report, "title": title, "bundle": bundle, "table": _report_table(report)})
     return _page("verification", runs=found) if found else None
 
 

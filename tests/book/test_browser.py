@@ -18,7 +18,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "browser" / "check.cjs"
 MAIN_PAGES = (
-    "index", "method", "model-card", "your-model", "scale-out", "performance", "deviations",
+    "index", "method", "playground", "model-card", "your-model", "scale-out", "performance", "deviations",
     "training_dynamics", "comparison", "runs", "notebooks", "cite", "api", "glossary",
     "bibliography", "search", "genindex",
 )  # fmt: skip

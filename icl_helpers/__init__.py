@@ -42,6 +42,8 @@ _EXPORTS: dict[str, str] = {
     "attention_patterns": "attention.scores",
     "attention_viewer": "results.viewer",
     "build_prompts": "tasks.prompts",
+    "check_model": "run.check",
+    "compare_logs": "results.comparison",
     "conditions": "evaluation.conditions",
     "dask_workers": "evaluation.workers",
     "document_results": "evaluation.store",

@@ -19,7 +19,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "browser" / "check.cjs"
 MAIN_PAGES = (
     "index", "method", "model-card", "your-model", "scale-out", "performance", "deviations",
-    "training_dynamics", "comparison", "runs", "notebooks", "cite", "api", "glossary",
+    "removing_a_head", "training_dynamics", "comparison", "runs", "notebooks", "cite", "api", "glossary",
     "bibliography", "search", "genindex",
 )  # fmt: skip
 

@@ -45,6 +45,8 @@ _EXPORTS: dict[str, str] = {
     "build_prompts": "tasks.prompts",
     "causal_composition": "analysis.circuits",
     "composition_scores": "analysis.circuits",
+    "check_model": "run.check",
+    "compare_logs": "results.comparison",
     "conditions": "evaluation.conditions",
     "control_pattern": "attention.induction_pattern",
     "copying_scores": "analysis.circuits",

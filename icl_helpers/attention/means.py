@@ -13,7 +13,7 @@ Example
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from icl_helpers.attention.hook import (
 from icl_helpers.attention.passes import check_ids, forget_lengths, one_angle_length
 from icl_helpers.errors import InputError, UnsupportedArchitectureError
 
-__all__ = ["mean_head_outputs", "prompt_head_outputs", "replaced_inputs"]
+__all__ = ["input_hooks", "mean_head_outputs", "prompt_head_outputs", "replaced_inputs"]
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def _mean_inputs(
     def record(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running.update(layer, _block_input(layout.modules[layer], args, kwargs))
 
-    with _input_hooks(layout, record):
+    with input_hooks(layout.modules, record):
         for batch in _batches(input_ids, batch_size, model.device):
             model.base_model(input_ids=batch, use_cache=False)
     return running.all()
@@ -218,17 +218,21 @@ def replaced_inputs(
             return args, {**kwargs, "hidden_states": new}
         return (new, *args[1:]), kwargs
 
-    with _input_hooks(layout, replace):
+    with input_hooks(layout.modules, replace):
         yield
 
 
 @contextmanager
-def _input_hooks(layout: AttentionLayout, function: Any) -> Iterator[None]:
-    """Call ``function(layer, args, kwargs)`` before each attention block; always unhook."""
+def input_hooks(modules: Iterable[torch.nn.Module], function: Any) -> Iterator[None]:
+    """Call ``function(index, args, kwargs)`` before each module, for example of every layer.
+
+    The function returns None, or the arguments to put in place of these. All hooks are removed
+    whatever way the block is left.
+    """
     handles = []
     try:
-        for layer, module in enumerate(layout.modules):
-            hook = lambda _, args, kwargs, layer=layer: function(layer, args, kwargs)  # noqa: E731
+        for index, module in enumerate(modules):
+            hook = lambda _, args, kwargs, index=index: function(index, args, kwargs)  # noqa: E731
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:

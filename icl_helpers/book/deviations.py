@@ -8,7 +8,7 @@ Example
 -------
 >>> prompts = {"repetition": icl.build_prompts("repetition", shots=10, seed=42)[:100]}
 >>> ask = functools.partial(answers, model, tokenizer)
->>> compare(prompts, {"no BOS": ask, "BOS": functools.partial(ask, bos=True)})
+>>> compare(prompts, {"no BOS": ask, "BOS": functools.partial(ask, bos=1)})
 """
 
 from __future__ import annotations
@@ -65,12 +65,14 @@ __all__ = [
 class Answers:
     """A model's answers to prompts: the label it prefers, whether that is right, by how much.
 
-    ``margin`` is the log-probability of the right label minus that of the best wrong one, in nats.
+    ``log_probability`` is that of the right label, and ``margin`` how much it is above that of the
+    best wrong one, in nats.
     """
 
     chosen: Int[torch.Tensor, " prompts"]
     correct: Bool[torch.Tensor, " prompts"]
     margin: Float[torch.Tensor, " prompts"]
+    log_probability: Float[torch.Tensor, " prompts"]
 
     @property
     def accuracy(self) -> float:
@@ -89,7 +91,7 @@ def answers(
     *,
     condition: Condition = FULL,
     patterns: Sequence[Bool[torch.Tensor, "tokens tokens"]] | None = None,
-    bos: bool = False,
+    bos: int = 0,
     batch_size: int = 25,
 ) -> Answers:
     """Answers to prompts under one condition, by the first token of each label.
@@ -101,7 +103,8 @@ def answers(
     patterns
         What a knockout blocks, one [tokens, tokens] per prompt; None: the condition's categories.
     bos
-        Put the model's beginning-of-sequence token in front, which the published runs did not.
+        Put the model's beginning-of-sequence token in front so many times, which the published runs
+        did not; ``patterns`` leave it out.
 
     Raises
     ------
@@ -110,7 +113,7 @@ def answers(
     """
     if not prompts:
         raise InputError("prompts must hold at least one prompt")
-    first = _bos(model) if bos else []
+    first = _bos(model) * bos if bos else []
     contexts = [prompt.context for prompt in prompts]
     ids = [first + found for found in tokenizer(contexts, add_special_tokens=False).input_ids]
     if condition.ablation == "knockout" and patterns is None:
@@ -131,17 +134,18 @@ def answers(
 def _judge(prompts: Sequence[Prompt], scores: Sequence[torch.Tensor]) -> Answers:
     chosen = torch.stack([found.argmax() for found in scores])
     targets = torch.tensor([prompt.target for prompt in prompts])
-    margins = []
+    right, margins = [], []
     for found, target in zip(scores, targets.tolist(), strict=True):
         wrong = torch.cat([found[:target], found[target + 1 :]])
+        right.append(found[target])
         margins.append(found[target] - wrong.max())
-    return Answers(chosen, chosen == targets, torch.stack(margins))
+    return Answers(chosen, chosen == targets, torch.stack(margins), torch.stack(right))
 
 
 def _bos(model: PreTrainedModel) -> list[int]:
     token = model.config.get_text_config().bos_token_id
     if token is None:
-        raise InputError("bos=True needs a model whose configuration names a BOS token")
+        raise InputError("bos needs a model whose configuration names a BOS token")
     return [token[0] if isinstance(token, (list, tuple)) else token]
 
 

@@ -29,13 +29,14 @@ import pandas as pd
 from scipy import optimize, special, stats
 
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.store import CELL, keyed
+from icl_helpers.evaluation.store import CELL, KEYS, keyed
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
     "Interval", "accuracy_interval", "accuracy_intervals", "benefit_changes", "cohens_g",
-    "comparisons", "coverage_table", "difference_interval", "filled_keys", "holm", "icl_benefit",
-    "is_distinguishable", "left_out_tasks", "mean_interval", "paired_difference", "paired_test",
+    "compare_documents", "comparisons", "coverage_table", "difference_interval", "filled_keys",
+    "holm", "icl_benefit", "is_distinguishable", "left_out_tasks", "mean_interval",
+    "paired_difference", "paired_test",
     "simulate_coverage",
 ]  # fmt: skip
 
@@ -307,6 +308,41 @@ def paired_difference(
     drawn = _is_drawn(one) or _is_drawn(other)
     interval = difference_interval(pair[0], pair[1], level=level, drawn=drawn)
     return Interval(*(100 * bound for bound in interval)), paired_test(pair[0], pair[1])
+
+
+def compare_documents(
+    first: pd.DataFrame, second: pd.DataFrame, *, level: float = LEVEL
+) -> pd.DataFrame:
+    """Compare two runs cell by cell, on the documents, seeds and draws that both have.
+
+    Both are as :func:`icl_helpers.document_results` gives them. Columns: the key, documents, runs
+    (of each document), first and second (accuracies, percent), difference (points, second minus
+    first), low, high, p, p_holm (corrected over all rows) and distinguishable
+    (:func:`is_distinguishable`). Raises :class:`InputError` where they share no cell of two
+    documents.
+    """
+    both = keyed(first).merge(keyed(second), on=[*KEYS, "doc_id"], suffixes=("_first", "_second"))
+    valid = both["valid_first"] & both["valid_second"]
+    sides = [
+        _answers(both[[*KEYS, "doc_id"]].assign(valid=valid, correct=both[f"correct_{side}"]))
+        for side in ("first", "second")
+    ]
+    rows = []
+    for key in sides[0]:
+        one, other = (_once(_array(side[key]), key) for side in sides)
+        interval = difference_interval(other, one, level=level, drawn=_is_drawn(key))
+        means = 100 * one.mean(), 100 * other.mean()
+        bounds = [100 * bound for bound in interval]
+        rows.append((*key, len(one), one[0].size, *means, *bounds, paired_test(other, one)))
+    if not rows:
+        raise InputError(
+            "the two share no cell (task, labels, shots, condition, heads, seeds) of two documents"
+        )
+    columns = ["documents", "runs", "first", "second", "difference", "low", "high", "p"]
+    frame = pd.DataFrame(rows, columns=[*CELL, *columns])
+    frame["p_holm"] = holm(frame["p"].to_list())
+    found = is_distinguishable(frame["p_holm"], frame["low"], frame["high"], level=level)
+    return _fraction_of_some(frame).assign(distinguishable=found)
 
 
 def _is_drawn(key: tuple[Any, ...]) -> bool:

@@ -18,8 +18,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "browser" / "check.cjs"
 MAIN_PAGES = (
-    "index", "method", "playground", "model-card", "your-model", "scale-out", "performance", "deviations",
-    "training_dynamics", "comparison", "runs", "notebooks", "cite", "api", "glossary",
+    "index", "claims", "method", "playground", "model-card", "your-model", "scale-out", "performance",
+    "deviations", "removing_a_head", "report", "training_dynamics", "comparison", "runs",
+    "notebooks", "cite", "api", "glossary",
     "bibliography", "search", "genindex",
 )  # fmt: skip
 

@@ -97,7 +97,7 @@ def test_labels_that_begin_alike_are_refused(llama, tokenizer, few_prompts):
 def test_comparison_counts_changed_answers_and_averages_seeds():
     def side(*chosen):
         values = torch.tensor(chosen)
-        return lambda prompts: deviations.Answers(values, values == 1, values.double())
+        return lambda prompts: deviations.Answers(values, values == 1, *[values.double()] * 2)
 
     frame = deviations.compare(
         {"task": []}, {"one": side(1, 1, 0, 0), "two": [side(1, 0, 0, 0), side(0, 0, 1, 1)]}

@@ -66,6 +66,7 @@ def _use_workers(args: argparse.Namespace) -> None:
 
 
 def _parameters(args: argparse.Namespace) -> Any:
+    from icl_helpers.models.fingerprint import model_name
     from icl_helpers.parameters import about, read_parameters, stage_parameters
 
     values = _imported_parameters(args.run_dir)
@@ -74,7 +75,9 @@ def _parameters(args: argparse.Namespace) -> Any:
     values |= {name: value for name, value in options.items() if value is not None}
     if isinstance(values.get("batch_size"), str) and values["batch_size"].isdigit():
         values["batch_size"] = int(values["batch_size"])
-    values.setdefault("run_dir", f"runs/{_slug(str(values.get('model', 'icl-tiny')))}")
+    if "run_dir" not in values:
+        # Of a folder that of its one name, however it is written.
+        values["run_dir"] = f"runs/{_slug(model_name(str(values.get('model', 'icl-tiny'))))}"
     return stage_parameters(**values)
 
 

@@ -8,6 +8,7 @@ and a checksum.
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import json
 import os
@@ -29,8 +30,9 @@ from icl_helpers.errors import ICLError, InputError, MissingArtefactError
 __all__ = [
     "SMOLLM2", "SMOLLM2_SHA256", "StorageError", "assets_dir", "atomic_directory", "atomic_path",
     "book_dir", "cache_dir", "cached_tensor", "check_run_dir", "content_key", "embedded_dir",
-    "embedded_models", "file_name", "imported_dir", "notebooks_dir", "project_root", "quarantine",
-    "read_text", "smollm2_dir", "synthetic_dir", "tasks_dir", "user_path", "write_json",
+    "embedded_models", "file_name", "file_state", "files_digest", "imported_dir", "notebooks_dir",
+    "project_root", "quarantine", "read_text", "smollm2_dir", "synthetic_dir", "tasks_dir",
+    "user_path", "write_json",
 ]  # fmt: skip
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -68,12 +70,33 @@ def read_text(path: Path) -> str:
     content = path.read_bytes()
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return content.decode("utf-16" if marked else "utf-8-sig")
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+        # Wider letters of Latin script, taken for narrow ones.
+        wrong = text.find("\0")
     except UnicodeDecodeError as error:
+        wrong = error.start
+    if wrong >= 0:
         raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8, or convert it, for "
+            f"{path} is not UTF-8 text (byte {wrong}): save it as UTF-8, or convert it, for "
             f"example with: iconv -f latin1 -t utf-8"
-        ) from None
+        )
+    return text
+
+
+def file_state(path: Path) -> tuple[str, int, int, int]:
+    """What changes whenever a file is written: the change time, unlike others, cannot be set."""
+    found = path.stat()
+    return path.name, found.st_size, found.st_ino, found.st_ctime_ns
+
+
+def files_digest(*paths: Path) -> str:
+    """SHA-256 of what these files hold; they are read again only where one has changed."""
+    return _files_digest(paths, tuple(map(file_state, paths)))
+
+
+@functools.lru_cache(maxsize=64)
+def _files_digest(paths: tuple[Path, ...], states: tuple[Any, ...]) -> str:
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def file_name(given: str | None) -> str | None:

@@ -33,8 +33,8 @@ from icl_helpers.errors import InputError, InterventionError, UnsupportedArchite
 
 __all__ = [
     "SUPPORTED_ARCHITECTURES", "AttentionCall", "Branches", "Passes", "attention_probabilities",
-    "branching_mask", "check_ids", "check_usable", "context_length", "forget_lengths",
-    "learned_positions", "one_angle_length", "position_limit", "rope_switch",
+    "branching_mask", "check_ids", "check_tokens", "check_usable", "context_length",
+    "forget_lengths", "learned_positions", "one_angle_length", "position_limit", "rope_switch",
 ]  # fmt: skip
 
 
@@ -115,6 +115,8 @@ class Passes:
                 f"pass whole sequences with use_cache=False"
             )
         ids = self._given.get("input_ids", self._given.get("inputs_embeds"))
+        if "input_ids" in self._given:
+            check_tokens(module, self._given["input_ids"])
         end = self._offset + (0 if ids is None else ids.shape[1])
         if self._rope_switch is not None and not self._offset:
             forget_lengths(module)
@@ -250,8 +252,8 @@ _WAYS_OUT = {
 def check_usable(model: PreTrainedModel) -> None:
     """Raise :class:`UnsupportedArchitectureError` where edits might not reach the model's heads.
 
-    Wrapped models, models or layers that are compiled, and models whose heads are spread over
-    several processes.
+    Wrapped models, models or layers that are compiled, models without weights, and models whose
+    heads are spread over several processes.
     """
     if not isinstance(model, PreTrainedModel):
         kinds = [kind.__name__ for kind in type(model).__mro__]
@@ -259,6 +261,11 @@ def check_usable(model: PreTrainedModel) -> None:
         raise UnsupportedArchitectureError(
             f"expected a transformers model, got {kinds[0]}; "
             + (ways[0] if ways else "load it with load_model or transformers' AutoModelForCausalLM")
+        )
+    if model.device.type == "meta":
+        raise UnsupportedArchitectureError(
+            "the model is on the meta device, its first weights are elsewhere or have no values; "
+            "load it again with a device_map that keeps its embedding on a device"
         )
     processes = getattr(model, "_tp_size", None) or 1
     if processes > 1:
@@ -518,6 +525,17 @@ def one_angle_length(model: PreTrainedModel) -> int:
     return context_length(model) if switch is None else min(context_length(model), switch[0])
 
 
+def check_tokens(model: PreTrainedModel, ids: Int[torch.Tensor, ...]) -> None:
+    """Raise :class:`InputError` for token ids that the model has not."""
+    rows = model.get_input_embeddings().num_embeddings
+    for worst in (int(ids.min()), int(ids.max())) if ids.numel() else ():
+        if not 0 <= worst < rows:
+            raise InputError(
+                f"token id {worst} is not one of the model's 0..{rows - 1}; use the model's own "
+                f"tokenizer, and a BOS token that it has (bos_token_id)"
+            )
+
+
 def check_ids(model: PreTrainedModel, ids: torch.Tensor, *, way_out: str) -> None:
     """Raise :class:`InputError` for ids that are not [batch, tokens] of this model's tokens."""
     if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point() or ids.is_complex():
@@ -525,13 +543,7 @@ def check_ids(model: PreTrainedModel, ids: torch.Tensor, *, way_out: str) -> Non
             f"token ids must be whole numbers of shape [batch, tokens], at least one, got "
             f"{ids.dtype} of shape {list(ids.shape)}"
         )
-    rows = model.get_input_embeddings().num_embeddings
-    for worst in (int(ids.min()), int(ids.max())):
-        if not 0 <= worst < rows:
-            raise InputError(
-                f"token id {worst} is not one of the model's 0..{rows - 1}; use the model's own "
-                f"tokenizer, and a BOS token that it has (bos_token_id)"
-            )
+    check_tokens(model, ids)
     limit = position_limit(model)
     if limit is not None and ids.shape[1] > limit:
         raise InputError(

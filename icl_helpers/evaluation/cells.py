@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, cast
@@ -51,8 +51,8 @@ class Scorer(Protocol):
     def _loglikelihood_tokens(self, requests: Sequence[Encoded]) -> list[tuple[float, bool]]:
         """Log-probability and greediness of each label."""
 
-    def blocked_pairs(self, requests: Sequence[Encoded]) -> list[int]:
-        """How many query-key pairs the knockout blocks in each request's prompt."""
+    def blocked_pairs(self, requests: Sequence[Encoded], of: tuple[str, ...]) -> list[int]:
+        """How many query-key pairs a knockout of these categories blocks in each prompt."""
 
 
 @dataclass(frozen=True)
@@ -152,29 +152,18 @@ def score_group(
                 lm = load()
                 encoded = lm.encode(prompts.pairs)
                 lm.share(group.conditions)
-            documents = prompts.counted(_score_under(lm, condition, prompts, encoded, group.shots))
+            # Without demonstrations an induction pattern has no pairs.
+            found = _score(
+                lm, condition, prompts.task, prompts.task.instances, encoded,
+                none_blocked=group.shots == 0,
+            )  # fmt: skip
+            documents = prompts.counted(found)
             if store is not None:
                 store.write(spec, documents)
         cells.append((spec, documents))
     if lm is not None:
         lm.forget()
     return cells
-
-
-def _score_under(
-    lm: Scorer, condition: Condition, prompts: Prompts, encoded: list[Encoded], shots: int
-) -> dict[str, list[Any]]:
-    # A prompt without demonstrations has an induction pattern of no pairs.
-    unblocked = condition.ablation == "knockout" and shots == 0
-    with lm.under(FULL if unblocked else condition):
-        documents = _score(lm, prompts.task, prompts.task.instances, encoded)
-        if condition.ablation == "knockout":
-            instances = zip(prompts.task.instances, encoded, strict=True)
-            first = {instance.doc["doc_id"]: request for instance, request in instances}
-            documents["n_blocked"] = (
-                [0] * len(first) if unblocked else lm.blocked_pairs(list(first.values()))
-            )
-    return documents
 
 
 def stored_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dict[int, Cell]:
@@ -252,23 +241,35 @@ def _sample(group: CellGroup, task: Any) -> list[int] | None:
     return sample_documents(targets, group.limit, sampling=group.sampling)
 
 
-def score_documents(lm: Scorer, prompts: Prompts, doc_ids: Sequence[int]) -> dict[str, list[Any]]:
-    """Score some of the documents under the scorer's condition; columns as in a cell."""
-    wanted = set(doc_ids)
-    chosen = [
-        (instance, pair)
-        for instance, pair in zip(prompts.task.instances, prompts.pairs, strict=True)
-        if instance.doc["doc_id"] in wanted
-    ]
-    encoded = lm.encode([pair for _, pair in chosen])
-    return _score(lm, prompts.task, [instance for instance, _ in chosen], encoded)
+def score_documents(
+    lm: Scorer, condition: Condition, prompts: Prompts, doc_ids: Collection[int]
+) -> dict[str, list[Any]]:
+    """Score some of the documents under a condition; columns as in a cell."""
+    places = [n for n, it in enumerate(prompts.task.instances) if it.doc["doc_id"] in doc_ids]
+    encoded = lm.encode([prompts.pairs[place] for place in places])
+    instances = [prompts.task.instances[place] for place in places]
+    # Of a cell whose prompts have something to block, a few may have nothing.
+    return _score(lm, condition, prompts.task, instances, encoded, none_blocked=True)
 
 
 def _score(
-    lm: Scorer, task: Any, instances: Sequence[Any], encoded: Sequence[Encoded]
+    lm: Scorer,
+    condition: Condition,
+    task: Any,
+    instances: Sequence[Any],
+    encoded: Sequence[Encoded],
+    *,
+    none_blocked: bool,
 ) -> dict[str, list[Any]]:
-    """Score one cell: of each document the target, and of each of its labels what was found."""
-    scored = lm._loglikelihood_tokens(encoded)
+    """Score documents: of each the target, and of each of its labels what was found.
+
+    A knockout of pairs that no prompt has is an error unless ``none_blocked`` allows it: it leaves
+    the full model.
+    """
+    knockout = condition.ablation == "knockout"
+    blocked = lm.blocked_pairs(encoded, condition.categories) if knockout else []
+    with lm.under(FULL if knockout and none_blocked and not any(blocked) else condition):
+        scored = lm._loglikelihood_tokens(encoded)
     by_document: dict[int, list[tuple[Any, Encoded, tuple[float, bool]]]] = {}
     for instance, request, result in zip(instances, encoded, scored, strict=True):
         # lm-eval numbers the documents of a sample anew.
@@ -286,4 +287,7 @@ def _score(
         )
         documents["n_tokens"].append([len(label) for _, (_, _, label), _ in choices])
         documents["greedy"].append([greedy for *_, (_, greedy) in choices])
+    if knockout:
+        pairs = {it.doc["doc_id"]: n for it, n in zip(instances, blocked, strict=True)}
+        documents["n_blocked"] = [pairs[doc_id] for doc_id in documents["doc_id"]]
     return documents

@@ -41,9 +41,10 @@ from icl_helpers.evaluation.workers import (
     chunk_size,
     run_jobs,
 )
-from icl_helpers.files import check_run_dir, content_key, write_json
-from icl_helpers.models.fingerprint import model_key
+from icl_helpers.files import check_run_dir, content_key, user_path, write_json
+from icl_helpers.models.fingerprint import model_key, model_name
 from icl_helpers.models.loading import load_model
+from icl_helpers.tasks.data import rows_digest
 from icl_helpers.tasks.demonstrations import Rule, check_rule
 from icl_helpers.tasks.prompts import (
     PromptSet,
@@ -145,12 +146,10 @@ def evaluate(
         for task in dict.fromkeys(tasks)
         for prompts in prompt_sets(
             task, labels or get_task_spec(task).default_labels, resolve_shots(task, shots), seeds,
-            data, demonstrations,
+            data, demonstrations, resolve_sampling(task, rows_digest(task, data=data), sampling),
         )
     ]  # fmt: skip
-    request = plan_request(
-        sets, conditions=conditions, limit=limit, sampling=sampling, run_dir=run_dir
-    )
+    request = plan_request(sets, conditions=conditions, limit=limit, run_dir=run_dir)
     layout = attention_layout(model)
     for condition in request.groups[0].conditions:
         check_heads(condition.heads, layout)
@@ -166,7 +165,6 @@ def plan_request(
     *,
     conditions: Sequence[Condition | str],
     limit: int | None,
-    sampling: str | None = None,
     run_dir: str | os.PathLike[str] | None,
     setting: Callable[[str, str, str], str] = lambda *_: "",
 ) -> Request:
@@ -188,7 +186,7 @@ def plan_request(
             s.shots,
             s.seeds[0],
             limit,
-            resolve_sampling(s.task, s.data, sampling),
+            s.sampling,
             s.data,
             chosen,
             s.demonstrations,
@@ -380,6 +378,11 @@ class ModelSource:
     gguf_file: str | None = None
     batch_size: int | str = "auto"
 
+    def __post_init__(self) -> None:
+        # A worker may stand in another folder.
+        if user_path(self.name).exists():
+            object.__setattr__(self, "name", model_name(self.name))
+
 
 @dataclass(frozen=True)
 class Job:
@@ -421,7 +424,11 @@ def pack(
     means = tuple(_pack_means(condition) for condition in group.conditions)
     bare = tuple(replace(condition, head_outputs=None) for condition in group.conditions)
     directory = None if cells_dir is None else str(cells_dir.resolve())
-    return Job(replace(group, conditions=bare), source, key, directory, means, tuple(cell_indices))
+    # A worker may stand in another folder.
+    named = group.data in ("synthetic", "original")
+    data = group.data if named else os.path.abspath(user_path(group.data))
+    group = replace(group, conditions=bare, data=data)
+    return Job(group, source, key, directory, means, tuple(cell_indices))
 
 
 def run_job(job: Job) -> list[Cell]:

@@ -26,7 +26,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from icl_helpers.attention.hook import attention_layout
 from icl_helpers.attention.induction_pattern import induction_patterns
 from icl_helpers.attention.interventions import intervene
-from icl_helpers.attention.passes import Branches, context_length, one_angle_length, rope_switch
+from icl_helpers.attention.passes import (
+    Branches,
+    check_tokens,
+    context_length,
+    one_angle_length,
+    rope_switch,
+)
 from icl_helpers.errors import InputError, InterventionError
 from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.evaluation.shared_work import (
@@ -211,12 +217,14 @@ class InterventionLM(HFLM):
         for pair, context, label in requests:
             self._check_length(pair[0] if pair else "", len(context) + len(label) - 1)
         rows = _rows(requests, together=True)
+        tokens = {token for row in rows for token in row.ids} | {it[-1] for *_, it in requests}
+        check_tokens(self.model, torch.tensor(list(tokens)))
         # Where the angles of all tokens depend on the sequence's length, only equals go together.
         switch = rope_switch(self.model)
         turned = switch is not None and max(len(row.ids) for row in rows) > switch[0]
         if _branched(rows) and (turned or not shares_context(self.model, self.condition.ablation)):
             rows = _rows(requests, together=False)
-        self._prepare_patterns([row.context for row in rows])
+        self._check_knockout(requests)
         scored: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         shown: dict[str, Any] = {"unit": "prompt", "leave": False, "desc": self._description()}
         with tqdm(total=len(rows), disable=disable_tqdm, **shown) as progress:
@@ -254,26 +262,23 @@ class InterventionLM(HFLM):
             return int(self._batch_size_wanted)
         return max(1, budget // len(longest.ids))
 
-    def _prepare_patterns(self, contexts: Sequence[str]) -> None:
-        """Find the blocked pairs of prompts; raises :class:`InputError` where none has any."""
-        if self.condition.ablation != "knockout":
-            return
-        categories = self.condition.categories
-        new = [c for c in dict.fromkeys(contexts) if (c, categories) not in self._patterns]
-        patterns = induction_patterns(new, self.tokenizer, categories=categories) if new else []
-        for context, pattern in zip(new, patterns, strict=True):
-            self._patterns[context, categories] = pattern
-        if not any(self._patterns[context, categories].any() for context in contexts):
+    def _check_knockout(self, requests: Sequence[Encoded]) -> None:
+        """Raise :class:`InputError` for a knockout that blocks nothing in any of the prompts."""
+        of = self.condition.categories
+        if self.condition.ablation == "knockout" and not any(self.blocked_pairs(requests, of)):
             raise InputError(
-                f"a knockout of {', '.join(categories)} blocks nothing in any of these prompts; it "
-                f"needs demonstrations (shots, in lm-eval --num_fewshot), and categories that the "
+                f"a knockout of {', '.join(of)} blocks nothing in any of these prompts; it needs "
+                f"demonstrations (shots, in lm-eval --num_fewshot), and categories that the "
                 f"prompts have"
             )
 
-    def blocked_pairs(self, requests: Sequence[Encoded]) -> list[int]:
-        """How many query-key pairs the knockout blocks in each request's prompt."""
-        of = self.condition.categories
-        return [int(self._patterns[pair[0].rstrip(), of].sum()) for pair, *_ in requests]
+    def blocked_pairs(self, requests: Sequence[Encoded], of: tuple[str, ...]) -> list[int]:
+        """How many query-key pairs a knockout of these categories blocks in each prompt."""
+        contexts = [pair[0].rstrip() for pair, *_ in requests]
+        new = [c for c in dict.fromkeys(contexts) if (c, of) not in self._patterns]
+        patterns = induction_patterns(new, self.tokenizer, categories=of)
+        self._patterns |= {(c, of): p for c, p in zip(new, patterns, strict=True)}
+        return [int(self._patterns[context, of].sum()) for context in contexts]
 
     def _pattern(self, row: _Row) -> torch.Tensor:
         """The blocked pairs of a row's context, behind a BOS if it has one."""
@@ -321,7 +326,9 @@ class InterventionLM(HFLM):
         for request in requests:
             text, options = request.args
             room = int(options.get("max_gen_toks", self.max_gen_toks))
-            self._check_length(text, len(self.tok_encode(text)) + room - 1)
+            ids = self.tok_encode(text)
+            self._check_length(text, len(ids) + room - 1)
+            check_tokens(self.model, torch.tensor(ids))
         with intervene(self.model, *self.condition.interventions()):
             found: list[str] = super().generate_until(requests, disable_tqdm)
         return found

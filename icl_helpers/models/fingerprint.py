@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import cached_file
 
 import icl_helpers
@@ -31,6 +33,7 @@ from icl_helpers.files import (
     content_key,
     embedded_dir,
     embedded_models,
+    file_state,
     smollm2_dir,
     user_path,
 )
@@ -40,6 +43,8 @@ __all__ = [
     "remember_fingerprint", "resolve_model", "weights_fingerprint",
 ]  # fmt: skip
 
+# Rotary angles that depend on a sequence's length.
+_LENGTHWISE = ("dynamic", "longrope")
 _NO_SETTINGS = ("_name_or_path", "transformers_version", "_attn_implementation")
 _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "numpy", "pandas", "safetensors")
 
@@ -73,12 +78,8 @@ def checkpoint_state(
     path = _source(source, revision)
     if path is None or trust_remote_code or (path / "adapter_config.json").exists():
         return None
-    files = []
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
-        if file.is_file():
-            # The change time moves with every write and cannot be set, unlike the others.
-            found = file.stat()
-            files.append([file.name, found.st_size, found.st_ino, found.st_ctime_ns])
+    found = [path] if path.is_file() else sorted(path.iterdir())
+    files = [file_state(file) for file in found if file.is_file()]
     read = [revision, dtype, device, quantization]
     versions = [version("torch"), version("transformers"), icl_helpers.__version__]
     return content_key([str(path.resolve()), files, read, versions])
@@ -118,16 +119,25 @@ def model_key(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, revision: str | None
 ) -> dict[str, Any]:
     """Everything about a model that decides a result, as JSON values."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return {
         "fingerprint": weights_fingerprint(model),
         "config": _config_key(model.config),
         "revision": revision,
         "dtype": str(model.dtype),
-        "tokenizer": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "tokenizer": hashlib.sha256(_tokenizer_content(tokenizer)).hexdigest()[:16],
         "version": icl_helpers.__version__,
     }
+
+
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        text: str = backend.to_str()
+        return text.encode()
+    # How one of Python cuts a text is in its files: merges, or the scores of pieces.
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(path).read_bytes() for path in tokenizer.save_vocabulary(folder)]
+    return b"\0".join([repr(sorted(tokenizer.get_vocab().items())).encode(), *files])
 
 
 _PAPER_FRACTIONS = (0.01, 0.03)
@@ -204,17 +214,18 @@ def remember_fingerprint(model: PreTrainedModel) -> None:
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """Hash of every weight, 16 hex digits; changes with any weight's value, shape or dtype.
 
-    Sums the raw bits twice, plainly and weighted by position, in wrapping 64-bit integers on the
-    weights' own device, so that it is fast and the same on every machine.
+    Buffers outside a model's state follow from its configuration and are left out, but for rotary
+    frequencies that were edited. Sums the raw bits twice, plainly and weighted by position, in
+    wrapping 64-bit integers on the weights' own device, so that it is fast and the same on every
+    machine.
     """
     if model in _FINGERPRINTS:
         return _FINGERPRINTS[model]
     digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
+    for key, tensor in sorted({**model.state_dict(), **_edited_frequencies(model)}.items()):
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type == "meta":
-            continue
-        bits = tensor.detach().contiguous().flatten()
+        values = _offloaded(model, key) if tensor.device.type == "meta" else tensor
+        bits = values.detach().contiguous().flatten()
         bits = bits.view(
             {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize]
         )
@@ -223,3 +234,29 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
             weight = torch.arange(start, start + len(part), device=part.device) * 2654435761 + 1
             digest.update(f"{int(part.sum())} {int((part * weight).sum())}".encode())
     return digest.hexdigest()[:16]
+
+
+def _edited_frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Rotary frequencies that are not those of the configuration; dynamic ones change with use."""
+    found = {}
+    steady = [kind for kind in ("default", *ROPE_INIT_FUNCTIONS) if kind not in _LENGTHWISE]
+    for name, module in model.named_modules():
+        kind, own = getattr(module, "rope_type", None), getattr(module, "inv_freq", None)
+        if own is None or own.device.type == "meta" or kind not in steady:
+            continue
+        compute = ROPE_INIT_FUNCTIONS.get(kind) or module.compute_default_rope_parameters
+        expected = compute(module.config)[0].to(own.device)
+        if own.shape != expected.shape or not torch.allclose(own.float(), expected, rtol=1e-4):
+            found[f"{name}.inv_freq"] = own
+    return found
+
+
+def _offloaded(model: PreTrainedModel, key: str) -> torch.Tensor:
+    """Values of a weight that accelerate keeps in memory or on disk; :class:`InputError`: none."""
+    path, _, name = key.rpartition(".")
+    hook = getattr(model.get_submodule(path), "_hf_hook", None)
+    for each in (hook, *getattr(hook, "hooks", ())):
+        if getattr(each, "weights_map", None) is not None:
+            values: torch.Tensor = each.weights_map[name]
+            return values
+    raise InputError(f"weight {key} is on the meta device and has no values; load the model whole")

@@ -44,6 +44,7 @@ from icl_helpers.files import (
     check_run_dir,
     content_key,
     file_name,
+    files_digest,
     imported_dir,
     user_path,
     write_json,
@@ -202,13 +203,9 @@ def open_bundle(directory: str | os.PathLike[str]) -> Bundle:
         path = folder / name
         if name not in here or not path.is_file() or path.is_symlink():
             raise _refusal(folder, name, "is missing")
-        if _sha256(path) != manifest["files"][name]["sha256"]:
+        if files_digest(path) != manifest["files"][name]["sha256"]:
             raise _refusal(folder, name, "is damaged or was edited (its SHA-256 is another)")
     return Bundle(folder)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def import_bundle(directory: str | os.PathLike[str], run_dir: str | os.PathLike[str]) -> Path:
@@ -219,7 +216,7 @@ def import_bundle(directory: str | os.PathLike[str], run_dir: str | os.PathLike[
     """
     bundle = open_bundle(directory)
     target = check_run_dir(run_dir)
-    digest = _sha256(bundle.folder / _MANIFEST)
+    digest = files_digest(bundle.folder / _MANIFEST)
     if (target / "run.json").is_file():
         if run_info(target).get("imported") == digest:
             return target
@@ -477,7 +474,7 @@ def _manifest(run: Any, folder: Path, cells: list[BundledCell]) -> dict[str, Any
         "documents": sum(len(cell.documents["doc_id"]) for cell in cells),
         "versions": run.info["versions"],
         "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+            name: {"bytes": (folder / name).stat().st_size, "sha256": files_digest(folder / name)}
             for name in _FILES
         },
     }

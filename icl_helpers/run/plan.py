@@ -8,7 +8,7 @@ Example
 >>> plan = Plan(icl.stage_parameters(model="icl-tiny"))
 >>> plan.prompt_sets("tasks")[0]
 PromptSet(task='repetition', labels='unrelated', shots=0, seeds=(42, 43, 44), data='synthetic',
-          demonstrations=None)
+          demonstrations=None, sampling='balanced')
 >>> plan.selected(icl.document_results("runs/icl-tiny"), "tasks", model_key)
 """
 
@@ -26,12 +26,19 @@ import pandas as pd
 
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import KEYS, keyed, read_frame
-from icl_helpers.files import check_run_dir, content_key, embedded_models, file_name
+from icl_helpers.files import (
+    check_run_dir,
+    content_key,
+    embedded_models,
+    file_name,
+    files_digest,
+    user_path,
+)
 from icl_helpers.models.fingerprint import model_fractions
 from icl_helpers.models.reference_text import reference_texts
 from icl_helpers.parameters import StageParameters, about
-from icl_helpers.tasks.data import check_rows
-from icl_helpers.tasks.prompts import PromptSet, prompt_sets, resolve_shots
+from icl_helpers.tasks.data import check_rows, rows_digest
+from icl_helpers.tasks.prompts import PromptSet, prompt_sets, resolve_sampling, resolve_shots
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec, task_names
 
 __all__ = [
@@ -54,9 +61,13 @@ _STAGES: Mapping[str, tuple[Group, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The plan that follows from a run's parameters; loads no model."""
+    """The plan that follows from a run's parameters; loads no model.
+
+    ``held`` is what :meth:`contents` was, where the user's files need not be here any more.
+    """
 
     parameters: StageParameters
+    held: Mapping[str, str] | None = None
 
     @property
     def fractions(self) -> list[float]:
@@ -67,16 +78,33 @@ class Plan:
         """Tasks of a group; those of an embedded model's stage on text are the stand-ins."""
         p = self.parameters
         if group == "tasks":
-            return list(p.tasks or task_names())
-        if p.nlp_tasks is not None:
-            return list(p.nlp_tasks)
-        return task_names("stand_in" if p.model in embedded_models() else "nlp")
+            return list(dict.fromkeys(p.tasks or task_names()))
+        usual = task_names("stand_in" if p.model in embedded_models() else "nlp")
+        named = usual if p.nlp_tasks is None else p.nlp_tasks
+        # A task counts once, however often it is named.
+        return [task for task in dict.fromkeys(named) if task not in (p.tasks or ())]
 
     def data(self, task: str) -> str:
         """The ``data`` of :func:`icl_helpers.build_prompts` with which the run reads a task."""
         if task in task_names("nlp"):
             return self.parameters.data_dir or "synthetic"
         return "synthetic" if task in task_names("stand_in") else self.parameters.data
+
+    def contents(self) -> dict[str, str]:
+        """Digests of the user's files, by the task whose rows they hold, or ``reference``."""
+        names = [*(task for group in GROUPS for task in self.tasks(group)), "reference"]
+        return {name: digest for name in names if (digest := self._digest(name)) is not None}
+
+    def _digest(self, name: str) -> str | None:
+        where = self.parameters.reference if name == "reference" else self.data(name)
+        if where is None or where == "synthetic":
+            return None
+        if self.held is not None:
+            return self.held.get(name)
+        if name != "reference":
+            return rows_digest(name, data=where)
+        path = user_path(where)
+        return files_digest(path) if path.is_file() else None
 
     def prompt_sets(self, group: Group = "tasks") -> list[PromptSet]:
         """Sets of prompts of a group's tasks, in order."""
@@ -86,9 +114,10 @@ class Plan:
             for task in self.tasks(group)
             for labels in self._label_sets(task, group)
             for prompts in prompt_sets(
-                task, labels, self._shots(task, labels), p.seeds, self.data(task), p.demonstrations
+                task, labels, self._shots(task, labels), p.seeds, self.data(task),
+                p.demonstrations, resolve_sampling(task, self._digest(task), p.sampling),
             )
-        ]
+        ]  # fmt: skip
 
     def _label_sets(self, task: str, group: Group) -> list[str]:
         spec = get_task_spec(task)
@@ -129,7 +158,7 @@ class Plan:
         """What stands in a row's column ``setting``: a hash of all that decides it beside its keys.
 
         That is the model, the rows and how many of them, and of the parameters those that decide
-        results under such a condition.
+        results under such a condition, with what the user's files hold.
         """
         values = self.parameters.as_dict() | {"data": self.data(task), "data_dir": None}
         values |= {name: file_name(values[name]) for name, *_, it in about() if it.path}
@@ -139,7 +168,9 @@ class Plan:
             for name, _, default, it in about()
             if it.decides in decisive and not (it.later and values[name] == default)
         }
-        return content_key([chosen, dict(model_key)])
+        files = [task, "reference"] if ablation == "mean" else [task]
+        held = {name: digest for name in files if (digest := self._digest(name)) is not None}
+        return content_key([chosen, dict(model_key), *([held] if held else [])])
 
     def means_parameters(self) -> dict[str, Any]:
         """The parameters that decide the means, as they are in a bundle."""
@@ -179,9 +210,8 @@ class Plan:
     def of_run(cls, info: Mapping[str, Any]) -> Plan:
         """The plan of the run whose ``run.json`` says this."""
         # Checked when the run was made; what was a path there need not be one here.
-        return cls(
-            StageParameters.model_construct(**StageParameters().as_dict() | info["parameters"])
-        )
+        values = StageParameters().as_dict() | info["parameters"]
+        return cls(StageParameters.model_construct(**values), info.get("contents", {}))
 
     def check_data(self, stages: Iterable[str] = tuple(_STAGES)) -> None:
         """Read the rows that these stages will need, so that what is missing is known before.

@@ -78,7 +78,6 @@ class Run:
 
     def __init__(self, parameters: StageParameters) -> None:
         self.parameters = parameters
-        self.plan = Plan(parameters)
         self.directory = check_run_dir(parameters.run_dir)
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -87,6 +86,7 @@ class Run:
         self._bundle = None if imported is None else Bundle(imported)
         self._values: dict[str, Any] = {}
         check_same_model(self.info, parameters)
+        self.plan = Plan(parameters, None if imported is None else self.info.get("contents", {}))
 
     @property
     def info(self) -> dict[str, Any]:
@@ -276,8 +276,7 @@ class Run:
         if not sets:
             return pd.DataFrame(columns=[*KEYS, "n", "n_invalid", "accuracy"])
         request = plan_request(
-            sets, conditions=conditions, limit=p.limit, sampling=p.sampling,
-            run_dir=self.directory,
+            sets, conditions=conditions, limit=p.limit, run_dir=self.directory,
             setting=functools.partial(self.plan.row_key, model_key=key),
         )  # fmt: skip
         with workers_from_environment() as workers:
@@ -478,6 +477,7 @@ class Run:
             "model": self.info.get("model", self.parameters.model),
             "parameters": self.info.get("parameters", StageParameters().as_dict())
             | self.parameters.as_dict(stated=True),
+            "contents": self.info.get("contents", {}) | self.plan.contents(),
             **({} if self._untouched else {"updated": _now()}),
             **values,
         }

@@ -86,7 +86,7 @@ def execute_stages(
             and given not in (None, "synthetic", "original")
             and user_path(given).exists()
         ):
-            values[name] = str(user_path(given).resolve())
+            values[name] = os.path.abspath(user_path(given))
     executed = []
     for notebook in tqdm(chosen, desc="stages", unit="notebook", disable=not progress):
         number = _stage_number(notebook)

@@ -28,7 +28,7 @@ from icl_helpers.attention.heads import top_heads
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.evaluation.cells import CellGroup, Prompts, build, score_documents
-from icl_helpers.evaluation.conditions import FULL, Condition
+from icl_helpers.evaluation.conditions import Condition
 from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.models.fingerprint import model_facts, model_key
 from icl_helpers.models.loading import load_model
@@ -291,8 +291,7 @@ class _Compared:
         conditions = [_condition(cell, bundle) for cell in cells]
         lm.share(conditions)
         for cell, condition in zip(cells, conditions, strict=True):
-            with lm.under(condition if _edits(cell, documents) else FULL):
-                found = score_documents(lm, prompts, documents)
+            found = score_documents(lm, condition, prompts, documents)
             self.cells.add(id(cell))
             for place, document in enumerate(found["doc_id"]):
                 stated = cell.documents["doc_id"].index(document)
@@ -302,7 +301,9 @@ class _Compared:
     def _compare(
         self, stated: dict[str, list[Any]], at: int, found: dict[str, list[Any]], place: int
     ) -> None:
-        same = all(stated[name][at] == found[name][place] for name in ("target", "n_tokens"))
+        # Blocked pairs are a knockout's, and cells of earlier versions have no number of them.
+        exact = {"target", "n_tokens", "n_blocked"} & stated.keys()
+        same = all(stated[name][at] == found[name][place] for name in exact)
         one, other = stated["log_probabilities"][at], found["log_probabilities"][place]
         pairs = list(zip(one, other, strict=False))
         finite = all((a is None) == (b is None) for a, b in pairs) and len(one) == len(other)
@@ -319,18 +320,6 @@ def _condition(cell: BundledCell, bundle: Bundle) -> Condition:
     if not condition.identity().items() <= cell.spec.items():
         raise InputError(f"bundle {bundle.folder} was made by another version: update icl-helpers")
     return condition
-
-
-def _edits(cell: BundledCell, documents: Sequence[int]) -> bool:
-    """Whether the condition changes any of these documents; a knockout may have nothing to block.
-
-    What the cell says of that is found out: its log-probabilities are compared.
-    """
-    if cell.spec["ablation"] != "knockout":
-        return True
-    places = [cell.documents["doc_id"].index(document) for document in documents]
-    blocked = cell.documents.get("n_blocked")
-    return cell.spec["shots"] > 0 and (blocked is None or any(blocked[place] for place in places))
 
 
 def _answer(scores: Sequence[float | None]) -> int | None:

@@ -23,7 +23,15 @@ from typing import Any
 from tqdm import tqdm
 
 from icl_helpers.errors import InputError, MissingArtefactError
-from icl_helpers.files import atomic_path, cache_dir, read_text, synthetic_dir, user_path
+from icl_helpers.files import (
+    atomic_path,
+    cache_dir,
+    file_state,
+    files_digest,
+    read_text,
+    synthetic_dir,
+    user_path,
+)
 from icl_helpers.models.hub import go_offline_if_hub_unreachable
 from icl_helpers.tasks.specs import (
     NLP_TASKS,
@@ -37,6 +45,7 @@ from icl_helpers.tasks.specs import (
 __all__ = [
     "COMMIT", "HASHES", "HOLD_OUT_SEED", "TextSplits", "check_local", "check_rows", "data_file",
     "fetch_original", "hold_out", "is_published", "load_rows", "load_splits", "original_data_dir",
+    "rows_digest",
 ]  # fmt: skip
 
 HOLD_OUT_SEED = 42
@@ -71,10 +80,12 @@ def load_splits(spec: TextTaskSpec, *, data: str | os.PathLike[str] = "synthetic
         The hub cannot be reached or a file is not there, naming where to put it.
     """
     if os.fspath(data) not in ("synthetic", "original"):
-        return _read(spec, *_local_files(spec, _directory(data, spec.name)))
-    if spec.hub is None:
-        return _read(spec, *_local_files(spec, synthetic_dir() / "text" / spec.name))
-    return _from_hub(spec, spec.hub)
+        files = _local_files(spec, _directory(data, spec.name))
+    elif spec.hub is None:
+        files = _local_files(spec, synthetic_dir() / "text" / spec.name)
+    else:
+        return _from_hub(spec, spec.hub)
+    return _read(spec, tuple(files), tuple(map(file_state, files)))
 
 
 def hold_out(rows: list[Row], *, seed: int = HOLD_OUT_SEED) -> tuple[list[Row], list[Row]]:
@@ -114,8 +125,8 @@ def _directory(data: str | os.PathLike[str], task: str) -> Path:
     return directory / task
 
 
-def _local_files(spec: TextTaskSpec, folder: Path) -> list[tuple[Path, int]]:
-    """The files of a task's splits with the times of their last change."""
+def _local_files(spec: TextTaskSpec, folder: Path) -> list[Path]:
+    """The files of a task's splits."""
     train = folder / "train.jsonl"
     names = ["validation", (spec.hub and spec.hub.validation) or "validation"]
     found = [path for name in names if (path := folder / f"{name}.jsonl").is_file()]
@@ -126,13 +137,13 @@ def _local_files(spec: TextTaskSpec, folder: Path) -> list[tuple[Path, int]]:
             f"{missing} is missing; task {spec.name} needs one JSON Lines file per split, "
             f"train.jsonl and validation.jsonl, in {folder}"
         )
-    return [(path, path.stat().st_mtime_ns) for path in (train, *found[:1])]
+    return [train, *found[:1]]
 
 
 @functools.lru_cache(maxsize=8)
-def _read(spec: TextTaskSpec, *files: tuple[Path, int]) -> TextSplits:
-    """Splits of local files; the times are there so that a changed file is read again."""
-    splits = [_checked(spec, _json_lines(path), str(path)) for path, _ in files]
+def _read(spec: TextTaskSpec, files: tuple[Path, ...], states: tuple[Any, ...]) -> TextSplits:
+    """Splits of local files; their states are there so that a changed file is read again."""
+    splits = [_checked(spec, _json_lines(path), str(path)) for path in files]
     return _as_splits(*(splits if len(splits) == 2 else hold_out(splits[0])))
 
 
@@ -232,7 +243,7 @@ def fetch_original(
         found = {name: _find(Path(source), name) for name in HASHES}
     for name in tqdm(HASHES, desc="original data", unit="file"):
         path = target / name
-        if path.is_file() and _digest(path.read_bytes()) == HASHES[name]:
+        if path.is_file() and files_digest(path) == HASHES[name]:
             continue
         content = _download(name, target) if source is None else found[name].read_bytes()
         if _digest(content) != HASHES[name]:
@@ -290,10 +301,28 @@ def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:
     return directory / spec.original_file
 
 
-def is_published(task: str, *, data: str | os.PathLike[str] = "synthetic") -> bool:
-    """Whether an abstract task's rows are the published repository's own, by their hash."""
-    path = data_file(task, data=data)
-    return HASHES.get(path.name) == _digest(path.read_bytes())
+def rows_digest(task: str, *, data: str | os.PathLike[str] = "synthetic") -> str | None:
+    """SHA-256 of the files that hold a task's rows; None for those of this project and the hub.
+
+    None, too, where there are no such files.
+    """
+    spec = get_task_spec(task)
+    try:
+        if os.fspath(data) == "synthetic":
+            return None
+        if isinstance(spec, TaskSpec):
+            files = [data_file(task, data=data)]
+        else:
+            files = _local_files(spec, _directory(data, task))
+        return files_digest(*files)
+    except (InputError, OSError):
+        return None
+
+
+def is_published(task: str, digest: str | None) -> bool:
+    """Whether rows of this :func:`rows_digest` are an abstract task's own of the published code."""
+    spec = get_task_spec(task)
+    return isinstance(spec, TaskSpec) and digest == HASHES[spec.original_file]
 
 
 def check_rows(task: str, *, data: str | os.PathLike[str] = "synthetic") -> None:
@@ -313,12 +342,14 @@ def load_rows(task: str, *, data: str | os.PathLike[str] = "synthetic") -> list[
             f"{path} is missing, which holds the rows of task {task}; put the published "
             f"repository's file there, or use data='synthetic'"
         )
-    return list(_checked_rows(pattern_spec(task), path, path.stat().st_mtime_ns))
+    return list(_checked_rows(pattern_spec(task), path, file_state(path)))
 
 
 @functools.lru_cache(maxsize=32)
-def _checked_rows(spec: TaskSpec, path: Path, modified: int) -> tuple[tuple[str, str], ...]:
-    """Rows of a file; ``modified`` is there so that a changed file is read again."""
+def _checked_rows(
+    spec: TaskSpec, path: Path, state: tuple[Any, ...]
+) -> tuple[tuple[str, str], ...]:
+    """Rows of a file; its state is there so that a changed file is read again."""
     try:
         content: Any = json.loads(read_text(path))
     except ValueError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
@@ -75,6 +76,7 @@ class Pool(Generic[Key]):
             words = np.array([text.split()[:2] for text in self.texts])
             self._words = {label: words[rows] for label, rows in self._rows.items()}
         self._disjoint = functools.cache(self._disjoint_rows)
+        self._copies = Counter(zip(self.labels, self.contents, strict=True))
 
     def candidates(self, label: str, query: str) -> list[int]:
         """Indices of the rows of a class that may stand before this query."""
@@ -82,6 +84,12 @@ class Pool(Generic[Key]):
             return self._rows[label]
         words = query.split()
         return self._disjoint(label, words[0], words[1])
+
+    def usable(self, label: str, query: str, content: str) -> int:
+        """How many of these candidates are not the query itself, by content."""
+        # Rows of its content share the query's words: with disjoint_words none is a candidate.
+        copies = self._copies[label, content] if self.sampler == "balanced" else 0
+        return len(self.candidates(label, query)) - copies
 
     def _disjoint_rows(self, label: str, first: str, second: str) -> list[int]:
         words = self._words[label]
@@ -112,9 +120,10 @@ def draw_demonstrations(
         What a prompt shows of each query; default: its text.
     rule
         ``exact``: rows with the query's content are dropped; where fewer than ``shots`` are left,
-        other rows of their class take their places, and too few of a class are an error. ``fewer``:
-        the same, but fewer may be shown. ``published``: as the published code, which shows fewer
-        without a word, and drops only what equals the query in text and label.
+        other rows of their class take their places, and a class with too few rows for that, or for
+        an even share, is an error. ``fewer``: the same, but fewer may be shown. ``published``: as
+        the published code, which shows fewer without a word, and drops only what equals the query
+        in text and label.
 
     Raises
     ------
@@ -145,8 +154,10 @@ def draw_demonstrations(
             # A generator of its own: what stands before the other queries stays as it is.
             again = random.Random(f"{seed} {number}")
             kept = _without(pool, drawn, text, content, shots, again)
-        if rule == "exact" and len(kept) < shots:
-            raise _too_few(pool, text, content, shots, len(kept), shares)
+        if rule == "exact":
+            usable = {name: pool.usable(name, text, content) for name in shares}
+            if len(kept) < shots or min(usable.values()) < shots // len(usable):
+                raise _too_few(pool, content, shots, usable, shares)
         leaks = sum(pool.contents[i] == content for i in drawn)
         leaked = sum(pool.contents[i] == content for i in kept[:shots])
         drawn_for_all.append(Demonstrations(kept[:shots], leaked, leaks - leaked))
@@ -178,19 +189,15 @@ def _without(
 
 
 def _too_few(
-    pool: Pool[str], text: str, content: str, shots: int, shown: int, shares: dict[str, int]
+    pool: Pool[str], content: str, shots: int, usable: dict[str, int], shares: dict[str, int]
 ) -> InputError:
     """Name the class that is furthest from its share."""
-    usable = {
-        name: sum(pool.contents[i] != content for i in pool.candidates(name, text))
-        for name in shares
-    }
     name = max(shares, key=lambda name: shares[name] - usable[name])
     return InputError(
         f"{pool.name}: class {name!r} has {usable[name]} rows that can stand before the document "
-        f"{content[:60]!r}, where {shares[name]} are drawn for {shots} demonstrations; {shown} "
-        f"would be shown. Ask for fewer shots, give the pool more rows, or let fewer be shown with "
-        f"demonstrations='fewer'"
+        f"{content[:60]!r}, where {shares[name]} are drawn for {shots} demonstrations, which would "
+        f"be fewer or unbalanced. Ask for fewer shots, give the pool more rows, or let that pass "
+        f"with demonstrations='fewer'"
     )
 
 

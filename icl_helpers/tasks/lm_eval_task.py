@@ -8,7 +8,6 @@ are built at once, so they do not depend on a limit or on the number of workers.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import datasets
@@ -42,6 +41,7 @@ class PatternTask(ConfigurableTask):
         self._rule: Any = metadata.get("demonstrations")
         self._pinned_seed: int | None = metadata.get("demonstration_seed")
         self._seed = self._pinned_seed
+        self._built: dict[tuple[int, int], list[Prompt]] = {}
         super().__init__(config=settings)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -58,9 +58,15 @@ class PatternTask(ConfigurableTask):
         self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
 
     def prompts(self, num_fewshot: int) -> list[Prompt]:
-        """Prompts of all documents, in order."""
-        seed = self._seed or 0
-        return _prompts(self._task, num_fewshot, seed, self._labels, self._data, self._rule)
+        """Prompts of all documents, in order; those asked for last are kept."""
+        key = num_fewshot, self._seed or 0
+        if key not in self._built:
+            built = build_prompts(
+                self._task, shots=num_fewshot, seed=key[1], labels=self._labels, data=self._data,
+                demonstrations=self._rule,
+            )  # fmt: skip
+            self._built = {key: built}
+        return self._built[key]
 
     def set_fewshot_seed(self, seed: int | None = None) -> None:
         """Take lm-eval's seed unless the task has one of its own."""
@@ -84,15 +90,6 @@ class PatternTask(ConfigurableTask):
         return self.prompts(num_fewshot)[doc["doc_id"]].context
 
 
-@functools.lru_cache(maxsize=4)
-def _prompts(
-    task: str, shots: int, seed: int, labels: str | None, data: str, rule: Rule | None
-) -> list[Prompt]:
-    return build_prompts(
-        task, shots=shots, seed=seed, labels=labels, data=data, demonstrations=rule
-    )
-
-
 def load_task(
     name: str,
     *,
@@ -107,8 +104,6 @@ def load_task(
     Call ``build_all_requests()`` on it for the requests. Raises :class:`InputError` as
     :func:`icl_helpers.build_prompts` does.
     """
-    _prompts.cache_clear()
-    _prompts(name, shots, seed, labels, data, demonstrations)
     config = yaml.safe_load((tasks_dir() / "_pattern.yaml").read_text())
     config |= {"task": name, "num_fewshot": shots}
     config["metadata"] |= {
@@ -118,4 +113,6 @@ def load_task(
         "demonstrations": demonstrations,
         "demonstration_seed": seed,
     }
-    return PatternTask(config)
+    task = PatternTask(config)
+    task.prompts(shots)
+    return task

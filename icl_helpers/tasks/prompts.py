@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from icl_helpers.errors import InputError
-from icl_helpers.tasks.data import data_file, is_published, load_rows, load_splits
+from icl_helpers.tasks.data import data_file, is_published, load_rows, load_splits, rows_digest
 from icl_helpers.tasks.demonstrations import Pool, Rule, check_rule, draw_demonstrations
 from icl_helpers.tasks.specs import SAMPLINGS, Sampler, TaskSpec, TextTaskSpec, get_task_spec
 
@@ -53,7 +53,8 @@ class Prompt:
 class PromptSet(NamedTuple):
     """Prompts that are evaluated together, and the demonstration seeds for which they stand.
 
-    Zero-shot prompts have no demonstrations: one set stands for all seeds.
+    Zero-shot prompts have no demonstrations: one set stands for all seeds. ``sampling`` is how a
+    limit takes documents.
     """
 
     task: str
@@ -61,7 +62,8 @@ class PromptSet(NamedTuple):
     shots: int
     seeds: tuple[int, ...]
     data: str
-    demonstrations: Rule | None = None
+    demonstrations: Rule | None
+    sampling: str
 
 
 def prompt_sets(
@@ -70,7 +72,8 @@ def prompt_sets(
     shots: Sequence[int],
     seeds: Sequence[int],
     data: str,
-    demonstrations: Rule | None = None,
+    demonstrations: Rule | None,
+    sampling: str,
 ) -> list[PromptSet]:
     """A task's prompts in sets, one a number of shots and seed; what is asked for twice is once."""
     if not seeds:
@@ -82,7 +85,7 @@ def prompt_sets(
             raise InputError(f"seeds must be whole numbers, got {seed!r}")
     drawn = tuple(dict.fromkeys(seeds))
     return [
-        PromptSet(task, labels, n_shots, of, data, demonstrations)
+        PromptSet(task, labels, n_shots, of, data, demonstrations, sampling)
         for n_shots in dict.fromkeys(shots)
         for of in ([drawn] if n_shots == 0 else [(seed,) for seed in drawn])
     ]
@@ -100,14 +103,14 @@ def resolve_shots(task: str, shots: Shots) -> list[int]:
     return values
 
 
-def resolve_sampling(task: str, data: str, sampling: str | None) -> str:
+def resolve_sampling(task: str, digest: str | None, sampling: str | None) -> str:
     """How a limit takes a task's documents: as given, or ``balanced`` over the labels.
 
-    Of the published files of the abstract tasks it takes the ``first``, as the published code does.
+    Of the published files of the abstract tasks, which :func:`rows_digest` tells, it takes the
+    ``first``, as the published code does.
     """
     if sampling is None:
-        published = data != "synthetic" and not isinstance(get_task_spec(task), TextTaskSpec)
-        return "first" if published else "balanced"
+        return "first" if is_published(task, digest) else "balanced"
     if sampling not in SAMPLINGS:
         raise InputError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
     return sampling
@@ -163,10 +166,11 @@ def build_prompts(
         the hub in the first two cases, and from ``<directory>/<task>/train.jsonl`` and
         ``validation.jsonl`` in the third.
     demonstrations
-        ``"exact"``: as many as asked for, never the document itself, or an error. ``"fewer"``:
-        fewer where a class has too few rows. ``"published"``: as the published code, which shows
-        fewer without a word and takes a document's copy under another id for another row. None:
-        ``"published"`` on the published repository's own files, else ``"exact"``.
+        ``"exact"``: as many as asked for, never the document itself, or an error, also where a
+        class has no rows for an even share. ``"fewer"``: fewer where a class has too few rows.
+        ``"published"``: as the published code, which shows fewer without a word and takes a
+        document's copy under another id for another row. None: ``"published"`` on the published
+        repository's own files, else ``"exact"``.
 
     Raises
     ------
@@ -191,7 +195,8 @@ def _pattern_prompts(
 ) -> list[Prompt]:
     rows = load_rows(spec.name, data=data)
     if rule is None:
-        rule = "published" if is_published(spec.name, data=data) else "exact"
+        digest = rows_digest(spec.name, data=data)
+        rule = "published" if is_published(spec.name, digest) else "exact"
     pool = _pool(tuple(rows), spec.sampler, f"task {spec.name}, {data_file(spec.name, data=data)}")
     drawn = draw_demonstrations(pool, rows, shots=shots, seed=seed, rule=rule)
     blocks = [f"{text}:{label}\n\n" for text, label in rows]

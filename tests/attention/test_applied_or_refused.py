@@ -150,6 +150,25 @@ def test_an_attention_block_that_keeps_what_was_removed_is_refused(monkeypatch):
         attention_layout(make_llama())
 
 
+def test_an_attention_block_that_goes_on_without_the_hooks_output_is_refused(monkeypatch):
+    """The hook fires once a layer and the logits are right, but a removal changes nothing."""
+    forward = LlamaAttention.forward
+
+    def ignoring(self, *args, **kwargs):
+        forward(self, *args, **kwargs)
+        hooked = self.config._attn_implementation
+        self.config._attn_implementation_internal = hooked.removeprefix("icl_")
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self.config._attn_implementation_internal = hooked
+
+    monkeypatch.setattr(LlamaAttention, "forward", ignoring)
+    model, ids = make_llama(), some_ids()
+    with pytest.raises(icl.UnsupportedArchitectureError, match="leaves something"):
+        run(model, ZERO, input_ids=ids)
+
+
 def test_dead_heads_are_no_error():
     model = make_llama()
     for layer in model.model.layers:
@@ -428,6 +447,22 @@ def test_ids_that_a_model_has_not_are_one_error_before_a_pass(case):
     if ids.ndim == 2 and ids.shape[1]:
         with pytest.raises(icl.InputError, match="|".join([message, "context of 40"])):
             icl.prefix_matching_scores(model, ids)
+
+
+@pytest.mark.parametrize("token", [64, -1])
+def test_an_edited_pass_names_a_token_that_the_model_has_not(token):
+    model, ids = gpt2(), some_ids(1)
+    means = icl.MeanAblation([(0, 1)], torch.ones(2, 40, 4, 8))
+    blocked = icl.AttentionKnockout([(0, 1)], torch.zeros(12, 12, dtype=torch.bool))
+    beyond = torch.cat([ids[:, 1:], torch.tensor([[token]])], dim=1)
+    for intervention in (icl.ZeroAblation([(0, 1)]), means, blocked):
+        with torch.no_grad(), icl.intervene(model, intervention):
+            cache = model(ids).past_key_values
+            for inputs in ({}, {"past_key_values": cache}):
+                with pytest.raises(icl.InputError, match=f"{token} is not one of the model's"):
+                    model(beyond, **inputs)
+            with pytest.raises(icl.InputError, match=f"{token} is not one of the model's"):
+                model.generate(beyond, max_new_tokens=2)
 
 
 def test_bos_and_repeats_beyond_the_model_are_named():

@@ -89,6 +89,24 @@ def test_tokenizer_without_merges_is_ranked_by_id():
     assert icl.random_sequences(words, length=50).shape == (5, 50)
 
 
+def test_reserved_tokens_of_a_tokenizer_without_merges_are_never_drawn():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    reserved = ["<s>", "[PAD]", "[unused7]", "<extra_id_0>", "<0x0A>", "<|im_end|>", "[control_8]"]
+    ordinary = [*(f"w{i}" for i in range(60)), "<", ">", "[", "]", "<two words>", "[a-b]", "a<b>c"]
+    vocabulary = {token: number for number, token in enumerate([*reserved, *ordinary])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<s>")
+    # An added one looks like a word, and a word may become special.
+    words.add_tokens(["tool"])
+    words.add_special_tokens({"eos_token": "w3"})
+    expected = [vocabulary[token] for token in ordinary if token != "w3"]
+    assert token_pool(words, exclude_ratio=0.0) == (expected, "token ids")
+    drawn = icl.random_sequences(words, length=60)
+    assert set(drawn.flatten().tolist()) <= set(expected)
+
+
 def test_too_long_a_sequence_is_refused(tokenizer):
     with pytest.raises(icl.InputError, match="length is 5000"):
         icl.random_sequences(tokenizer, length=5000)

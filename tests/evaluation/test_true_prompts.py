@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import icl_helpers as icl
+from icl_helpers.attention.hook import attention_layout
 from icl_helpers.attention.passes import one_angle_length
 from icl_helpers.evaluation.conditions import Condition
+from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.evaluation.store import document_results
 from tests.conftest import make_llama
 
@@ -103,6 +105,54 @@ def test_labels_of_the_same_tokens_are_refused(llama, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer.__class__, "__call__", blind)
     with pytest.raises(icl.InputError, match="labels 'Foo' and 'Bar' are the same tokens"):
         icl.evaluate(llama, tokenizer, tasks=["repetition"], shots=0, seeds=[42], limit=3)
+
+
+def test_labels_that_a_tokenizer_makes_one_unknown_token_of_are_refused(llama):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({w for p in icl.build_prompts("repetition", shots=0, seed=1) for w in p.context.replace(":", " : ").split()})  # fmt: skip
+    backend = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(["?", *words])}, unk_token="?")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    blind = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+    for condition in ("full", Condition("induction_heads", "zero", 0.1, heads=HEADS)):
+        with pytest.raises(icl.InputError, match="labels 'Foo' and 'Bar' are the same tokens"):
+            icl.evaluate(
+                llama, blind, tasks=["repetition"], shots=0, seeds=[42], conditions=[condition]
+            )
+
+
+@pytest.mark.parametrize("ablation", ["none", "zero", "knockout"])
+def test_a_tokenizer_of_another_model_is_named_before_a_pass(ablation, tokenizer, monkeypatch):
+    """Its tokens are beyond the embedding: of a prompt, or of a label only."""
+    from lm_eval.api.instance import Instance
+
+    condition = Condition("induction_heads", ablation, 0.1, None, HEADS)
+    request = {"tasks": ["repetition"], "shots": 2, "seeds": [42], "limit": 3}
+    condition = "full" if ablation == "none" else condition
+    model = make_llama(vocab_size=300)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a pass was begun"), prepend=True)
+    monkeypatch.setattr("icl_helpers.evaluation.evaluate.attention_layout", attention_layout_of)
+    with pytest.raises(icl.InputError, match=r"token id \d+ is not one of the model's 0..299"):
+        icl.evaluate(model, tokenizer, conditions=[condition], **request)
+    if ablation == "none":
+        lm = InterventionLM(model, tokenizer)
+        far = max(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+        text = tokenizer.decode([tokenizer.get_vocab()[far]])
+        asked = {
+            "loglikelihood": ("A\n\n", text), "loglikelihood_rolling": (f"A\n\n{text}",),
+            "generate_until": (f"A\n\n{text}", {"until": [], "max_gen_toks": 3}),
+        }  # fmt: skip
+        for kind, arguments in asked.items():
+            with pytest.raises(icl.InputError, match="is not one of the model's 0..299"):
+                getattr(lm, kind)([Instance(kind, {}, arguments, 0)], disable_tqdm=True)
+
+
+def attention_layout_of(_):
+    """That of any model of these sizes: a probe would be a pass."""
+    return attention_layout(make_llama())
 
 
 LONGROPE = {

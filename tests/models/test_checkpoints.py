@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -16,6 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import icl_helpers as icl
+from icl_helpers.attention.hook import attention_layout
+from icl_helpers.files import content_key
+from icl_helpers.models.fingerprint import model_key, weights_fingerprint
 from tests.conftest import make_llama, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +104,112 @@ def test_checkpoint_without_weights_or_with_weights_missing_is_refused(checkpoin
     path.unlink()
     with pytest.raises(icl.InputError, match="model .*cannot be loaded"):
         icl.load_model(str(checkpoint))
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(DTYPES)))
+@pytest.mark.parametrize("stored", DTYPES)
+def test_a_dtype_gives_the_same_model_however_and_whenever_it_is_asked_for(
+    checkpoint, stored, order
+):
+    weights = make_llama().to(getattr(torch, stored)).state_dict()
+    model = make_llama().to(getattr(torch, stored))
+    model.config.dtype = getattr(torch, stored)
+    model.save_pretrained(checkpoint)
+    ids, logits, keys = torch.randint(2, 400, (1, 9)), {}, {}
+    for name in (*order, "auto", *reversed(order)):
+        dtype = getattr(torch, stored if name == "auto" else name)
+        for asked in {name, *(() if name == "auto" else (dtype,))}:
+            loaded, tokenizer = icl.load_model(str(checkpoint), dtype=asked)
+            assert torch.get_default_dtype() is torch.float32
+            assert loaded.dtype is dtype
+            for key, value in loaded.state_dict().items():
+                assert torch.equal(value, weights[key].to(dtype))
+            with torch.no_grad():
+                found = loaded(ids).logits
+            assert torch.equal(logits.setdefault(dtype, found), found)
+            key = model_key(loaded, tokenizer, None)
+            assert keys.setdefault(dtype, key) == key
+    assert len({content_key(key) for key in keys.values()}) == len(DTYPES)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights_are_told_apart_as_those_in_memory_are(where, checkpoint, tmp_path):
+    """accelerate leaves weights of no values in the model and keeps the others elsewhere."""
+    from accelerate import cpu_offload, disk_offload
+
+    def put_away(model):
+        folder = tmp_path / f"offload{id(model)}"
+        for number, layer in enumerate(model.model.layers[1:]):
+            if where == "cpu":
+                cpu_offload(layer, torch.device("cpu"))
+            else:
+                disk_offload(layer, str(folder / str(number)), torch.device("cpu"))
+        return model
+
+    other = make_llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 5] += 0.01
+    expected = [weights_fingerprint(model) for model in (make_llama(), other)]
+    away = [put_away(model) for model in (make_llama(), other)]
+    assert all(p.device.type == "meta" for p in away[0].model.layers[1].parameters())
+    assert [weights_fingerprint(model) for model in away] == expected
+    assert expected[0] != expected[1]
+    ids = torch.randint(2, 400, (2, 9))
+    with torch.no_grad(), icl.intervene(away[0], icl.ZeroAblation([(1, 1)])):
+        found = away[0](ids).logits
+    plain = make_llama()
+    with torch.no_grad(), icl.intervene(plain, icl.ZeroAblation([(1, 1)])):
+        assert torch.equal(found, plain(ids).logits)
+
+
+def test_weights_without_values_have_no_fingerprint_and_no_pass():
+    model = make_llama().to("meta")
+    with pytest.raises(icl.InputError, match="meta device and has no values"):
+        weights_fingerprint(model)
+    with pytest.raises(icl.UnsupportedArchitectureError, match="meta device.*device_map"):
+        attention_layout(model)
+
+
+@pytest.mark.parametrize("rope_type", ["default", "llama3", "dynamic"])
+def test_buffers_are_part_of_a_model_and_rotary_frequencies_where_they_were_edited(rope_type):
+    def fresh():
+        rope = {
+            "rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+        }  # fmt: skip
+        return make_llama(rope_parameters=rope, max_position_embeddings=64)
+
+    expected, model = weights_fingerprint(fresh()), fresh()
+    with torch.no_grad():
+        model(torch.randint(2, 400, (1, 100)))  # dynamic angles follow the length
+    assert weights_fingerprint(model) == expected
+    model.model.register_buffer("shift", torch.zeros(3))
+    with_buffer = weights_fingerprint(model)
+    model.model.shift += 1
+    assert len({expected, with_buffer, weights_fingerprint(model)}) == 3
+    if rope_type != "dynamic":
+        model = fresh()
+        model.model.rotary_emb.inv_freq *= 0.5
+        assert weights_fingerprint(model) != expected
+
+
+def test_merges_of_a_tokenizer_written_in_python_belong_to_the_model(tmp_path):
+    from transformers import CTRLTokenizer
+
+    vocabulary = {
+        token: n for n, token in enumerate(["<unk>", "a@@", "b", "ab", "ab@@", "c", "b@@"])
+    }
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    found = []
+    for number, merges in enumerate(("a b</w>", "b c</w>", "a b</w>")):
+        (tmp_path / f"{number}.txt").write_text(f"#version\n{merges}\n")
+        tokenizer = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / f"{number}.txt"))
+        assert getattr(tokenizer, "backend_tokenizer", None) is None
+        found.append(model_key(make_llama(), tokenizer, None)["tokenizer"])
+    assert found[0] == found[2] != found[1]
 
 
 class Touch:

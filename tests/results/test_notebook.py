@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 from matplotlib.container import BarContainer
 
+from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import accuracies, document_results
 from icl_helpers.results import notebook as reporting
 from icl_helpers.results.figures import accuracy_bars, benefit_bars, margin_alt, margin_bars
 from icl_helpers.results.statistics import benefit_changes
 from tests.results.test_comparison import write_run
+from tests.results.test_statistics import documents_frame
 
 RIGHT = {"full": 19, "induction_heads": 4, "random_heads": 19}
 
@@ -50,6 +52,35 @@ def test_table_without_rows_says_so(tmp_path, shown):
     reporting.show_paper_table(documents, 3, tmp_path / "tables", n_heads=64)
     assert "Nothing to show" in shown[0]
     assert "text classification" in shown[0]
+
+
+@pytest.mark.parametrize("shots", [[5], [0], [0, 5]])
+def test_without_a_task_both_with_and_without_examples_there_is_no_benefit(
+    shots, tmp_path, monkeypatch
+):
+    shown: list = []
+    monkeypatch.setattr(reporting, "display", lambda thing, metadata=None: shown.append(thing))
+    few = documents_frame().assign(shots=5, labels="semantic", task="fact_opinion")
+    documents = pd.concat(
+        [few if n else few.assign(shots=0, correct=few["doc_id"] % 2 == 0) for n in shots],
+        ignore_index=True,
+    )
+    results = accuracies(documents)
+    changes = reporting.benefit_or_none(results, documents)
+    if len(shots) == 2:
+        pd.testing.assert_frame_equal(changes, benefit_changes(results, documents))
+        assert changes["benefit"].notna().all()
+        assert not shown
+        return
+    assert changes.empty
+    assert "No task was evaluated both with and without examples" in shown[0].data
+    with pytest.raises(InputError, match="both with and without examples"):
+        benefit_changes(results, documents)
+    # What the page shows next has the columns that it needs.
+    for ablation in ("mean", "zero"):
+        reporting.show_benefit(changes, ablation=ablation, n_heads=64)
+    reporting.show_benefit_table(changes, n_heads=64, directory=tmp_path)
+    assert (tmp_path / "benefit.csv").is_file()
 
 
 def test_published_values_stand_alone_beside_another_model(tmp_path, shown):

@@ -331,6 +331,18 @@ def test_edited_log_probability_is_found(bundle, capsys):
     assert "differ by at most 0.01 nats" in printed
 
 
+def test_other_numbers_of_blocked_pairs_are_found(bundle):
+    def change(rows):
+        for row in rows:
+            if row["n_blocked"] is not None:
+                row["n_blocked"][0] += 1
+
+    edit(bundle, change)
+    found = verify_bundle(bundle, share=1.0)
+    assert not found.agrees
+    assert found.percentile_99 == float("inf")
+
+
 def test_turned_answer_and_lost_value_are_found(bundle):
     def change(rows):
         for row in rows:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pandas as pd
 import pytest
+import torch
 
 import icl_helpers as icl
 from icl_helpers.evaluation.store import KEYS, document_results
 from icl_helpers.parameters import about
-from icl_helpers.run.plan import Plan
+from icl_helpers.run.plan import Plan, run_table
+from tests.conftest import make_llama
 
 SMALL = {
     "tasks": ["repetition"], "nlp_tasks": [], "shots": [0], "seeds": [42], "limit": 3,
@@ -33,8 +36,8 @@ def run(directory, **changes) -> icl.Run:
     return icl.Run(icl.stage_parameters(**{**SMALL, **changes, "run_dir": str(directory)}))
 
 
-def numbers(of: icl.Run) -> pd.DataFrame:
-    frame = of.documents()
+def numbers(of: icl.Run, group="tasks") -> pd.DataFrame:
+    frame = of.documents(group)
     keys = [*KEYS, "doc_id"]
     return frame[[*keys, "correct", "margin", "valid"]].sort_values(keys, ignore_index=True)
 
@@ -88,6 +91,159 @@ def test_other_settings_of_the_same_weights_are_another_model(change, tmp_path):
     assert not (second.prefix_scores() == scores).all()
 
 
+def rewrite(path, change) -> None:
+    """Change a JSON file, keeping its date."""
+    before, content = path.stat(), json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def change_weight(path) -> None:
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[-2] ^= 0x40
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+# A change of every file of a checkpoint, and whether numbers depend on it.
+FILES = {
+    "config.json": (lambda path: rewrite(path, lambda c: c.update(rms_norm_eps=0.5)), True),
+    "generation_config.json": (lambda path: rewrite(path, lambda c: c.update(top_k=3)), False),
+    "model.safetensors": (change_weight, True),
+    "tokenizer.json": (
+        lambda path: rewrite(path, lambda c: c["model"].update(merges=c["model"]["merges"][:60])),
+        True,
+    ),
+    # A token made of others: random sequences may not have it any more.
+    "tokenizer_config.json": (
+        lambda path: rewrite(path, lambda c: c.update(unk_token=merged(path))), None,
+    ),
+}  # fmt: skip
+
+
+def merged(path) -> str:
+    merges = json.loads((path.parent / "tokenizer.json").read_text())["model"]["merges"]
+    return next("".join(pair) for pair in merges[20:] if "".join(pair).isascii())
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer):
+    """A tiny model's folder, and the parameters of a run of it."""
+    for saved in (make_llama(), tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    text = "\n".join(p.context for p in icl.build_prompts("repetition", shots=2, seed=1)[:300])
+    (tmp_path / "reference.txt").write_text(text)
+    return {"model": str(tmp_path / "model"), "reference": str(tmp_path / "reference.txt")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_of_a_checkpoint_is_computed_anew_or_makes_no_difference(
+    name, checkpoint, tmp_path
+):
+    assert set(os.listdir(tmp_path / "model")) == set(FILES)
+    kinds = ("full", "mean", "zero")
+    first = run(tmp_path / "used", **checkpoint)
+    first.evaluate(*kinds)
+    before, key = numbers(first), first.identity["key"]
+    change, matters = FILES[name]
+    change(tmp_path / "model" / name)
+    second, fresh = (run(tmp_path / where, **checkpoint) for where in ("used", "fresh"))
+    if matters:
+        with pytest.raises(icl.InputError, match="holds no results of this model"):
+            second.results()
+    for each in (second, fresh):
+        each.evaluate(*kinds)
+    pd.testing.assert_frame_equal(numbers(second), numbers(fresh))
+    assert torch.equal(second.prefix_scores(), fresh.prefix_scores())
+    assert torch.equal(second.mean_head_outputs(), fresh.mean_head_outputs())
+    if matters is not None:
+        assert (key == fresh.identity["key"]) != matters
+        assert before.equals(numbers(fresh)) != matters
+
+
+def write_rows(folder, marker: str) -> dict[str, str]:
+    """Rows of an abstract and of a text task, and a reference text, all of the same names."""
+    (folder / "texts" / "sst2").mkdir(parents=True, exist_ok=True)
+    rows = [{"sequence": f"{marker} {i}", "label": ("Foo", "Bar")[i % 2]} for i in range(20)]
+    text = [{"sentence": f"{marker} {i}", "label": i % 2} for i in range(20)]
+    files = {
+        "repetition_dataset_500.json": json.dumps(rows),
+        "texts/sst2/train.jsonl": "\n".join(map(json.dumps, text)),
+        "texts/sst2/validation.jsonl": "\n".join(map(json.dumps, text[:6])),
+        "reference.txt": "\n".join(f"{marker} {i} and a few words more" for i in range(2000)),
+    }
+    for name, content in files.items():
+        (folder / name).write_text(content)
+        os.utime(folder / name, ns=(10**18, 10**18))
+    return {
+        "data": str(folder), "data_dir": str(folder / "texts"),
+        "reference": str(folder / "reference.txt"),
+    }  # fmt: skip
+
+
+KINDS = {"tasks": ("full", "mean", "zero"), "nlp_tasks": ("full", "mean")}
+
+
+@pytest.mark.parametrize("name", ["data", "data_dir", "reference"])
+@pytest.mark.parametrize("how", ["edited", "elsewhere"])
+def test_what_the_users_files_hold_belongs_to_a_result_and_not_only_their_name(name, how, tmp_path):
+    asked = {
+        **write_rows(tmp_path / "one" / "data", "A B"), "nlp_tasks": ["sst2"], "shots": [2],
+        "labels": "semantic", "positions": 200,
+    }  # fmt: skip
+    first = run(tmp_path / "used", **asked)
+    for group, kinds in KINDS.items():
+        first.evaluate(*kinds, group=group)
+    expected = {group: first.documents(group) for group in KINDS}
+    # The same names in another folder, or in the same one, and the other two as they were.
+    changed = write_rows(tmp_path / ("one" if how == "edited" else "two") / "data", "C D E")
+    asked |= write_rows(tmp_path / "kept" / "data", "A B") | {name: changed[name]}
+    second, fresh = (run(tmp_path / where, **asked) for where in ("used", "fresh"))
+    stale = {
+        "data": {"tasks": kinds_of("full", "mean", "zero")},
+        "data_dir": {"nlp_tasks": kinds_of("full", "mean")},
+        "reference": {"tasks": kinds_of("mean"), "nlp_tasks": kinds_of("mean")},
+    }[name]
+    key, stored = second.identity["key"], document_results(tmp_path / "used")
+    for group in KINDS:
+        selected = second.plan.selected(stored, group, key)
+        assert not set(selected["ablation"]) & stale.get(group, set())
+        assert set(selected["ablation"]) == set(expected[group]["ablation"]) - stale.get(
+            group, set()
+        )
+    # Of the conditions only some are evaluated again: the others' old rows stay out.
+    if name == "data":
+        second.evaluate("full")
+        assert set(second.documents()["ablation"]) == {"none"}
+    for each in (second, fresh):
+        for group, kinds in KINDS.items():
+            each.evaluate(*kinds, group=group)
+    for group in KINDS:
+        pd.testing.assert_frame_equal(numbers(second, group), numbers(fresh, group))
+
+
+def kinds_of(*kinds: str) -> set[str]:
+    return {"none" if kind == "full" else kind for kind in kinds}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"labels": "unrelated"}, {"nlp_tasks": ["review_sentiment"]}, {"revision": "other"}]
+)
+def test_other_labels_text_tasks_and_revisions_are_other_results(changed, checkpoint, tmp_path):
+    asked = {**checkpoint, "nlp_tasks": ["fact_opinion"], "labels": "semantic", "shots": [2]}
+    for where, values in (
+        ("used", asked),
+        ("used", {**asked, **changed}),
+        ("fresh", {**asked, **changed}),
+    ):
+        found = run(tmp_path / where, **values)
+        found.evaluate("full", "zero", group="nlp_tasks")
+        assert set(found.documents("nlp_tasks")["task"]) == set(values["nlp_tasks"])
+    used = run(tmp_path / "used", **{**asked, **changed})
+    pd.testing.assert_frame_equal(numbers(used, "nlp_tasks"), numbers(found, "nlp_tasks"))
+
+
 def test_rows_that_say_nothing_of_their_setting_are_left_out(tmp_path):
     model, tokenizer = icl.load_model("icl-tiny")
     icl.evaluate(model, tokenizer, tasks=["repetition"], shots=[0], seeds=[42], limit=3,
@@ -97,6 +253,23 @@ def test_rows_that_say_nothing_of_their_setting_are_left_out(tmp_path):
     assert len(rows) == 3
     assert plan.selected(rows, "tasks", key).empty
     assert plan.selected(rows.drop(columns="setting"), "tasks", key).empty
+
+
+def test_a_task_named_twice_counts_once(tmp_path):
+    twice = {
+        "tasks": ["repetition", "fact_opinion", "repetition"],
+        "shots": [1, 1],
+        "seeds": [42, 42],
+    }
+    found = run(tmp_path, **twice, nlp_tasks=["fact_opinion", "review_sentiment"] * 2)
+    assert found.plan.tasks() == ["repetition", "fact_opinion"]
+    assert found.plan.tasks("nlp_tasks") == ["review_sentiment"]
+    assert run(tmp_path, **twice, nlp_tasks=None).plan.tasks("nlp_tasks") == ["review_sentiment"]
+    found.evaluate("full", "full")
+    found.evaluate("full", group="nlp_tasks")
+    rows = run_table(tmp_path, "results", None)
+    assert rows["n"].tolist() == [3] * 4  # review_sentiment has both sets of labels
+    assert not rows.duplicated(KEYS).any()
 
 
 def test_prompt_sets_are_those_of_every_task_labels_shots_and_seed():

@@ -13,6 +13,7 @@ import icl_helpers as icl
 from icl_helpers.book import build as book
 from icl_helpers.cli import _parameters, _parser
 from icl_helpers.results import notebook as reporting
+from icl_helpers.run.plan import Plan
 from icl_helpers.run.stages import execute_stages
 from icl_helpers.tasks.specs import NLP_TASKS, task_names
 
@@ -92,6 +93,26 @@ def test_bad_parameter_of_the_stage_is_explained(change, message):
 def test_missing_local_file_is_named_before_anything_runs(tmp_path):
     with pytest.raises(icl.MissingArtefactError, match=r"rte/train\.jsonl is missing"):
         icl.stage_parameters(data_dir=str(tmp_path), nlp_tasks=["rte"])
+
+
+def test_a_text_task_among_those_of_the_knockout_is_refused_before_the_first_stage(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "icl_helpers.run.stages.execute_notebook", lambda *a: pytest.fail("executed")
+    )
+    values = {"run_dir": str(tmp_path / "run"), "nlp_tasks": ["review_sentiment"]}
+    parameters = icl.stage_parameters(tasks=["repetition", "fact_opinion"], **values)
+    message = r"'fact_opinion' is a text task.*name it in nlp_tasks, or leave out stage 5"
+    for only in (None, [5], [4, 5]):
+        with pytest.raises(icl.InputError, match=message):
+            execute_stages(parameters, only=only, progress=False)
+    plan = Plan(parameters)
+    plan.check_data(["prefix_matching_scores", "full_model", "head_ablation", "nlp_tasks"])
+    with pytest.raises(icl.InputError, match=message):
+        plan.check_data()
+    Plan(icl.stage_parameters(tasks=["repetition"], **values)).check_data()
+    assert not (tmp_path / "run").exists()
 
 
 def test_unreachable_rows_are_named_before_the_first_stage(tmp_path, monkeypatch):

@@ -111,11 +111,39 @@ def test_exact_draw_shows_what_is_asked_for_without_the_query_or_says_who_falls_
         if len(theirs.rows) == shots and not theirs.n_leaked:
             assert ours.rows == theirs.rows
         assert theirs.n_leaked == [rows[i][0] for i in theirs.rows].count(text)
-    if all(len(found.rows) == shots for found in fewer):
+    classes = {label for _, label in rows}
+
+    def others(text: str, label: str) -> int:
+        """Rows of a class that are not the document and may stand before it."""
+        apart = [
+            row[0]
+            for row in rows
+            if row[1] == label
+            and (sampler == "balanced" or all(a != b for a, b in zip(row[0].split(), text.split(), strict=True)))
+        ]  # fmt: skip
+        return len(apart) - apart.count(text)
+
+    even = all(others(t, label) >= shots // len(classes) for t, _ in rows for label in classes)
+    if even and all(len(found.rows) == shots for found in fewer):
         assert draw_demonstrations(pool, rows, **request) == fewer
     else:
         with pytest.raises(icl.InputError, match=r"P: class '(Foo|Bar|Mur)' has \d+ rows that"):
             draw_demonstrations(pool, rows, **request)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("shots", "fits"), [(2, True), (4, False), (5, False)])
+def test_a_class_that_cannot_give_its_even_share_is_an_error_whatever_the_draw(seed, shots, fits):
+    """Two rows of a class: beside either of them stands one other."""
+    rows = [(f"text {i}", "Foo" if i < 58 else "Bar") for i in range(60)]
+    pool = Pool([t for t, _ in rows], [label for _, label in rows], sampler="balanced", name="P")
+    if fits:
+        drawn = draw_demonstrations(pool, rows, shots=shots, seed=seed)
+        assert {len(found.rows) for found in drawn} == {shots}
+        return
+    with pytest.raises(icl.InputError, match="P: class 'Bar' has [12] rows.*'fewer'"):
+        draw_demonstrations(pool, rows, shots=shots, seed=seed)
+    assert draw_demonstrations(pool, rows, shots=shots, seed=seed, rule="fewer")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -17,8 +18,10 @@ from hypothesis import strategies as st
 import icl_helpers as icl
 from icl_helpers.attention.induction_pattern import prompt_elements
 from icl_helpers.files import synthetic_dir, tasks_dir
-from icl_helpers.tasks.data import fetch_original, load_rows
+from icl_helpers.tasks import data as task_data
+from icl_helpers.tasks.data import fetch_original, is_published, load_rows, rows_digest
 from icl_helpers.tasks.lm_eval_task import load_task
+from icl_helpers.tasks.prompts import resolve_sampling
 from icl_helpers.tasks.specs import get_task_spec, task_names
 from tests.conftest import SHARED, make_tokenizer
 from tests.tasks.test_demonstrations import slow_draw
@@ -176,6 +179,51 @@ def test_original_data_are_copied_checked_and_used(tmp_path, monkeypatch):
     with pytest.raises(icl.MissingArtefactError, match="SHA-256"):
         fetch_original(source=damaged)
     assert not (target / "repetition_dataset_500.json").exists()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_published_files_are_told_by_their_content_for_rows_and_demonstrations(
+    own, tmp_path, monkeypatch
+):
+    """By no name of a folder: a row changed in them makes them a user's own."""
+    path = tmp_path / "repetition_dataset_500.json"
+    rows = [{"sequence": f"A {i} B", "label": "Foo" if i < 28 else "Bar"} for i in range(30)]
+    path.write_text(json.dumps(rows))
+    published = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(task_data.HASHES, path.name, published)
+    if own:
+        path.write_text(json.dumps([*rows[:-1], {**rows[-1], "sequence": "A 29 C"}]))
+    request = {"shots": 8, "seed": 42, "data": str(tmp_path)}
+    assert resolve_sampling("repetition", rows_digest("repetition", data=str(tmp_path)), None) == (
+        "balanced" if own else "first"
+    )
+    if own:
+        with pytest.raises(icl.InputError, match="class 'Bar' has"):
+            icl.build_prompts("repetition", **request)
+    else:
+        shown = icl.build_prompts("repetition", **request)
+        assert min(prompt.n_demonstrations for prompt in shown) < 8
+        assert shown == icl.build_prompts("repetition", **request, demonstrations="published")
+    # Another task's published rows are none of this one's.
+    assert not is_published("recursion", published)
+    assert not is_published("fact_opinion", published)
+    assert rows_digest("repetition") is rows_digest("sst2", data="original") is None
+
+
+def test_an_edited_file_is_read_anew_whatever_its_date_says(tmp_path):
+    path = tmp_path / "repetition_dataset_500.json"
+    texts = []
+    for letter in "XYZ":
+        rows = [
+            {"sequence": f"{letter} {i % 7}", "label": ("Foo", "Bar")[i % 2]} for i in range(30)
+        ]
+        path.write_text(json.dumps(rows))
+        os.utime(path, ns=(10**18, 10**18))
+        prompts = icl.build_prompts("repetition", shots=1, seed=1, data=str(tmp_path))
+        task = load_task("repetition", shots=1, seed=1, data=str(tmp_path))
+        assert task.prompts(1) == prompts
+        texts.append(prompts[0].context.rpartition("\n\n")[2])
+    assert texts == ["X 0:", "Y 0:", "Z 0:"]
 
 
 def test_missing_original_data_say_how_to_get_them(tmp_path, monkeypatch):

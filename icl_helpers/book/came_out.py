@@ -152,16 +152,13 @@ def _only(documents: pd.DataFrame, *ablations: str) -> pd.DataFrame:
     return documents[documents["ablation"].isin(["none", *ablations])]
 
 
-def _outcomes(documents: pd.DataFrame, ablation: str = "mean") -> tuple[list[KindOutcome], ...]:
-    """Compute outcomes with the most examples and without any; none where nothing was evaluated."""
-    if documents.empty:
-        return [], []
-    return tuple(
-        kind_outcomes(documents, ablation=ablation, shots=shots)
-        if shots == "most" or (documents["shots"] == 0).any()
-        else []
-        for shots in ("most", "none")
-    )
+def _outcomes(
+    documents: pd.DataFrame, ablation: str = "mean", shots: str = "most"
+) -> list[KindOutcome]:
+    """Compute outcomes; none where nothing was evaluated."""
+    if documents.empty or (shots == "none" and not (documents["shots"] == 0).any()):
+        return []
+    return kind_outcomes(documents, ablation=ablation, shots=shots)
 
 
 def _sentences(outcomes: Iterable[KindOutcome], n_heads: int, *conditions: str) -> list[str]:
@@ -212,7 +209,7 @@ def mean_parts(norms: torch.Tensor, heads: Sequence[Head]) -> _Parts:
 
 def full_parts(documents: pd.DataFrame, number: int = 1) -> _Parts:
     """Stage 3: where the full model stands without examples and with the most."""
-    some, none = _outcomes(documents)
+    some, none = (_outcomes(documents, shots=shots) for shots in ("most", "none"))
     guess = ["Without examples accuracy is about 50 % on the abstract tasks with two labels."]
     return _Parts(
         [*_published_levels(number), *(guess if number == 1 else [])],
@@ -231,7 +228,7 @@ def removal_parts(
     for number, ablation in zip(numbers, ("mean", "zero"), strict=True):
         paper += [line.replace("3 % of the heads", f"3 % of the heads under {ablation} ablation")
                   for line in _published(number, names)]  # fmt: skip
-        some, _ = _outcomes(_only(documents, ablation), ablation)
+        some = _outcomes(_only(documents, ablation), ablation)
         title = f"{ablation} ablation"
         said += [f"{title.capitalize()}. {line}" for line in
                  _sentences(some, n_heads, "induction_heads", "random_heads")]  # fmt: skip
@@ -242,7 +239,7 @@ def removal_parts(
 
 def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
     """Stage 5: whether blocking the pattern costs what removing the heads does."""
-    some, _ = _outcomes(documents)
+    some = _outcomes(documents)
     blocked = tasks_under(some, "induction_pattern")
     shares = [it.zero_shot_answers for it in blocked if it.zero_shot_answers is not None]
     answers = (
@@ -312,7 +309,7 @@ def _result_parts(run: Any) -> _Parts:
 
 def result_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
     """Stage 8: the whole run, kind by kind."""
-    some, _ = _outcomes(_only(documents, "mean", "knockout"))
+    some = _outcomes(_only(documents, "mean", "knockout"))
     heads = heads_in_words(documents["fraction"].max() or 1.0, n_heads)
     names = {"induction_heads": "Induction heads", "induction_pattern": "Pattern blocked",
              "random_heads": "Random heads"}  # fmt: skip

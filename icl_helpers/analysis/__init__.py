@@ -1,0 +1,1 @@
+"""Which heads, how many, how removed: measures beyond the paper's, on a few documents."""

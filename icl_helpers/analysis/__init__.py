@@ -1,1 +1,1 @@
-"""Which heads, how many, how removed: measures beyond the paper's, on a few documents."""
+"""What heads do and what their removal costs: measures beside the paper's own, on few prompts."""

@@ -1,1 +1,1 @@
-"""What heads do: their weights as circuits, and their causal effects beside the paper's own."""
+"""What heads do and what their removal costs: measures beside the paper's own, on few prompts."""

@@ -203,10 +203,7 @@ def direct_logit_effects(
     ids, start = repeated_ids(model, sequences, repeats=repeats, bos_token_id=bos_token_id)
     length = sequences.shape[1]
     places = torch.arange(start + length, ids.shape[1])
-    scales: dict[Norm, torch.Tensor] = {}
-    with ExitStack() as stack:
-        for norm in [norm for norm in (*norms.after, norms.final) if norm is not None]:
-            stack.callback(norm.module.register_forward_hook(_scale_hook(norm, scales)).remove)
+    with _scales(*norms.after, norms.final) as scales:
         outputs = prompt_head_outputs(model, ids, positions=places.expand(len(ids), -1))
     unembedding = model.get_output_embeddings().weight.float().cpu()
     target = (unembedding[ids[:, places - length + 1]] - unembedding.mean(0)) * norms.final.gain
@@ -214,22 +211,27 @@ def direct_logit_effects(
         target = target - target.mean(-1, keepdim=True)
     target = target * scales[norms.final][:, places, None]
     effects = []
-    for layer, norm in enumerate(norms.after):
+    for layer, behind in enumerate(norms.after):
         effect = torch.einsum("bpn,hdn,bphd->bph", target, weights.output[layer], outputs[:, layer])
-        effect = effect if norm is None else effect * scales[norm][:, places, None]
+        effect = effect if behind is None else effect * scales[behind][:, places, None]
         effects.append(effect.mean((0, 1)))
     return torch.stack(effects)
 
 
-def _scale_hook(norm: Norm, into: dict[Norm, torch.Tensor]) -> Any:
-    """Note by how much a norm multiplies its linear part for each token."""
+@contextmanager
+def _scales(*norms: Norm | None) -> Iterator[dict[Norm, Float[torch.Tensor, "batch tokens"]]]:
+    """Note by how much each norm multiplies its linear part, for every token of a pass."""
+    scales: dict[Norm, torch.Tensor] = {}
 
-    def hook(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        linear = norm.linear(args[0])
-        made = output.float().cpu() - norm.bias
-        into[norm] = (made * linear).sum(-1) / linear.square().sum(-1).clamp(min=1e-30)
+    def note(norm: Norm, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        linear, made = norm.linear(args[0]), output.float().cpu() - norm.bias
+        scales[norm] = (made * linear).sum(-1) / linear.square().sum(-1).clamp(min=1e-30)
 
-    return hook
+    with ExitStack() as stack:
+        for norm in [norm for norm in norms if norm is not None]:
+            hook = lambda _m, args, output, norm=norm: note(norm, args, output)  # noqa: E731
+            stack.callback(norm.module.register_forward_hook(hook).remove)
+        yield scales
 
 
 @contextmanager
@@ -246,7 +248,6 @@ def direct_removal(model: PreTrainedModel, intervention: Intervention) -> Iterat
     """
     weights, norms = head_weights(model), model_norms(model)
     changes: dict[int, torch.Tensor] = {}
-    scales: dict[Norm, torch.Tensor] = {}
 
     def watching(layer: int, edit: AttentionEdit) -> AttentionEdit:
         def note(call: AttentionCall) -> torch.Tensor:
@@ -266,9 +267,7 @@ def direct_removal(model: PreTrainedModel, intervention: Intervention) -> Iterat
 
     edits = intervention.edits(attention_layout(model))
     with ExitStack() as stack:
-        for norm in [norms.after[layer] for layer in edits]:
-            if norm is not None:
-                stack.callback(norm.module.register_forward_hook(_scale_hook(norm, scales)).remove)
+        scales = stack.enter_context(_scales(*norms.after))
         stack.callback(norms.final.module.register_forward_pre_hook(add_changes).remove)
         watched = {layer: [watching(layer, edit)] for layer, edit in edits.items()}
         stack.enter_context(edited_attention(model, watched))

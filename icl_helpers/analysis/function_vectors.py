@@ -108,9 +108,9 @@ def _effects(
         for _, ids, _ in clean
     ]
     means = torch.cat(outputs).mean(0)[:, 0]
-    options = {"desc": f"function vectors, {task}", "unit": "prompt", "leave": False}
     rises = [
-        _rises(lm.model, context, label, means) for _, context, label in tqdm(corrupted, **options)
+        _rises(lm.model, context, label, means)
+        for _, context, label in tqdm(corrupted, desc=f"function vectors, {task}", leave=False)
     ]
     return torch.stack(rises).mean(0)
 

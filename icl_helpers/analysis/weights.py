@@ -145,9 +145,9 @@ def head_weights(model: PreTrainedModel) -> HeadWeights:
         name: torch.stack([_matrix(model, images, inputs) for images in rows]).transpose(1, 2)
         for name, rows in read.items()
     }
-    for layer, norm in enumerate(norms.before):
-        for matrices in reads.values() if norm is not None else ():
-            matrices[layer] *= norm.gain[:, None]
+    for matrices in reads.values():
+        for layer, norm in enumerate(norms.before):
+            matrices[layer] *= 1.0 if norm is None else norm.gain[:, None]
     writes = [_matrix(model, images, outputs) for images in written]
     behind = zip(norms.after, writes, strict=True)
     output = torch.stack([rows if norm is None else norm.linear(rows) for norm, rows in behind])

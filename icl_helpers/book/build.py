@@ -59,6 +59,7 @@ from icl_helpers.run.bundle import import_bundle
 from icl_helpers.run.costs import estimate_cost
 from icl_helpers.run.plan import run_info, shown_name, stated_parameters
 from icl_helpers.run.stages import (
+    RESULTS,
     StageError,
     check_book_extra,
     execute_notebooks,
@@ -299,8 +300,7 @@ def _stage_run(staged: Path, run: Path) -> Iterator[str]:
     places = dict.fromkeys((str(run.resolve()), info["parameters"]["run_dir"]), f"runs/{run.name}")
     places[info["model"]] = shown_name(info["model"])
     # The results come first, then how they were got.
-    *stages, results = stage_notebooks()
-    for stage in (results, *stages):
+    for stage in sorted(stage_notebooks(), key=lambda path: path.stem != RESULTS):
         text = (run / "notebooks" / stage.name).read_text(encoding="utf-8")
         for place, shown in places.items():
             text = text.replace(place, shown)

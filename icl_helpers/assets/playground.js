@@ -371,7 +371,7 @@
         shown.pattern = inductionPattern(context, tokens);
         shown.why = "";
       } catch (error) {
-        shown.why = " " + error.message;
+        shown.why = " " + error.message + " Checked heads are removed, not blocked.";
       }
       shown.blocked = shown.pattern || tokens.map(() => []);
       patternBox.disabled = !shown.pattern;

@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("playground")
     write_playground(root / "_static" / "playground")
     text = (book_dir() / "playground.md").read_text(encoding="utf-8")
-    (part,) = re.findall(r"^<section.*?</section>\n(?:<.*\n)+", text, re.DOTALL | re.MULTILINE)
+    (part,) = re.findall(r"^<section.*?</section>\n(?:<[^\n]*\n)+", text, re.DOTALL | re.MULTILINE)
     (root / "page.html").write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Page</title>'
         '<meta name="viewport" content="width=device-width"><style>'
@@ -386,6 +386,7 @@ def test_ones_own_prompt_is_taken_and_a_wrong_one_explained(report):
     assert not steps["noPattern"]["canBlock"]
     assert not steps["noPattern"]["blocked"]
     assert "no blank line after its description" in steps["noPattern"]["status"]
+    assert "Checked heads are removed, not blocked." in steps["noPattern"]["status"]
     assert steps["empty"]["status"] == "The prompt is empty."
     assert steps["empty"]["answers"] == []
     assert steps["tooLong"]["status"] == "The prompt is longer than 512 tokens."

@@ -54,10 +54,11 @@ def test_one_page_has_styles_formulas_and_images_but_no_other_script(printed):
 
 
 @pytest.mark.slow
-def test_book_prints_to_a_pdf_of_as_many_pages_as_a_book_has(built, tmp_path):
+def test_book_prints_to_a_pdf_of_as_many_pages_as_a_book_has(request, tmp_path):
     browser = chromium()
     if browser is None:
         pytest.skip("Chromium is not on PATH and ICL_CHROMIUM is not set")
+    built = request.getfixturevalue("book_pages")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
     pdf = tmp_path / "book.pdf"
     done = subprocess.run(

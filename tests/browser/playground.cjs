@@ -14,7 +14,7 @@ function computed({ texts, patterns, cases }) {
   return {
     tokens: texts.map((text) => encode(text).map(({ id }) => id)),
     patterns: patterns.map((prompt) => tried(() => inductionPattern(prompt))),
-    cases: cases.map(({ context, labels, heads, blocked }) => {
+    cases: cases.map(({ context, labels, heads, blocked }, index) => {
       const edit = { heads, pattern: blocked ? inductionPattern(context) : null };
       const plain = score(context, labels);
       const changed = score(context, labels, edit, plain.passes);
@@ -25,7 +25,7 @@ function computed({ texts, patterns, cases }) {
         plain: plain.logs,
         changed: changed.logs,
         reused: changed.whole.states[last].every((value, i) => value === alone.states[last][i]),
-        attention: Array.from(changed.whole.attention[3]),
+        attention: index ? null : Array.from(changed.whole.attention[3]),
       };
     }),
   };

@@ -88,8 +88,18 @@ def show_bars(
     results: pd.DataFrame, *, ablations: Sequence[str], caption: str, n_heads: int,
     shots: str = "most",
 ) -> None:  # fmt: skip
-    """Display a figure of :func:`accuracy_bars` with its heights as alternative text."""
+    """Display a figure of :func:`accuracy_bars` with its heights as alternative text.
+
+    Beside a knockout the caption says how many pairs it blocks.
+    """
     seeds = ", ".join(map(str, sorted(set(results["demonstration_seed"]))))
+    if "knockout" in ablations and "n_blocked" in results and (results["n_blocked"] > 0).any():
+        blocked = results.loc[results["n_blocked"] > 0, "n_blocked"]
+        pairs = dict.fromkeys(map("{:,.0f}".format, (blocked.min(), blocked.max())))
+        caption += (
+            f" The knockout blocks {' to '.join(pairs)} pairs of a query and a key in a prompt, on "
+            f"average over a task's documents."
+        )
     most = int(results["n"].max()) if len(results) else 0
     show_drawing(
         accuracy_bars, results, ablations=ablations, n_heads=n_heads, shots=shots,

@@ -239,9 +239,15 @@ class Plan:
     def check_data(self, stages: Iterable[str] = tuple(_STAGES)) -> None:
         """Read the rows that these stages will need, so that what is missing is known before.
 
-        A text task among those of the knockout is an :class:`InputError`.
+        A text task among those of the knockout is an :class:`InputError`, and so are results of a
+        single document.
         """
         stages = tuple(stages)
+        if "results" in stages and self.parameters.limit == 1:
+            raise InputError(
+                "limit is 1, and of a single document no interval can be computed: use a limit of "
+                "at least 2, or leave out stage 8"
+            )
         groups = {_STAGES[stage][0] for stage in stages if stage in _STAGES}
         for task in dict.fromkeys(task for group in groups for task in self.tasks(group)):
             text = isinstance(get_task_spec(task), TextTaskSpec)

@@ -83,6 +83,25 @@ def test_without_a_task_both_with_and_without_examples_there_is_no_benefit(
     assert (tmp_path / "benefit.csv").is_file()
 
 
+def test_caption_of_a_knockout_says_how_many_pairs_it_blocks(monkeypatch):
+    shown: list = []
+    monkeypatch.setattr(reporting, "display", lambda thing, metadata=None: shown.append(metadata))
+    rows = documents_frame()
+    blocked = rows[rows["condition"] == "induction_heads"].assign(
+        condition="induction_pattern", ablation="knockout", n_blocked=1000
+    )
+    few = blocked.assign(task="recursion", n_blocked=blocked["doc_id"] % 2 * 40)
+    none = blocked.assign(shots=0, n_blocked=0)
+    given = {"caption": "Bars.", "n_heads": 64}
+    for frame in (pd.concat([rows, blocked, few, none]), rows):
+        results = accuracies(frame.reset_index(drop=True))
+        reporting.show_bars(results, ablations=["mean", "knockout"], **given)
+    reporting.show_bars(results, ablations=["mean"], **given)
+    said = [metadata[reporting.DESCRIPTION]["caption"] for metadata in shown]
+    assert "The knockout blocks 20 to 1,000 pairs of a query and a key in a prompt" in said[0]
+    assert not any("blocks" in caption for caption in said[1:])
+
+
 def test_published_values_stand_alone_beside_another_model(tmp_path, shown):
     documents = document_results(write_run(tmp_path / "a", "icl-tiny", fraction=0.06, right=RIGHT))
     reporting.show_published("icl-tiny", documents, 1, tmp_path / "tables")

@@ -111,7 +111,10 @@ def test_a_text_task_among_those_of_the_knockout_is_refused_before_the_first_sta
     plan.check_data(["prefix_matching_scores", "full_model", "head_ablation", "nlp_tasks"])
     with pytest.raises(icl.InputError, match=message):
         plan.check_data()
-    Plan(icl.stage_parameters(tasks=["repetition"], **values)).check_data()
+    alone = icl.stage_parameters(tasks=["repetition"], limit=1, **values)
+    Plan(alone).check_data()
+    with pytest.raises(icl.InputError, match="limit of at least 2, or leave out stage 8"):
+        execute_stages(alone, progress=False)
     assert not (tmp_path / "run").exists()
 
 

@@ -33,6 +33,7 @@ _EXPORTS: dict[str, str] = {
     "MeanAblation": "attention.interventions",
     "MissingArtefactError": "errors",
     "ModelSource": "evaluation.evaluate",
+    "NotMeasuredError": "errors",
     "Prompt": "tasks.prompts",
     "ResampleAblation": "attention.interventions",
     "Run": "run.run",

@@ -1,1 +1,1 @@
-"""What heads do: their weights as circuits, and their causal effects beside the paper's own."""
+"""Measures beyond the paper's: which heads, how many, how removed, and what they do there."""

@@ -42,6 +42,7 @@ from icl_helpers.results.notebook import DESCRIPTION
 from icl_helpers.run.costs import estimate_cost
 from icl_helpers.run.plan import run_info, shown_name
 from icl_helpers.run.stages import (
+    RESULTS,
     StageError,
     check_book_extra,
     execute_notebook,
@@ -222,8 +223,7 @@ def _stage_run(staged: Path, run: Path) -> Iterator[str]:
     places = dict.fromkeys((str(run.resolve()), info["parameters"]["run_dir"]), f"runs/{run.name}")
     places[info["model"]] = shown_name(info["model"])
     # The results come first, then how they were got.
-    *stages, results = stage_notebooks()
-    for stage in (results, *stages):
+    for stage in sorted(stage_notebooks(), key=lambda path: path.stem != RESULTS):
         text = (run / "notebooks" / stage.name).read_text(encoding="utf-8")
         for place, shown in places.items():
             text = text.replace(place, shown)

@@ -39,7 +39,7 @@ from icl_helpers.results.outcomes import kind_outcomes, listed
 from icl_helpers.results.tables import abstract_results, markdown_table
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
 from icl_helpers.run.plan import run_heads, run_info, run_table, shown_name
-from icl_helpers.run.stages import stage_notebooks
+from icl_helpers.run.stages import RESULTS, stage_notebooks
 from icl_helpers.tasks.prompts import build_prompts
 
 __all__ = [
@@ -310,11 +310,11 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
         "answer": _page(
             "answer", title=titles[run], headline=headline(outcomes, heads=heads),
             doubts=seed_doubts(outcomes, model=name), kinds=kind_lines(outcomes),
-            results=f"run/{run_slug(run)}/08_results",
+            results=f"run/{run_slug(run)}/{RESULTS}",
         ),
         "figure": _page("figure", **parameters | {"model": name}, alt=alt, heads=heads, left=left),
         "runs_here": "\n".join(
-            f"- [{titles[it]}](run/{run_slug(it)}/08_results), {sizes[it][1]}" for it in runs
+            f"- [{titles[it]}](run/{run_slug(it)}/{RESULTS}), {sizes[it][1]}" for it in runs
         ),
         "stages": str(len(stage_notebooks())),
         "viewer": f"[attention viewer](run/{run_slug(run)}/{_VIEWER})",
@@ -462,16 +462,18 @@ _OUTCOMES = {
     3: ("full model", "accuracy with and without examples"),
     4: ("heads removed", "Tables 1 and 4, all but the knockout"),
     5: ("pattern blocked", "the knockout's part of Table 1"),
+    9: ("which heads, how many, how removed", "dose and response, single heads, kinds of removal"),
+    10: ("function vectors", "function vectors beside induction, circuits, blocked text"),
 }
 
 
 def stage_table(p: StageParameters) -> str:
     """What each stage of a run costs and leaves, as a Markdown table for the book."""
-    rate = estimate_cost(p).rate
+    cost = estimate_cost(p)
     rows = []
-    for stage, tokens in stage_tokens(p).items():
+    for stage, tokens in {**stage_tokens(p), **cost.closer}.items():
         name, outcome = _OUTCOMES[stage]
-        minutes = tokens / rate / 60
+        minutes = tokens / cost.rate / 60
         time = "under a minute" if minutes < 1 else f"{minutes:.0f} minutes"
         rows.append((f"{stage}, {name}", f"{tokens / 1e6:.3f} million", time, outcome))
     return markdown_table(["stage", "tokens", "GPU time", "what comes out"], rows)

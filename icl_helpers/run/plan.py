@@ -90,6 +90,24 @@ class Plan:
             )
         ]
 
+    def analysis_sets(self) -> list[PromptSet]:
+        """Prompts that are looked at closely (stages 9 and 10), one set a task.
+
+        With each task's most examples and the first demonstration seed. Of the abstract tasks the
+        first of each kind: letters, words with two labels, words with four.
+        """
+        p: Any = self.parameters
+        kinds: dict[Any, str] = {}
+        for task in self.tasks():
+            spec = get_task_spec(task)
+            kinds.setdefault((spec.sampler, len(spec.choices)), task)
+        found = []
+        for task in p.analysis_tasks or kinds.values():
+            labels, data = get_task_spec(task).default_labels, self.data(task)
+            most = [max(self._shots(task, labels))]
+            found += prompt_sets(task, labels, most, p.seeds[:1], data, p.demonstrations)
+        return found
+
     def _label_sets(self, task: str, group: Group) -> list[str]:
         spec = get_task_spec(task)
         if not isinstance(spec, TextTaskSpec):

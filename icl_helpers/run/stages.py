@@ -24,8 +24,12 @@ from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
 
 __all__ = [
-    "StageError", "check_book_extra", "execute_notebook", "execute_stages", "stage_notebooks",
+    "RESULTS", "StageError", "check_book_extra", "execute_notebook", "execute_stages",
+    "stage_notebooks",
 ]  # fmt: skip
+
+# The stage that sums up the ones before it.
+RESULTS = "08_results"
 
 # What the extra 'book' installs and this package imports or starts.
 _BOOK_EXTRA = ("ipykernel", "jupyter_book", "nbclient", "nbformat", "papermill")

@@ -1,0 +1,371 @@
+"""Which heads, how many, how removed (stage 9): tables and what came out, every sentence by rule.
+
+The paper removes two numbers of heads, by one score, in three ways. Here each of these choices is
+varied. What the stage expected was written down before it was measured, and stays.
+
+Example
+-------
+>>> run = icl.run_at("runs/icl-tiny")
+>>> Markdown(what_came_out(run))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from icl_helpers.analysis.bias import answer_table, at_most
+from icl_helpers.analysis.dose_response import permutation_p, rank_correlation, set_stability
+from icl_helpers.attention.heads import Head, heads_in_words
+from icl_helpers.book.came_out import section
+from icl_helpers.errors import NotMeasuredError
+from icl_helpers.results.outcomes import listed, task_name
+from icl_helpers.results.statistics import LEVEL, Interval, mean_interval
+from icl_helpers.run.measured import (
+    dose_response,
+    shapley,
+    single_heads,
+)
+from icl_helpers.tasks.specs import get_task_spec
+
+__all__ = [
+    "bias_sentences", "bias_verdict", "dose_sentences", "dose_table",
+    "dose_verdict", "losses_alone", "points_alt",
+    "proxy_sentences", "proxy_table", "proxy_verdict", "shapley_table", "stability_sentence",
+    "stability_table", "stability_verdict", "verdict", "what_came_out",
+]  # fmt: skip
+
+# Jaccard index from which on a set of heads is said to stay.
+_STAYS = 0.9
+
+
+def verdict(text: str, tasks: Mapping[str, tuple[bool, str]]) -> str:
+    """Say on which tasks a prediction held, and on which not and what was seen instead."""
+    failed = [f"{task_name(task)} ({why})" for task, (held, why) in tasks.items() if not held]
+    count = len(tasks) - len(failed)
+    word = "held" if not failed else "held in part" if count else "did not hold"
+    on = f"on {count} of {len(tasks)} tasks"
+    return f"*{text}*: **{word}**, {on}{f'; not on {listed(failed)}' if failed else ''}."
+
+
+def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sum up :func:`icl_helpers.run.measured.dose_response`, a row a task and number of heads.
+
+    Columns: ``loss`` of mean margin in nats without the heads of highest score, with the bounds
+    ``low`` and ``high`` over documents; ``lowest``, the loss without those of lowest score; the
+    random sets' median loss and largest; how many sets, and how many there are; ``p`` by margin and
+    ``p_accuracy``, the share of sets, the highest scores among them, that cost at least as much.
+    """
+    rows = []
+    for task, part in frame.groupby("task", sort=False):
+        whole = part[part["chosen_by"] == "none"].iloc[0]
+        for heads, dose in part[part["heads"] > 0].groupby("heads"):
+            highest, lowest = (
+                dose[dose["chosen_by"] == way].iloc[0] for way in ("highest", "lowest")
+            )
+            draws = dose[dose["chosen_by"] == "random"]
+            loss = _losses(whole, highest)
+            random = whole["margin"] - draws["margin"]
+            fell = whole["accuracy"] - draws["accuracy"]
+            rows.append(
+                {
+                    "task": task, "heads": heads, "loss": loss.mean, "low": loss.low,
+                    "high": loss.high, "accuracy": highest["accuracy"],
+                    "lowest": whole["margin"] - lowest["margin"],
+                    "random median": random.median(), "random largest": random.max(),
+                    "random sets": len(draws), "distinct sets": draws["distinct"].iloc[0],
+                    "p": permutation_p(whole["margin"] - highest["margin"], list(random)),
+                    "p_accuracy": permutation_p(
+                        whole["accuracy"] - highest["accuracy"], list(fell)
+                    ),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _losses(whole: pd.Series, without: pd.Series) -> Interval:
+    """Mean loss of margin over the documents whose numbers are finite, with its interval."""
+    return _interval(whole["margins"] - without["margins"])
+
+
+def _interval(gaps: np.ndarray) -> Interval:
+    """Mean of the gaps of documents that are finite, with its interval over documents."""
+    return mean_interval(gaps[np.isfinite(gaps)], level=LEVEL)
+
+
+def dose_sentences(table: pd.DataFrame) -> list[str]:
+    """Say of each task from how many heads on the highest scores cost more than random sets."""
+    said = []
+    for task, part in table.groupby("task", sort=False):
+        found = part[(part["p"] <= 1 - LEVEL) & (part["low"] > 0)]
+        largest = part.iloc[-1]
+        ends = (
+            f"{largest['heads']} heads cost {largest['loss']:+.1f} nats "
+            f"({largest['low']:+.1f} to {largest['high']:+.1f}), random sets at most "
+            f"{largest['random largest']:+.1f}"
+        )
+        first = (
+            f"from {found['heads'].min()} on" if len(found) and set(found["heads"]) == set(
+                part.loc[part["heads"] >= found["heads"].min(), "heads"])
+            else f"at {listed([str(count) for count in found['heads']])}" if len(found)
+            else "at no number"
+        )  # fmt: skip
+        said.append(
+            f"{_name(task)}: {first} of heads removed do the highest scores cost distinguishably "
+            f"more margin than random sets of the same layers; {ends}."
+        )
+    return said
+
+
+def _name(task: Any) -> str:
+    name = task_name(str(task))
+    return name[:1].upper() + name[1:]
+
+
+def proxy_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Correlate heads' scores with what each alone costs, a row a task.
+
+    ``frame`` is :func:`icl_helpers.run.measured.single_heads`. Columns: Spearman's correlation
+    with its bounds over documents, and the score's rank of the head that costs most.
+    """
+    rows = {}
+    for task, part in frame.groupby("task", sort=False):
+        whole = part[part["chosen_by"] == "none"].iloc[0]
+        alone = part[part["chosen_by"] == "alone"]
+        effects = np.stack([whole["margins"] - margins for margins in alone["margins"]])
+        effects = effects[:, np.isfinite(effects).all(axis=0)]
+        scores = alone["score"].to_numpy(np.float64)
+        correlation, low, high = rank_correlation(scores, effects)
+        worst = int(effects.mean(axis=1).argmax())
+        rows[task] = {
+            "correlation": correlation, "low": low, "high": high,
+            "costs most": str(Head(*alone[["layer", "head"]].iloc[worst].astype(int))),
+            "nats": effects.mean(axis=1).max(),
+            "rank by score": int((scores > scores[worst]).sum()) + 1,
+        }  # fmt: skip
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
+
+
+def proxy_sentences(table: pd.DataFrame) -> list[str]:
+    """Say of each task how far the score tells what a head's removal costs."""
+    return [
+        f"{_name(task)}: Spearman's correlation of score and loss {row['correlation']:+.2f} "
+        f"({row['low']:+.2f} to {row['high']:+.2f}); head {row['costs most']} costs most, "
+        f"{row['nats']:+.1f} nats, and has rank {row['rank by score']} by score."
+        for task, row in table.iterrows()
+    ]
+
+
+def losses_alone(frame: pd.DataFrame) -> pd.DataFrame:
+    """Margin that each head's removal alone costs: task, layer, head, score and ``loss`` (nats)."""
+    whole = frame[frame["chosen_by"] == "none"].set_index("task")["margin"]
+    alone = frame[frame["chosen_by"] == "alone"]
+    loss = alone["task"].map(whole) - alone["margin"]
+    places = {name: alone[name].astype(int) for name in ("layer", "head")}
+    return alone[["task", "score"]].assign(**places, loss=loss)
+
+
+def points_alt(points: pd.DataFrame) -> str:
+    """Write the alternative text of a figure of :func:`losses_alone`: each task's five largest."""
+    said = []
+    for task, part in points.groupby("task", sort=False):
+        most = part.sort_values("loss", ascending=False, kind="stable").head(5)
+        heads = [
+            f"{row.layer}.{row.head} {row.loss:+.2f} at score {row.score:.2f}"
+            for row in most.itertuples()
+        ]
+        said.append(f"{task_name(str(task))}: {', '.join(heads)}")
+    return f"Points of margin lost over score. The heads that cost most: {'; '.join(said)}."
+
+
+def shapley_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The ten heads of highest Shapley value, with their score and its rank.
+
+    ``frame`` is :func:`icl_helpers.run.measured.shapley`.
+    """
+    ranks = frame["score"].rank(ascending=False, method="min").astype(int)
+    best = frame.assign(**{"rank by score": ranks}).nlargest(10, "value")
+    names = best["layer"].astype(str) + "." + best["head"].astype(str)
+    return best.set_index(pd.Index(names, name="head"))[["value", "score", "rank by score"]]
+
+
+def shapley_sentence(frame: pd.DataFrame) -> str:
+    """Say how far the score tells what a head is worth in all companies."""
+    correlation = frame["score"].corr(frame["value"], method="spearman")
+    best = set(frame.nlargest(10, "value").index) & set(frame.nlargest(10, "score").index)
+    return (
+        f"{_name(frame['task'].iloc[0])}: Spearman's correlation of score and Shapley value "
+        f"{correlation:+.2f}; of the ten heads worth most, {len(best)} are among the ten of "
+        f"highest score."
+    )
+
+
+def stability_table(scores: Any, fractions: Sequence[float], n_heads: int) -> pd.DataFrame:
+    """Say how much of each set stays when other sequences are drawn, a row a number of heads."""
+    rows = {
+        heads_in_words(fraction, n_heads): dict(
+            zip(("mean", "low", "high"), set_stability(scores, fraction), strict=True)
+        )
+        for fraction in fractions
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("heads")
+
+
+def stability_sentence(table: pd.DataFrame) -> str:
+    """Say how much of each set stays."""
+    said = [
+        f"{heads}: {row['mean']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        for heads, row in table.iterrows()
+    ]
+    return f"Jaccard index of the set with sets from sequences drawn again: {'; '.join(said)}."
+
+
+def stability_verdict(table: pd.DataFrame) -> str:
+    """Say whether the sets stay much the same, in the mean of the draws."""
+    held = [heads for heads, row in table.iterrows() if row["mean"] >= _STAYS]
+    word = "held" if len(held) == len(table) else "held in part" if held else "did not hold"
+    return (
+        f"*The index is {_STAYS} or more, in the mean of the draws*: **{word}**, for {len(held)} "
+        f"of {len(table)} sets."
+    )
+
+
+def what_came_out(run: Any) -> str:
+    """Say what came out of the stage, as Markdown; ``run`` is an :class:`icl_helpers.Run`.
+
+    Of an imported run whose bundle lacks a measurement it says that in its place.
+    """
+    said: list[str] = []
+    predictions: list[str] = []
+    missing: list[str] = []
+    parts: list[Callable[[Any], tuple[list[str], list[str]]]] = [
+        _dose_part,
+        _proxy_part,
+        _bias_part,
+        _stability_part,
+    ]
+    for part in parts:
+        try:
+            sentences, verdicts = part(run)
+        except NotMeasuredError as error:
+            missing.append(str(error))
+            continue
+        said += sentences
+        predictions += verdicts
+    sure = [
+        f"At most {run.parameters.analysis_limit} documents of each of "
+        f"{len(run.plan.analysis_sets())} tasks and one demonstration seed: intervals are over "
+        f"documents alone, and other demonstrations are not tried here."
+    ]
+    return section([_PAPER], said, predictions, [*sure, *dict.fromkeys(missing)])
+
+
+_PAPER = (
+    "The paper removes 1 % and 3 % of the heads by their score, beside three random draws of as "
+    "many in the same layers."
+)
+
+
+def _dose_part(run: Any) -> tuple[list[str], list[str]]:
+    table = dose_table(dose_response(run))
+    return dose_sentences(table), [dose_verdict(table, len(run.induction_heads()))]
+
+
+def dose_verdict(table: pd.DataFrame, removed: int) -> str:
+    """Say whether the heads that a run removes cost more than every random set."""
+    tasks = {}
+    for task, part in table.groupby("task", sort=False):
+        row = part[part["heads"] <= removed].iloc[-1]
+        held = row["p"] <= 1 - LEVEL and row["low"] > 0
+        tasks[str(task)] = bool(held), f"p = {row['p']:.2f}, {row['loss']:+.1f} nats"
+    heads = int(table.loc[table["heads"] <= removed, "heads"].max())
+    return verdict(f"Without the {heads} highest scores more margin is lost than without any of "
+                   f"the random sets", tasks)  # fmt: skip
+
+
+def _proxy_part(run: Any) -> tuple[list[str], list[str]]:
+    table = proxy_table(single_heads(run))
+    values = shapley(run)
+    worth = [shapley_sentence(values)] if len(values) else []
+    return [*proxy_sentences(table), *worth], [proxy_verdict(table)]
+
+
+def proxy_verdict(table: pd.DataFrame) -> str:
+    """Say whether scores and losses of single heads go together."""
+    tasks = {
+        str(task): (bool(row["low"] > 0), f"{row['low']:+.2f} to {row['high']:+.2f}")
+        for task, row in table.iterrows()
+    }
+    return verdict("A head with a higher score costs more when it alone is removed", tasks)
+
+
+def _stability_part(run: Any) -> tuple[list[str], list[str]]:
+    table = stability_table(run.prefix_scores(), run.plan.fractions, run.n_heads)
+    return [stability_sentence(table)], [stability_verdict(table)]
+
+
+def _skill(row: Mapping[str, Any]) -> tuple[str, float, float, float, float]:
+    """What tells skill from bias, with bounds and chance: the AUC where there are two labels."""
+    name = "calibrated" if np.isnan(row["auc"]) else "auc"
+    chance = 50.0 if name == "auc" else 100 / len(get_task_spec(row["task"]).choices)
+    return name, row[name], row[f"{name}_low"], row[f"{name}_high"], chance
+
+
+def bias_sentences(table: pd.DataFrame) -> list[str]:
+    """Say of each task whether the removal takes skill, adds bias, or turns the skill around."""
+    said = []
+    for whole, removed in _pairs(table):
+        name, skill, low, high, chance = _skill(removed)
+        _, before, *_ = _skill(whole)
+        what = (
+            "there was no skill to lose" if _skill(whole)[2] <= chance
+            else "the labels are still told apart, and turned around" if high < chance
+            else "no skill is left that these documents show" if low <= chance
+            else "skill is lost" if high < _skill(whole)[2]
+            else "no loss of skill is distinguishable"
+        )  # fmt: skip
+        more = removed["share"] - whole["share"]
+        said.append(
+            f"{_name(removed['task'])}: accuracy {whole['accuracy']:.0f} to "
+            f"{removed['accuracy']:.0f} %, balanced {whole['balanced']:.0f} to "
+            f"{removed['balanced']:.0f} %, {_MEASURES[name]} {before:.0f} to {skill:.0f} "
+            f"({low:.0f} to {high:.0f}); one label is said to {removed['share']:.0f} % of the "
+            f"documents ({more:+.0f} points): {what}"
+            f"{', and the bias grows' if more >= _MORE_BIAS else ''}."
+        )
+    return said
+
+
+_MEASURES = {"auc": "AUC", "calibrated": "calibrated accuracy"}
+# Points by which one label has to be said more often for the bias to be said to grow.
+_MORE_BIAS = 10
+
+
+def _pairs(table: pd.DataFrame) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """Each task's row of the full model and of the induction heads' removal."""
+    rows = {(row["task"], row["labels"], row["condition"]): row for row in table.to_dict("records")}
+    return [
+        (rows[task, labels, "full"], row)
+        for (task, labels, condition), row in rows.items()
+        if condition == "induction_heads" and (task, labels, "full") in rows
+    ]
+
+
+def bias_verdict(table: pd.DataFrame) -> str:
+    """Say whether the removal takes skill away on each task."""
+    tasks = {}
+    for whole, removed in _pairs(table):
+        name, skill, _, high, _ = _skill(removed)
+        why = f"{_MEASURES[name]} {_skill(whole)[1]:.0f} to {skill:.0f}"
+        tasks[str(removed["task"])] = bool(high < _skill(whole)[2]), why
+    return verdict("Without the heads the model is less able to tell the labels apart, whatever "
+                   "its bias", tasks)  # fmt: skip
+
+
+def _bias_part(run: Any) -> tuple[list[str], list[str]]:
+    documents = run.documents()
+    table = answer_table(at_most(documents[documents["ablation"].isin(["none", "mean"])]))
+    return bias_sentences(table), [bias_verdict(table)]

@@ -1,1 +1,1 @@
-"""Measures beyond the paper's: which heads, how many, how removed, and what they do there."""
+"""What heads do and what their removal costs: measures beside the paper's own, on few prompts."""

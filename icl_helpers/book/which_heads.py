@@ -22,33 +22,27 @@ from icl_helpers.analysis.dose_response import permutation_p, rank_correlation, 
 from icl_helpers.attention.heads import Head, heads_in_words
 from icl_helpers.book.came_out import section
 from icl_helpers.errors import NotMeasuredError
-from icl_helpers.results.outcomes import listed, task_name
+from icl_helpers.results.outcomes import listed, task_name, verdict
 from icl_helpers.results.statistics import LEVEL, Interval, mean_interval
 from icl_helpers.run.measured import (
     dose_response,
+    removal_kinds,
     shapley,
+    side_effects,
     single_heads,
 )
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
     "bias_sentences", "bias_verdict", "dose_sentences", "dose_table",
-    "dose_verdict", "losses_alone", "points_alt",
+    "dose_verdict", "effects_sentences", "effects_table", "effects_verdicts", "kinds_by_task",
+    "kinds_sentences", "kinds_table", "kinds_verdicts", "losses_alone", "points_alt",
     "proxy_sentences", "proxy_table", "proxy_verdict", "shapley_table", "stability_sentence",
-    "stability_table", "stability_verdict", "verdict", "what_came_out",
+    "stability_table", "stability_verdict", "what_came_out",
 ]  # fmt: skip
 
 # Jaccard index from which on a set of heads is said to stay.
 _STAYS = 0.9
-
-
-def verdict(text: str, tasks: Mapping[str, tuple[bool, str]]) -> str:
-    """Say on which tasks a prediction held, and on which not and what was seen instead."""
-    failed = [f"{task_name(task)} ({why})" for task, (held, why) in tasks.items() if not held]
-    count = len(tasks) - len(failed)
-    word = "held" if not failed else "held in part" if count else "did not hold"
-    on = f"on {count} of {len(tasks)} tasks"
-    return f"*{text}*: **{word}**, {on}{f'; not on {listed(failed)}' if failed else ''}."
 
 
 def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -244,6 +238,8 @@ def what_came_out(run: Any) -> str:
     parts: list[Callable[[Any], tuple[list[str], list[str]]]] = [
         _dose_part,
         _proxy_part,
+        _kinds_part,
+        _effects_part,
         _bias_part,
         _stability_part,
     ]
@@ -305,6 +301,177 @@ def proxy_verdict(table: pd.DataFrame) -> str:
 def _stability_part(run: Any) -> tuple[list[str], list[str]]:
     table = stability_table(run.prefix_scores(), run.plan.fractions, run.n_heads)
     return [stability_sentence(table)], [stability_verdict(table)]
+
+
+# What each kind of removal is held against, by the column that says so.
+_HEADS, _POSITIONS = "more than in random heads", "more than at random positions"
+_CONTROLS = {
+    "zero": {_HEADS: "zero, random heads"},
+    "mean of inputs": {_HEADS: "mean of inputs, random heads"},
+    "mean of outputs": {_HEADS: "mean of inputs, random heads"},
+    "resample": {_HEADS: "mean of inputs, random heads"},
+    "knockout": {_HEADS: "knockout, random heads", _POSITIONS: "knockout, random positions"},
+}
+
+
+def kinds_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sum up :func:`icl_helpers.run.measured.removal_kinds`, a row a task and kind of removal.
+
+    Columns: ``loss`` of margin (nats) with the bounds over documents, draws averaged; accuracy;
+    ``costs``: whether that interval lies above zero; and the same of the difference to each control
+    of the kind, on the same documents.
+    """
+    rows = []
+    for task, part in frame.groupby("task", sort=False):
+        margins = {
+            kind: np.stack(list(drawn["margins"])).mean(axis=0)
+            for kind, drawn in part.groupby("kind", sort=False)
+        }
+        accuracy = part.groupby("kind")["accuracy"].mean()
+        whole = margins.pop("none")
+        for kind, own in margins.items():
+            loss = _interval(whole - own)
+            row = {
+                "task": task, "kind": kind, "loss": loss.mean, "low": loss.low, "high": loss.high,
+                "accuracy": accuracy[kind], "costs": _costs(loss), _HEADS: "", _POSITIONS: "",
+            }  # fmt: skip
+            for column, control in _CONTROLS.get(str(kind), {}).items():
+                row[column] = _costs(_interval(margins[control] - own))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _costs(loss: Interval) -> str:
+    return "yes" if loss.low > 0 else "less" if loss.high < 0 else "not decided"
+
+
+def kinds_by_task(table: pd.DataFrame) -> pd.DataFrame:
+    """Lay out :func:`kinds_table` as conclusion by kind of removal, a column a task."""
+    bounds = table["low"].map(" [{:+.1f}, ".format) + table["high"].map("{:+.1f}]".format)
+    said = table["loss"].map("{:+.1f}".format) + bounds
+    for column in (_HEADS, _POSITIONS):
+        known = table[column] != ""
+        said += (f"; {column}: " + table[column]).where(known, "")
+    wide = table.assign(said=said).pivot(index="kind", columns="task", values="said")
+    return wide.loc[table["kind"].unique(), table["task"].unique()].rename_axis(columns=None)
+
+
+def kinds_verdicts(table: pd.DataFrame) -> list[str]:
+    """Say whether every kind of removal costs margin, and the knockout more than its controls."""
+    every: dict[str, tuple[bool, str]] = {}
+    controls: dict[str, dict[str, tuple[bool, str]]] = {_POSITIONS: {}, _HEADS: {}}
+    for task, part in table.groupby("task", sort=False):
+        rows = part.set_index("kind")
+        kinds = rows.loc[list(_CONTROLS)]
+        other = [f"{kind} {loss:+.1f} nats" for kind, loss in
+                 kinds.loc[kinds["costs"] != "yes", "loss"].items()]  # fmt: skip
+        every[str(task)] = not other, listed(other) if other else ""
+        for column, verdicts in controls.items():
+            control = rows.loc[_CONTROLS["knockout"][column], "loss"]
+            why = f"{rows.loc['knockout', 'loss']:+.1f} nats, control {control:+.1f}"
+            verdicts[str(task)] = rows.loc["knockout", column] == "yes", why
+    return [
+        verdict("Every kind of removal costs margin", every),
+        *(verdict(f"Blocking the pattern costs {column}", verdicts)
+          for column, verdicts in controls.items()),
+    ]  # fmt: skip
+
+
+def kinds_sentences(table: pd.DataFrame) -> list[str]:
+    """Say of each task what each kind of removal costs."""
+    said = []
+    for task, part in table.groupby("task", sort=False):
+        rows = part.set_index("kind")
+        each = [f"{kind} {rows.loc[kind, 'loss']:+.1f}" for kind in rows.index]
+        said.append(f"{_name(task)}, nats of margin lost by kind of removal: {'; '.join(each)}.")
+    return said
+
+
+def _kinds_part(run: Any) -> tuple[list[str], list[str]]:
+    table = kinds_table(removal_kinds(run))
+    return kinds_sentences(table), kinds_verdicts(table)
+
+
+def effects_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sum up :func:`icl_helpers.run.measured.side_effects`, a row a measure and task.
+
+    Columns: value of the full model, change without the run's heads with the bounds over sequences
+    or documents, and the smallest and largest change without the random sets; and the ``gap``
+    between true and shuffled labels as a measure of its own.
+    """
+    rows = []
+    for (measure, task), part in _with_gap(frame).groupby(["measure", "task"], sort=False):
+        values = {key: one["values"].iloc[0] for key, one in
+                  part.groupby(["condition", part["draw"].fillna(-1)], sort=False)}  # fmt: skip
+        whole = values[("none", -1)]
+        change = _interval(values[("highest", -1)] - whole)
+        random = [float(np.nanmean(one - whole)) for (way, _), one in values.items()
+                  if way == "random"]  # fmt: skip
+        rows.append(
+            {
+                "measure": measure, "task": task, "full model": float(np.nanmean(whole)),
+                "change": change.mean, "low": change.low, "high": change.high,
+                "random smallest": min(random), "random largest": max(random),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+_TRUE, _SHUFFLED, _GAP = (
+    "margin with examples", "margin with shuffled labels", "true minus shuffled labels",
+)  # fmt: skip
+
+
+def _with_gap(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add the gap between true and shuffled labels, document by document."""
+    keys = ["task", "condition", "draw"]
+    true, shuffled = (
+        frame[frame["measure"] == measure].reset_index(drop=True) for measure in (_TRUE, _SHUFFLED)
+    )
+    both = true.merge(shuffled, on=keys, suffixes=("", "_shuffled"))
+    gap = both[keys].assign(measure=_GAP, values=both["values"] - both["values_shuffled"])
+    return pd.concat([frame, gap], ignore_index=True)
+
+
+def effects_verdicts(table: pd.DataFrame) -> list[str]:
+    """Say whether the removal breaks copying and the use of labels, and nothing else."""
+    changes = {(row["measure"], row["task"]): row for row in table.to_dict("records")}
+
+    def check(measure: str, holds: Callable[[Any], bool]) -> dict[str, tuple[bool, str]]:
+        return {
+            task or measure: (bool(holds(row)), f"{row['change']:+.2f}, random sets "
+                              f"{row['random smallest']:+.2f} to {row['random largest']:+.2f}")
+            for (name, task), row in changes.items() if name == measure
+        }  # fmt: skip
+
+    return [
+        verdict("Tokens seen for the first time are predicted as well as without random sets",
+                check("loss on random tokens", lambda row: row["low"] <= row["random largest"])
+                | check("loss on text", lambda row: row["low"] <= row["random largest"])),
+        verdict("Copies are predicted worse than without any random set",
+                check("loss on their copies", lambda row: row["low"] > row["random largest"])
+                | check("loss on text read again", lambda row: row["low"] > row["random largest"])),
+        verdict("The margin without examples does not move",
+                check("margin without examples", lambda row: row["low"] <= 0 <= row["high"])),
+        verdict("The gap between true and shuffled labels shrinks",
+                check(_GAP, lambda row: row["high"] < 0)),
+    ]  # fmt: skip
+
+
+def effects_sentences(table: pd.DataFrame) -> list[str]:
+    """Say how much each measure changes without the heads."""
+    return [
+        f"{row['measure'][:1].upper() + row['measure'][1:]}"
+        f"{', ' + task_name(row['task']) if row['task'] else ''}: {row['full model']:.2f} nats, "
+        f"{row['change']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f}) without the heads, "
+        f"{row['random smallest']:+.2f} to {row['random largest']:+.2f} without random sets."
+        for row in table.to_dict("records")
+    ]
+
+
+def _effects_part(run: Any) -> tuple[list[str], list[str]]:
+    table = effects_table(side_effects(run))
+    return effects_sentences(table), effects_verdicts(table)
 
 
 def _skill(row: Mapping[str, Any]) -> tuple[str, float, float, float, float]:

@@ -35,7 +35,7 @@ from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 __all__ = [
     "Difference", "KindOutcome", "Span", "TaskOutcome", "doubts", "findings", "kind_outcomes",
     "listed", "outcome_sentence", "range_in_words", "task_kind", "task_name", "task_outcomes",
-    "training_seed_doubts",
+    "training_seed_doubts", "verdict",
 ]  # fmt: skip
 
 # Percent of documents from which on an answer is called that of all documents.
@@ -514,3 +514,12 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
             where = f"{task_name(str(task))} ({str(condition).replace('_', ' ')})"
             lines.append(f"Training seeds disagree on {where}: {each}.")
     return lines
+
+
+def verdict(text: str, tasks: Mapping[str, tuple[bool, str]]) -> str:
+    """Say on which tasks a prediction held, and on which not and what was seen instead."""
+    failed = [f"{task_name(task)} ({why})" for task, (held, why) in tasks.items() if not held]
+    count = len(tasks) - len(failed)
+    word = "held" if not failed else "held in part" if count else "did not hold"
+    on = f"on {count} of {len(tasks)} tasks"
+    return f"*{text}*: **{word}**, {on}{f'; not on {listed(failed)}' if failed else ''}."

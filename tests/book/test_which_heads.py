@@ -90,6 +90,77 @@ def test_scores_that_follow_the_loss_are_a_good_proxy_and_others_are_not():
     assert "repetition: 0.7 +2.70 at score 0.90" in which_heads.points_alt(points)
 
 
+def kinds(**left: float) -> pd.DataFrame:
+    """What margin is left of 4 under each kind of removal; by default all of it."""
+    from icl_helpers.analysis.removals import KINDS
+
+    given = {name.replace("_", " ").replace("  ", ", "): mean for name, mean in left.items()}
+    assert set(given) <= set(KINDS)
+    rows = []
+    for kind in ("none", *KINDS):
+        for draw in range(2 if "random" in kind else 1):
+            mean = given.get(kind, 4.0) if kind != "none" else 4.0
+            rows.append({"task": "repetition", "kind": kind, "draw": draw, "accuracy": 100.0,
+                         "margins": margins(mean, seed=len(rows))})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_kinds_of_removal_that_agree_and_that_do_not():
+    lost = dict.fromkeys(("zero", "mean_of_inputs", "mean_of_outputs", "resample", "knockout"), 1.0)
+    table = which_heads.kinds_table(kinds(**lost))
+    every, positions, heads = which_heads.kinds_verdicts(table)
+    assert all("**held**, on 1 of 1 tasks" in said for said in (every, positions, heads))
+    shown = which_heads.kinds_by_task(table).loc["knockout", "repetition"]
+    assert shown.startswith("+3.0 [")
+    assert "more than in random heads: yes; more than at random positions: yes" in shown
+    # A knockout whose control costs as much, and a resampling that costs nothing.
+    other = {**lost, "resample": 4.0, "knockout__random_positions": 1.0}
+    every, positions, heads = which_heads.kinds_verdicts(which_heads.kinds_table(kinds(**other)))
+    assert "not on repetition (resample +0.0 nats)" in every
+    assert "**did not hold**" in positions
+    assert "(+3.0 nats, control +3.0)" in positions
+    assert "**held**" in heads
+
+
+def effects(changes: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    """A value of 2 of every measure, and how it changes without the heads and without random sets."""
+    rows = []
+    for measure, (highest, random) in changes.items():
+        task = "repetition" if measure.startswith("margin") else ""
+        each = [("none", None, 0.0), ("highest", None, highest), ("random", 0, random),
+                ("random", 1, random / 2)]  # fmt: skip
+        for condition, draw, change in each:
+            values = margins(2 + change, spread=0.01, seed=len(rows))
+            rows.append((measure, task, condition, draw, values))
+    names = ["measure", "task", "condition", "draw", "values"]
+    return pd.DataFrame(rows, columns=names).astype({"draw": "Int64"})
+
+
+def test_side_effects_of_copying_heads_and_of_others():
+    copying = {
+        "loss on random tokens": (0.0, 0.1), "loss on their copies": (5.0, 0.1),
+        "loss on text": (0.0, 0.1), "loss on text read again": (3.0, 0.1),
+        "margin without examples": (0.0, 0.1), "margin with examples": (-2.0, 0.0),
+        "margin with shuffled labels": (0.0, 0.0),
+    }  # fmt: skip
+    table = which_heads.effects_table(effects(copying))
+    gap = table.set_index("measure").loc["true minus shuffled labels"]
+    assert (gap["full model"], gap["change"]) == (pytest.approx(0), pytest.approx(-2))
+    assert (gap["random smallest"], gap["random largest"]) == (pytest.approx(0), pytest.approx(0))
+    verdicts = which_heads.effects_verdicts(table)
+    assert ["**held**" in said for said in verdicts] == [True] * 4
+    assert "loss on text, 0" not in " ".join(verdicts)
+    other = {**copying, "loss on text": (4.0, 0.1), "loss on text read again": (0.0, 0.1),
+             "margin without examples": (-1.0, 0.0), "margin with examples": (0.0, 0.0)}  # fmt: skip
+    first, copies, without, gap = which_heads.effects_verdicts(
+        which_heads.effects_table(effects(other))
+    )
+    assert "**held in part**, on 1 of 2 tasks; not on loss on text (+4.00" in first
+    assert "not on loss on text read again (" in copies
+    assert "not on repetition (-1.00, random sets" in without
+    assert "**did not hold**" in gap
+
+
 def answers(accuracy, auc, share, *, condition="full", calibrated=None) -> dict:
     fraction = np.nan if condition == "full" else 0.1
     found = {
@@ -146,7 +217,7 @@ def test_missing_measurements_are_said_once_and_the_rest_stands(monkeypatch):
     def missing(run):
         raise icl.NotMeasuredError("The bundle does not hold this.")
 
-    for name in ("_dose_part", "_proxy_part"):
+    for name in ("_dose_part", "_proxy_part", "_kinds_part", "_effects_part"):
         monkeypatch.setattr(which_heads, name, missing)
     monkeypatch.setattr(which_heads, "_bias_part", lambda run: (["Said."], ["*P*: **held**."]))
     monkeypatch.setattr(which_heads, "_stability_part", lambda run: ([], []))

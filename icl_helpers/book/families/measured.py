@@ -1,17 +1,16 @@
-"""What stage 10 measures of a run: part by part, kept as those of stage 9 are.
+"""What stage 10 measures of a run, kept part by part as in stage 9, and what came out.
 
 Example
 -------
 >>> run = icl.run_at("runs/icl-tiny")
 >>> vectors = function_vectors(run)             # [layers, heads]
->>> family_removals(run).groupby(["task", "heads", "chosen_by"])["margin"].mean()
+>>> Markdown(what_came_out(run))
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -28,8 +27,9 @@ from icl_helpers.analysis.circuits import (
     direct_removal,
     previous_token_scores,
 )
-from icl_helpers.analysis.dose_response import ChosenHeads
+from icl_helpers.analysis.dose_response import ChosenHeads, judged
 from icl_helpers.analysis.function_vectors import function_vector_scores
+from icl_helpers.analysis.removals import score_prompts, sequence_losses
 from icl_helpers.attention.heads import (
     SCORE_THRESHOLD,
     Head,
@@ -45,11 +45,38 @@ from icl_helpers.attention.induction_pattern import (
 )
 from icl_helpers.attention.interventions import (
     AttentionKnockout,
+    Intervention,
     MeanAblation,
     ZeroAblation,
     intervene,
 )
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
+from icl_helpers.book.came_out import section
+from icl_helpers.book.families.outcomes import (
+    CONTROL,
+    EXCLUDED,
+    FAMILIES,
+    PATTERNS,
+    circuit_sentence,
+    circuit_table,
+    circuit_verdict,
+    family_sentences,
+    family_table,
+    family_verdict,
+    loss_sentence,
+    loss_table,
+    loss_verdict,
+    overlap_sentence,
+    overlap_table,
+    overlap_verdict,
+    repair_sentences,
+    repair_table,
+    repair_verdict,
+    text_sentences,
+    text_table,
+    text_verdicts,
+)
+from icl_helpers.errors import NotMeasuredError
 from icl_helpers.files import file_name
 from icl_helpers.models.reference_text import reference_ids, reference_texts
 from icl_helpers.run.measured import removals
@@ -65,22 +92,16 @@ from icl_helpers.tasks.prompts import (
 )
 
 __all__ = [
-    "EXCLUDED", "FAMILIES", "PATTERNS", "circuits", "family_removals", "family_sets",
-    "function_vectors", "margins", "natural_text", "repair", "token_losses",
+    "circuits", "family_removals", "family_sets", "function_vectors", "natural_text", "repair",
+    "token_losses", "what_came_out",
 ]  # fmt: skip
 
-FAMILIES = ("induction", "function vectors")
-# Share of the heads, the best of one family, that the other may not have.
-EXCLUDED = 0.02
 # Demonstrations and documents of each task that function vectors are taken from.
 _SHOTS, _PROMPTS = 10, 25
 # Tokens of running text, and which of them are early and late; texts.
 _TEXT_TOKENS, _EARLY, _LATE, _TEXTS = 400, slice(40, 60), slice(-100, None), 8
 # Earlier heads that are removed one by one: those that attend to the token before most.
 _EARLIER = 5
-# What is blocked in text: an induction pattern of any prompt, by name.
-PATTERNS = ("same token", "same word", "same token of another demonstration")
-_CONTROL = ", control"
 
 
 def function_vectors(run: Any) -> Float[torch.Tensor, "layers heads"]:
@@ -147,14 +168,9 @@ def token_losses(run: Any) -> pd.DataFrame:
         texts = reference_texts(p.model, reference=p.reference)
         return reference_ids(run.tokenizer, texts, n_samples=_TEXTS, n_positions=length)
 
-    @torch.no_grad()
     def compute(heads: Sequence[Head]) -> list[float]:
-        ids = samples()
         edits = [MeanAblation(heads, run.mean_head_outputs())] if heads else []
-        with intervene(run.model, *edits):
-            logits = run.model(ids.to(run.model.device), use_cache=False).logits
-        said = logits[:, :-1].float().log_softmax(-1).cpu()
-        losses = -said.gather(-1, ids[:, 1:, None])[..., 0]
+        losses = sequence_losses(run.model, samples(), edits)
         found: list[float] = (losses[:, _EARLY].mean(1) - losses[:, _LATE].mean(1)).tolist()
         return found
 
@@ -208,7 +224,9 @@ def _circuits(run: Any, heads: Sequence[Head]) -> dict[str, Any]:
     previous = [h for h in top_heads(scores, 1.0) if scores[h] >= SCORE_THRESHOLD]
     previous = [h for h in previous if h.layer < last and h not in heads]
     n_layers, n_heads = scores.shape
-    others, _ = layer_matched_heads(previous, n_heads, n_layers, seed=0, exclude=previous + heads)
+    others, _ = layer_matched_heads(
+        previous, n_heads, n_layers, seed=0, exclude=[*previous, *heads]
+    )
     whole = run.prefix_scores().mean(0)
     at = [head.layer for head in heads], [head.head for head in heads]
 
@@ -239,7 +257,7 @@ def natural_text(run: Any) -> pd.DataFrame:
     for task in tqdm(run.plan.tasks("nlp_tasks"), desc="text", unit="task", leave=False):
         most, rule = [max(resolve_shots(task, p.shots))], cast(Any, p.demonstrations)
         (of,) = prompt_sets(task, "semantic", most, p.seeds[:1], run.plan.data(task), rule)
-        for name in ("none", *(f"{one}{of_}" for one in PATTERNS for of_ in ("", _CONTROL))):
+        for name in ("none", *(f"{one}{of_}" for one in PATTERNS for of_ in ("", CONTROL))):
             kept = run.measurement(
                 "natural text", [name, *_decided(run, of), heads],
                 functools.partial(_blocked_margins, run, of, heads, name),
@@ -277,13 +295,11 @@ def _prompts_of(run: Any, of: PromptSet) -> list[Prompt]:
 def _blocked_margins(run: Any, of: PromptSet, heads: Sequence[Head], name: str) -> dict[str, Any]:
     prompts = _prompts_of(run, of)
     if name == "none":
-        return {"margins": margins(run, prompts, lambda _: nullcontext()), "pairs": 0.0}
-    blocked = [_pattern(run, prompt, name.removesuffix(_CONTROL)) for prompt in prompts]
-    if name.endswith(_CONTROL):
+        return {"margins": _margins(run, prompts, lambda _: []), "pairs": 0.0}
+    blocked = [_pattern(run, prompt, name.removesuffix(CONTROL)) for prompt in prompts]
+    if name.endswith(CONTROL):
         blocked = [control_pattern(one, seed=number) for number, one in enumerate(blocked)]
-    found = margins(
-        run, prompts, lambda n: intervene(run.model, AttentionKnockout(heads, blocked[n]))
-    )
+    found = _margins(run, prompts, lambda number: [AttentionKnockout(heads, blocked[number])])
     return {"margins": found, "pairs": float(np.mean([int(one.sum()) for one in blocked]))}
 
 
@@ -298,22 +314,11 @@ def _pattern(run: Any, prompt: Prompt, name: str) -> torch.Tensor:
     return repeated_token_pattern(torch.tensor(ids), segments=segments)
 
 
-def margins(
-    run: Any, prompts: Sequence[Prompt], under: Callable[[int], AbstractContextManager[Any]]
-) -> list[float]:
-    """Margin of each prompt's right label in nats, each prompt in a context of its own."""
-    lm, found = run.scorer(), []
-    for number, prompt in enumerate(prompts):
-        with under(number):
-            # One label at a time: a row is then one sequence, whatever it is run under.
-            scores = [
-                lm._loglikelihood_tokens(lm.encode([(prompt.context, choice)]), disable_tqdm=True)
-                for choice in prompt.choices
-            ]
-        values = [score[0][0] for score in scores]
-        right = values.pop(prompt.target)
-        found.append(round(right - max(values), 5))
-    return found
+def _margins(
+    run: Any, prompts: Sequence[Prompt], edits: Callable[[int], Sequence[Intervention]]
+) -> list[float | None]:
+    scores = score_prompts(run.model, run.tokenizer, prompts, edits)
+    return judged(scores, [prompt.target for prompt in prompts]).margins
 
 
 def repair(run: Any) -> pd.DataFrame:
@@ -324,18 +329,87 @@ def repair(run: Any) -> pd.DataFrame:
     """
     heads = run.induction_heads()
 
-    def compute(of: PromptSet) -> dict[str, list[float]]:
+    def compute(of: PromptSet) -> dict[str, list[float | None]]:
         prompts, removal = _prompts_of(run, of), MeanAblation(heads, run.mean_head_outputs())
-        total = margins(run, prompts, lambda _: intervene(run.model, removal))
+        total = _margins(run, prompts, lambda _: [removal])
         with direct_removal(run.model, removal):
-            direct = margins(run, prompts, lambda _: nullcontext())
-        whole = margins(run, prompts, lambda _: nullcontext())
+            direct = _margins(run, prompts, lambda _: [])
+        whole = _margins(run, prompts, lambda _: [])
         return {"whole": whole, "direct": direct, "total": total}
 
     rows = []
     for of in tqdm(run.plan.analysis_sets(), desc="direct effects", unit="task", leave=False):
         decided = [*_decided(run, of), run.plan.means_parameters(), heads]
         kept = run.measurement("direct effects", decided, functools.partial(compute, of))
-        whole, direct, total = (np.array(kept[name]) for name in ("whole", "direct", "total"))
+        whole, direct, total = (
+            np.array(kept[name], dtype=np.float64) for name in ("whole", "direct", "total")
+        )
         rows.append({"task": of.task, "direct": whole - direct, "total": whole - total})
     return pd.DataFrame(rows)
+
+
+_PAPER = [
+    "The paper ranks heads by prefix matching alone, and names two limits: no check of the heads' "
+    "mechanism, and no knockout on natural text.",
+    "Yin & Steinhardt (arXiv 2502.14010) report of twelve models that few-shot accuracy depends "
+    "primarily on function-vector heads, and that the two families are largely distinct.",
+]
+
+
+def what_came_out(run: Any) -> str:
+    """Say what came out of the stage, as Markdown; ``run`` is an :class:`icl_helpers.Run`.
+
+    Of an imported run whose bundle lacks a measurement it says that in its place.
+    """
+    said: list[str] = []
+    predictions: list[str] = []
+    missing: list[str] = []
+    removed = len(run.induction_heads())
+
+    def overlap() -> tuple[list[str], list[str]]:
+        scores = run.prefix_scores().mean(0), function_vectors(run)
+        table = overlap_table(*scores, run.plan.fractions)
+        return [overlap_sentence(table)], [overlap_verdict(table)]
+
+    def families() -> tuple[list[str], list[str]]:
+        table = family_table(family_removals(run))
+        return family_sentences(table, removed), [family_verdict(table, removed)]
+
+    def losses() -> tuple[list[str], list[str]]:
+        table = loss_table(token_losses(run))
+        return [loss_sentence(table, removed)], [loss_verdict(table, removed)]
+
+    def mechanism() -> tuple[list[str], list[str]]:
+        table = circuit_table(circuits(run), run.n_heads)
+        return [circuit_sentence(table)], [circuit_verdict(table)]
+
+    def text() -> tuple[list[str], list[str]]:
+        frame = natural_text(run)
+        if frame.empty:
+            return ["No text task is evaluated in this run."], []
+        table = text_table(frame)
+        return text_sentences(table), text_verdicts(table)
+
+    def repaired() -> tuple[list[str], list[str]]:
+        table = repair_table(repair(run))
+        return repair_sentences(table), [repair_verdict(table)]
+
+    parts: list[Callable[[], tuple[list[str], list[str]]]] = [
+        overlap, families, losses, mechanism, text, repaired,
+    ]  # fmt: skip
+    for part in parts:
+        try:
+            sentences, verdicts = part()
+        except NotMeasuredError as error:
+            missing.append(str(error))
+            continue
+        said += sentences
+        predictions += verdicts
+    sure = [
+        f"At most {run.parameters.analysis_limit} documents a task and one demonstration seed: "
+        f"intervals are over documents (or texts) alone. In the comparison of families the best "
+        f"{100 * EXCLUDED:.0f} % of either are kept out of the other.",
+        "Weights show what a head could do: content alone, without positions, and without the MLPs "
+        "between. A head that fails one of these tests may still do induction in another way.",
+    ]
+    return section(_PAPER, said, predictions, [*sure, *dict.fromkeys(missing)])

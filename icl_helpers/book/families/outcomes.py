@@ -2,44 +2,34 @@
 
 Example
 -------
->>> run = icl.run_at("runs/icl-tiny")
->>> Markdown(what_came_out(run))
+>>> table = family_table(measured.family_removals(run))
+>>> family_verdict(table, 4)
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, head_count, top_heads
-from icl_helpers.book.came_out import section
-from icl_helpers.book.families.measured import (
-    EXCLUDED,
-    FAMILIES,
-    PATTERNS,
-    circuits,
-    family_removals,
-    function_vectors,
-    natural_text,
-    repair,
-    token_losses,
-)
-from icl_helpers.book.which_heads import verdict
-from icl_helpers.errors import NotMeasuredError
-from icl_helpers.results.outcomes import listed, task_name
+from icl_helpers.results.outcomes import listed, task_name, verdict
 from icl_helpers.results.statistics import LEVEL, Interval, mean_interval
 
 __all__ = [
+    "CONTROL", "EXCLUDED", "FAMILIES", "PATTERNS",
     "circuit_sentence", "circuit_table", "circuit_verdict", "family_sentences", "family_table",
     "family_verdict", "loss_sentence", "loss_table", "loss_verdict", "overlap_sentence",
     "overlap_table", "overlap_verdict", "repair_sentences", "repair_table", "repair_verdict",
-    "shown", "text_sentences", "text_table", "text_verdicts", "what_came_out",
+    "shown", "text_sentences", "text_table", "text_verdicts",
 ]  # fmt: skip
 
+FAMILIES = ("induction", "function vectors")
+# Share of the heads, the best of one family, that the other may not have.
+EXCLUDED = 0.02
+# What is blocked in text: an induction pattern of any prompt, by name; and as many other positions.
+PATTERNS = ("same token", "same word", "same token of another demonstration")
+CONTROL = ", control"
 # What counts as copying, and as composing: more than half of the eigenvalues are positive, and
 # without the earlier heads that attend to the token before half of the prefix score is gone.
 _COPIES, _COMPOSES = 0.5, 0.5
@@ -264,7 +254,7 @@ def text_table(frame: pd.DataFrame) -> pd.DataFrame:
         of = part.set_index("pattern")
         whole = of.loc["none", "margins"]
         for pattern in PATTERNS:
-            own, control = of.loc[pattern, "margins"], of.loc[f"{pattern}, control", "margins"]
+            own, control = of.loc[pattern, "margins"], of.loc[pattern + CONTROL, "margins"]
             rows.append(
                 {"task": task, "pattern": pattern, "pairs": of.loc[pattern, "pairs"],
                  "loss": _interval(whole - own), "control": _interval(whole - control),
@@ -344,70 +334,3 @@ def repair_verdict(table: pd.DataFrame) -> str:
         for row in table.to_dict("records")
     }
     return verdict("Later layers repair part of the direct loss", tasks)
-
-
-_PAPER = [
-    "The paper ranks heads by prefix matching alone, and names two limits: no check of the heads' "
-    "mechanism, and no knockout on natural text.",
-    "Yin & Steinhardt (arXiv 2502.14010) report of twelve models that few-shot accuracy depends "
-    "primarily on function-vector heads, and that the two families are largely distinct.",
-]
-
-
-def what_came_out(run: Any) -> str:
-    """Say what came out of the stage, as Markdown; ``run`` is an :class:`icl_helpers.Run`.
-
-    Of an imported run whose bundle lacks a measurement it says that in its place.
-    """
-    said: list[str] = []
-    predictions: list[str] = []
-    missing: list[str] = []
-    removed = len(run.induction_heads())
-
-    def overlap() -> tuple[list[str], list[str]]:
-        scores = run.prefix_scores().mean(0), function_vectors(run)
-        table = overlap_table(*scores, run.plan.fractions)
-        return [overlap_sentence(table)], [overlap_verdict(table)]
-
-    def families() -> tuple[list[str], list[str]]:
-        table = family_table(family_removals(run))
-        return family_sentences(table, removed), [family_verdict(table, removed)]
-
-    def losses() -> tuple[list[str], list[str]]:
-        table = loss_table(token_losses(run))
-        return [loss_sentence(table, removed)], [loss_verdict(table, removed)]
-
-    def mechanism() -> tuple[list[str], list[str]]:
-        table = circuit_table(circuits(run), run.n_heads)
-        return [circuit_sentence(table)], [circuit_verdict(table)]
-
-    def text() -> tuple[list[str], list[str]]:
-        frame = natural_text(run)
-        if frame.empty:
-            return ["No text task is evaluated in this run."], []
-        table = text_table(frame)
-        return text_sentences(table), text_verdicts(table)
-
-    def repaired() -> tuple[list[str], list[str]]:
-        table = repair_table(repair(run))
-        return repair_sentences(table), [repair_verdict(table)]
-
-    parts: list[Callable[[], tuple[list[str], list[str]]]] = [
-        overlap, families, losses, mechanism, text, repaired,
-    ]  # fmt: skip
-    for part in parts:
-        try:
-            sentences, verdicts = part()
-        except NotMeasuredError as error:
-            missing.append(str(error))
-            continue
-        said += sentences
-        predictions += verdicts
-    sure = [
-        f"At most {run.parameters.analysis_limit} documents a task and one demonstration seed: "
-        f"intervals are over documents (or texts) alone. In the comparison of families the best "
-        f"{100 * EXCLUDED:.0f} % of either are kept out of the other.",
-        "Weights show what a head could do: content alone, without positions, and without the MLPs "
-        "between. A head that fails one of these tests may still do induction in another way.",
-    ]
-    return section(_PAPER, said, predictions, [*sure, *dict.fromkeys(missing)])

@@ -134,7 +134,7 @@ def test_circuits_are_summed_up_by_share_of_the_heads():
 def test_text_patterns_are_held_against_their_control():
     rows = [{"task": "sst2", "pattern": "none", "pairs": 0.0, "accuracy": 90.0,
              "margins": margins(3)}]  # fmt: skip
-    for pattern, loss in zip(measured.PATTERNS, (2, 0, 1), strict=True):
+    for pattern, loss in zip(outcomes.PATTERNS, (2, 0, 1), strict=True):
         for name, lost in ((pattern, loss), (f"{pattern}, control", 0.5)):
             rows.append({"task": "sst2", "pattern": name, "pairs": 7.0, "accuracy": 60.0,
                          "margins": margins(3 - lost, seed=2)})  # fmt: skip
@@ -182,6 +182,6 @@ def test_what_a_bundle_lacks_is_said_once_in_place_of_it():
         prefix_scores=lambda: torch.rand(5, 4, 16), identity={"context": 512},
         parameters=icl.stage_parameters(),
     )  # fmt: skip
-    said = outcomes.what_came_out(run)
+    said = measured.what_came_out(run)
     assert said.count("does not hold it") == 1
     assert "**Predictions" not in said

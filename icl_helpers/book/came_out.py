@@ -62,13 +62,13 @@ def what_came_out(run: Any, stage: int) -> str:
 
 def section(
     paper: Sequence[str], model: Sequence[str], sure: Sequence[str], doubted: Sequence[str] = (), *,
-    judged: Sequence[str] = (),
+    judged: Sequence[str] = (), predictions: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Write a section from its sentences; what is in doubt comes first."""
     parts = {
         "Seeds or draws disagree": list(dict.fromkeys(doubted)),
         "What the paper says": paper, "What this model does": model,
-        "Which claims hold": judged, "How sure": sure,
+        "Predictions": predictions, "Which claims hold": judged, "How sure": sure,
     }  # fmt: skip
     blocks = [
         f"**{title}**\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -521,6 +521,7 @@ _OUTCOMES = {
     4: ("heads removed", "Tables 1 and 4, all but the knockout"),
     5: ("pattern blocked", "the knockout's part of Table 1"),
     9: ("which heads, how many, how removed", "dose and response, single heads, kinds of removal"),
+    10: ("function vectors", "function vectors beside induction, circuits, blocked text"),
 }
 
 

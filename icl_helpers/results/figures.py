@@ -351,13 +351,15 @@ def _note(text: str, *, height: float) -> Figure:
 _CHOSEN = {
     "highest": ("highest scores", _INDUCTION, "o"), "lowest": ("lowest scores", "#1b7837", "s"),
     "random": ("random draws, median and range", _RANDOM, "D"),
+    "induction": ("induction heads", _INDUCTION, "o"),
+    "function vectors": ("function-vector heads", "#762a83", "^"),
 }  # fmt: skip
 
 
 def dose_lines(frame: pd.DataFrame, *, value: str = "margin", narrow: bool = False) -> Figure:
     """Draw ``margin`` (nats) or ``accuracy`` (percent) against heads removed, a panel a task.
 
-    ``frame`` is :func:`icl_helpers.run.measured.dose_response`.
+    ``frame`` is :func:`icl_helpers.analysis.measured.dose_response`.
     """
     tasks = list(dict.fromkeys(frame["task"]))
     figure, grid = _new_figure(_NARROW if narrow else 7, 0.9 + 2.1 * len(tasks), rows=len(tasks))
@@ -365,7 +367,8 @@ def dose_lines(frame: pd.DataFrame, *, value: str = "margin", narrow: bool = Fal
         part = frame[frame["task"] == task]
         whole = part.loc[part["chosen_by"] == "none", value].item()
         axes.axhline(whole, color=_FULL, linestyle=":", linewidth=1, label="full model")
-        for chosen_by, (name, colour, marker) in _CHOSEN.items():
+        for chosen_by in [way for way in _CHOSEN if (part["chosen_by"] == way).any()]:
+            name, colour, marker = _CHOSEN[chosen_by]
             rows = part[part["chosen_by"] == chosen_by].groupby("heads")[value]
             line = rows.median()
             axes.plot(line, color=colour, marker=marker, markersize=4, label=name)
@@ -391,10 +394,10 @@ def dose_alt(frame: pd.DataFrame, *, value: str = "margin") -> str:
     for task, part in frame.groupby("task", sort=False):
         whole = part.loc[part["chosen_by"] == "none", value].item()
         lines = [f"full model {whole:.1f}"]
-        for chosen_by, (name, *_) in _CHOSEN.items():
+        for chosen_by in [way for way in _CHOSEN if (part["chosen_by"] == way).any()]:
             medians = part[part["chosen_by"] == chosen_by].groupby("heads")[value].median()
             points = ", ".join(f"{line:.1f} without {count}" for count, line in medians.items())
-            lines.append(f"{name} {points}")
+            lines.append(f"{_CHOSEN[chosen_by][0]} {points}")
         said.append(f"{task}: {'; '.join(lines)}")
     return f"Lines of {value} in {unit} over heads removed. {'. '.join(said)}.".replace("_", " ")
 

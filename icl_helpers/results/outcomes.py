@@ -35,8 +35,9 @@ from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
     "Difference", "KindOutcome", "Span", "TaskOutcome", "Verdict", "doubts", "findings",
-    "headline", "kind_lines", "kind_outcomes", "listed", "outcome_sentence", "range_in_words",
-    "read_measurements", "removal_caption", "seed_doubts", "task_kind", "task_name",
+    "headline", "kind_lines", "kind_outcomes", "listed", "outcome_sentence", "predicted",
+    "range_in_words", "read_measurements", "removal_caption", "seed_doubts", "task_kind",
+    "task_name",
     "task_outcomes", "tasks_under", "training_seed_doubts", "verdict",
 ]  # fmt: skip
 
@@ -641,3 +642,11 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
             where = f"{task_name(str(task))} ({str(condition).replace('_', ' ')})"
             lines.append(f"Training seeds disagree on {where}: {each}.")
     return lines
+
+
+def predicted(text: str, tasks: Mapping[str, tuple[bool, str]]) -> str:
+    """Say on which tasks a prediction held, and on which not and what was seen instead."""
+    failed = [f"{task_name(task)} ({why})" for task, (held, why) in tasks.items() if not held]
+    word = verdict([held for held, _ in tasks.values()], [True])
+    on = f"on {len(tasks) - len(failed)} of {len(tasks)} tasks"
+    return f"*{text}*: **{word}**, {on}{f'; not on {listed(failed)}' if failed else ''}."

@@ -198,7 +198,13 @@ def _closer_tokens(
     text = config.get_text_config()
     n_heads = text.num_hidden_layers * text.num_attention_heads
     counts = doses(head_count(n_heads, plan.fractions[-1]), n_heads)
-    return {9: round(tokens * (len(counts) * (2 + DRAWS) + n_heads + 2))}
+    # Function vectors take 25 documents a task, each some three times; the rest the same documents
+    # without either family, and the removal's direct effect.
+    vectors = 3 * 25 / plan.parameters.analysis_limit
+    return {
+        9: round(tokens * (len(counts) * (2 + DRAWS) + n_heads + 2)),
+        10: round(tokens * (2 * len(counts) + 4 + vectors)),
+    }
 
 
 def _working_bytes(

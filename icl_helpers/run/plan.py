@@ -115,7 +115,7 @@ class Plan:
             for labels in self._label_sets(task, group)
             for prompts in prompt_sets(
                 task, labels, self._shots(task, labels), p.seeds, self.data(task),
-                p.demonstrations, self._sampling(task),
+                p.demonstrations, self.sampling(task),
             )
         ]  # fmt: skip
 
@@ -135,11 +135,12 @@ class Plan:
             labels, data = get_task_spec(task).default_labels, self.data(task)
             most = [max(self._shots(task, labels))]
             found += prompt_sets(
-                task, labels, most, p.seeds[:1], data, p.demonstrations, self._sampling(task)
+                task, labels, most, p.seeds[:1], data, p.demonstrations, self.sampling(task)
             )
         return found
 
-    def _sampling(self, task: str) -> str:
+    def sampling(self, task: str) -> str:
+        """How the run takes documents of a task where there is a limit."""
         return resolve_sampling(task, self._digest(task), self.parameters.sampling)
 
     def _label_sets(self, task: str, group: Group) -> list[str]:

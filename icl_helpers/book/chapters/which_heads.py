@@ -19,18 +19,18 @@ import pandas as pd
 
 from icl_helpers.analysis.bias import answer_table, at_most
 from icl_helpers.analysis.dose_response import permutation_p, rank_correlation, set_stability
-from icl_helpers.attention.heads import Head, heads_in_words
-from icl_helpers.book.came_out import section
-from icl_helpers.errors import NotMeasuredError
-from icl_helpers.results.outcomes import listed, task_name
-from icl_helpers.results.statistics import LEVEL, Interval, mean_interval
-from icl_helpers.run.measured import (
+from icl_helpers.analysis.measured import (
     dose_response,
     removal_kinds,
     shapley,
     side_effects,
     single_heads,
 )
+from icl_helpers.attention.heads import Head, heads_in_words
+from icl_helpers.book.came_out import section
+from icl_helpers.errors import NotMeasuredError
+from icl_helpers.results.outcomes import listed, predicted, task_name
+from icl_helpers.results.statistics import LEVEL, Interval, mean_interval
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
@@ -38,24 +38,15 @@ __all__ = [
     "dose_verdict", "effects_sentences", "effects_table", "effects_verdicts", "kinds_by_task",
     "kinds_sentences", "kinds_table", "kinds_verdicts", "losses_alone", "points_alt",
     "proxy_sentences", "proxy_table", "proxy_verdict", "shapley_table", "stability_sentence",
-    "stability_table", "stability_verdict", "verdict", "what_came_out",
+    "stability_table", "stability_verdict", "what_came_out",
 ]  # fmt: skip
 
 # Jaccard index from which on a set of heads is said to stay.
 _STAYS = 0.9
 
 
-def verdict(text: str, tasks: Mapping[str, tuple[bool, str]]) -> str:
-    """Say on which tasks a prediction held, and on which not and what was seen instead."""
-    failed = [f"{task_name(task)} ({why})" for task, (held, why) in tasks.items() if not held]
-    count = len(tasks) - len(failed)
-    word = "held" if not failed else "held in part" if count else "did not hold"
-    on = f"on {count} of {len(tasks)} tasks"
-    return f"*{text}*: **{word}**, {on}{f'; not on {listed(failed)}' if failed else ''}."
-
-
 def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Sum up :func:`icl_helpers.run.measured.dose_response`, a row a task and number of heads.
+    """Sum up :func:`icl_helpers.analysis.measured.dose_response`, a row a task and number of heads.
 
     Columns: ``loss`` of mean margin in nats without the heads of highest score, with the bounds
     ``low`` and ``high`` over documents; ``lowest``, the loss without those of lowest score; the
@@ -131,7 +122,7 @@ def _name(task: Any) -> str:
 def proxy_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Correlate heads' scores with what each alone costs, a row a task.
 
-    ``frame`` is :func:`icl_helpers.run.measured.single_heads`. Columns: Spearman's correlation
+    ``frame`` is :func:`icl_helpers.analysis.measured.single_heads`. Columns: Spearman's correlation
     with its bounds over documents, and the score's rank of the head that costs most.
     """
     rows = {}
@@ -187,7 +178,7 @@ def points_alt(points: pd.DataFrame) -> str:
 def shapley_table(frame: pd.DataFrame) -> pd.DataFrame:
     """The ten heads of highest Shapley value, with their score and its rank.
 
-    ``frame`` is :func:`icl_helpers.run.measured.shapley`.
+    ``frame`` is :func:`icl_helpers.analysis.measured.shapley`.
     """
     ranks = frame["score"].rank(ascending=False, method="min").astype(int)
     best = frame.assign(**{"rank by score": ranks}).nlargest(10, "value")
@@ -265,7 +256,7 @@ def what_came_out(run: Any) -> str:
         f"{len(run.plan.analysis_sets())} tasks and one demonstration seed: intervals are over "
         f"documents alone, and other demonstrations are not tried here."
     ]
-    return section([_PAPER], said, predictions, [*sure, *dict.fromkeys(missing)])
+    return section([_PAPER], said, [*sure, *dict.fromkeys(missing)], predictions=predictions)
 
 
 _PAPER = (
@@ -287,7 +278,7 @@ def dose_verdict(table: pd.DataFrame, removed: int) -> str:
         held = row["p"] <= 1 - LEVEL and row["low"] > 0
         tasks[str(task)] = bool(held), f"p = {row['p']:.2f}, {row['loss']:+.1f} nats"
     heads = int(table.loc[table["heads"] <= removed, "heads"].max())
-    return verdict(f"Without the {heads} highest scores more margin is lost than without any of "
+    return predicted(f"Without the {heads} highest scores more margin is lost than without any of "
                    f"the random sets", tasks)  # fmt: skip
 
 
@@ -304,7 +295,7 @@ def proxy_verdict(table: pd.DataFrame) -> str:
         str(task): (bool(row["low"] > 0), f"{row['low']:+.2f} to {row['high']:+.2f}")
         for task, row in table.iterrows()
     }
-    return verdict("A head with a higher score costs more when it alone is removed", tasks)
+    return predicted("A head with a higher score costs more when it alone is removed", tasks)
 
 
 def _stability_part(run: Any) -> tuple[list[str], list[str]]:
@@ -324,7 +315,7 @@ _CONTROLS = {
 
 
 def kinds_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Sum up :func:`icl_helpers.run.measured.removal_kinds`, a row a task and kind of removal.
+    """Sum up :func:`icl_helpers.analysis.measured.removal_kinds`, a row a task and kind of removal.
 
     Columns: ``loss`` of margin (nats) with the bounds over documents, draws averaged; accuracy;
     ``costs``: whether that interval lies above zero; and the same of the difference to each control
@@ -380,8 +371,8 @@ def kinds_verdicts(table: pd.DataFrame) -> list[str]:
             why = f"{rows.loc['knockout', 'loss']:+.1f} nats, control {control:+.1f}"
             verdicts[str(task)] = rows.loc["knockout", column] == "yes", why
     return [
-        verdict("Every kind of removal costs margin", every),
-        *(verdict(f"Blocking the pattern costs {column}", verdicts)
+        predicted("Every kind of removal costs margin", every),
+        *(predicted(f"Blocking the pattern costs {column}", verdicts)
           for column, verdicts in controls.items()),
     ]  # fmt: skip
 
@@ -402,7 +393,7 @@ def _kinds_part(run: Any) -> tuple[list[str], list[str]]:
 
 
 def effects_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Sum up :func:`icl_helpers.run.measured.side_effects`, a row a measure and task.
+    """Sum up :func:`icl_helpers.analysis.measured.side_effects`, a row a measure and task.
 
     Columns: value of the full model, change without the run's heads with the bounds over sequences
     or documents, and the smallest and largest change without the random sets; and the ``gap``
@@ -454,15 +445,15 @@ def effects_verdicts(table: pd.DataFrame) -> list[str]:
         }  # fmt: skip
 
     return [
-        verdict("Tokens seen for the first time are predicted as well as without random sets",
+        predicted("Tokens seen for the first time are predicted as well as without random sets",
                 check("loss on random tokens", lambda row: row["low"] <= row["random largest"])
                 | check("loss on text", lambda row: row["low"] <= row["random largest"])),
-        verdict("Copies are predicted worse than without any random set",
+        predicted("Copies are predicted worse than without any random set",
                 check("loss on their copies", lambda row: row["low"] > row["random largest"])
                 | check("loss on text read again", lambda row: row["low"] > row["random largest"])),
-        verdict("The margin without examples does not move",
+        predicted("The margin without examples does not move",
                 check("margin without examples", lambda row: row["low"] <= 0 <= row["high"])),
-        verdict("The gap between true and shuffled labels shrinks",
+        predicted("The gap between true and shuffled labels shrinks",
                 check(_GAP, lambda row: row["high"] < 0)),
     ]  # fmt: skip
 
@@ -537,7 +528,7 @@ def bias_verdict(table: pd.DataFrame) -> str:
         name, skill, _, high, _ = _skill(removed)
         why = f"{_MEASURES[name]} {_skill(whole)[1]:.0f} to {skill:.0f}"
         tasks[str(removed["task"])] = bool(high < _skill(whole)[2]), why
-    return verdict("Without the heads the model is less able to tell the labels apart, whatever "
+    return predicted("Without the heads the model is less able to tell the labels apart, whatever "
                    "its bias", tasks)  # fmt: skip
 
 

@@ -52,7 +52,7 @@ from icl_helpers.tasks.specs import TaskSpec, get_task_spec
 
 __all__ = [
     "analysis_groups", "attention_moved", "dose_response", "measured_answers", "removal_kinds",
-    "shapley", "side_effects", "single_heads",
+    "removals", "shapley", "side_effects", "single_heads",
 ]  # fmt: skip
 
 # Conditions of a part: what is lost where a stage is interrupted.
@@ -130,7 +130,7 @@ def dose_response(run: Any) -> pd.DataFrame:
     """
     scores = run.prefix_scores().mean(0)
     chosen = dose_sets(scores, doses(len(run.induction_heads()), run.n_heads))
-    return _removals(run, "dose and response", [ChosenHeads((), "none"), *chosen])
+    return removals(run, "dose and response", [ChosenHeads((), "none"), *chosen])
 
 
 def single_heads(run: Any) -> pd.DataFrame:
@@ -141,14 +141,15 @@ def single_heads(run: Any) -> pd.DataFrame:
     scores = run.prefix_scores().mean(0)
     heads = [Head(*head) for head in np.ndindex(*scores.shape)]
     sets = [ChosenHeads((), "none"), *(ChosenHeads((head,), "alone") for head in heads)]
-    found = _removals(run, "each head alone", sets)
+    found = removals(run, "each head alone", sets)
     own = [None, *heads] * (len(found) // len(sets))
     places = pd.DataFrame([head or (None, None) for head in own], columns=["layer", "head"])
     score = [float("nan") if head is None else float(scores[head]) for head in own]
     return found.join(places.astype("Int64")).assign(score=score)
 
 
-def _removals(run: Any, name: str, sets: Sequence[ChosenHeads]) -> pd.DataFrame:
+def removals(run: Any, name: str, sets: Sequence[ChosenHeads]) -> pd.DataFrame:
+    """Measure what mean ablation of each set costs: rows as of :func:`dose_response`."""
     conditions = mean_ablated(run, [one.heads for one in sets])
     rows = [
         {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import icl_helpers as icl
-from icl_helpers.book import which_heads
+from icl_helpers.book.chapters import which_heads
 
 DOCUMENTS = 12
 

@@ -323,8 +323,12 @@ def _check_outputs(notebook: Any, path: Path) -> None:
         raise BookError(f"{path} has no outputs: it was not executed")
 
 
+# The label of an exercise, or a solution's mention of it.
+_EXERCISE = re.compile(r"(?:\{exercise-start\}\n:label:|\{solution-start\}) \S+")
+
+
 def _make_static(notebook: Any, suffix: str, staged: Path) -> None:
-    """Make an executed notebook fit for a static page, with figure names unique in the book."""
+    """Make an executed notebook fit for a static page; names and labels are unique in the book."""
     # papermill notes where the notebook lay.
     notebook.metadata.pop("papermill", None)
     tags = [set(cell.metadata.get("tags", [])) for cell in notebook.cells]
@@ -338,6 +342,8 @@ def _make_static(notebook: Any, suffix: str, staged: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _is_static(output)]
             _describe_figure(cell, suffix, staged)
+        else:
+            cell.source = _EXERCISE.sub(rf"\g<0>{suffix}", cell.source)
 
 
 def _is_static(output: Any) -> bool:

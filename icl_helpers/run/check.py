@@ -15,7 +15,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ from icl_helpers.attention.means import input_hooks, mean_head_outputs
 from icl_helpers.attention.passes import context_length
 from icl_helpers.errors import InterventionError, UnsupportedArchitectureError
 from icl_helpers.models.loading import check_dtype, load_model
+from icl_helpers.run.plan import shown_name
 
 __all__ = ["Check", "ModelCheck", "check_model"]
 
@@ -57,7 +58,7 @@ class Check:
     """One check with weights of one kind.
 
     ``difference`` is the largest one, relative to the largest value of what is compared, and may
-    reach ``bound``. Where the check does not apply both are None and ``reason`` says why.
+    reach ``bound``. Where there is no bound the check does not apply, and ``reason`` says why.
     """
 
     name: str
@@ -155,7 +156,7 @@ def check_model(
             )  # fmt: skip
             checks += _checks(loaded, quantization)
             del loaded  # before the next one takes memory
-    return ModelCheck(name, tuple(checks), round(time.monotonic() - began, 1))
+    return ModelCheck(shown_name(name), tuple(checks), round(time.monotonic() - began, 1))
 
 
 @torch.no_grad()
@@ -181,14 +182,17 @@ class _DoesNotApplyError(Exception):
     """A check does not apply; the message says why."""
 
 
-_Measured = tuple[float, float]
+# A difference, its bound, and a reason where there is none.
+_Measured = tuple[float, float] | tuple[float, None, str]
 
 
 class _Subject:
     """A model with what it is checked on: three rows of random tokens, and half of its heads.
 
     ``mask`` pads the rows on the right; ``blocked`` are random pairs [row, query, key] before the
-    diagonal, so that every query keeps itself. Methods return a difference and its bound.
+    diagonal, so that every query keeps itself. Many layers make much of one rounding in 16 bits, as
+    another attention kernel or batch does it: there (``coarse``) both sides run over eager
+    attention, and batches and generation are judged by what they change in the full model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -209,8 +213,8 @@ class _Subject:
         ]
         self.heads = [Head(layer, head) for layer, of in enumerate(self.chosen) for head in of]
         self.eps = torch.finfo(model.dtype).eps
-        self.rounding = self.eps**0.5
-        self.plain = self.logits()
+        self.rounding, self.coarse = self.eps**0.5, self.eps > 1e-5
+        self.own: dict[str, float] = {}
 
     def measures(self) -> Iterator[tuple[str, Callable[[], _Measured]]]:
         """Names and functions of all checks."""
@@ -237,7 +241,7 @@ class _Subject:
     def interventions(self, name: str, rows: slice) -> list[Intervention]:
         """What is done to these rows of the batch; to the full model nothing, with the hook."""
         if name == "mean":
-            return [MeanAblation(self.heads, mean_head_outputs(self.model, self.long))]
+            return [MeanAblation(self.heads, self.reference)]
         if name == "knockout":
             return [AttentionKnockout(self.heads, self.blocked[rows])]
         return [ZeroAblation(self.heads) if name == "zero" else _NOTHING]
@@ -245,17 +249,19 @@ class _Subject:
     def untouched(self) -> _Measured:
         """With nothing edited not a bit may change, where the model's own attention is called."""
         exact = self.model.config._attn_implementation in ("sdpa", "eager")
-        return _relative(self.logits(_NOTHING), self.plain), 0.0 if exact else self.rounding
+        return _relative(self.logits(_NOTHING), self.logits()), 0.0 if exact else self.rounding
 
     def zeroed(self) -> _Measured:
         """Zero ablation against overwritten heads."""
         return self.against(self.overwritten(None), "zero")
 
     def averaged(self) -> _Measured:
-        """Mean ablation, its means included, against overwritten heads."""
+        """Means against replayed ones, and mean ablation against heads overwritten by them."""
         if not equal_but_for_rounding(self.call.output, self.entering(_NOTHING)):
             raise _DoesNotApplyError("a gate stands between the heads and what comes after them")
-        return self.against(self.overwritten(self.means()), "mean")
+        means = self.reference[:, : self.ids.shape[1]].to(self.model.device)
+        difference, *bound = self.against(self.overwritten(means), "mean")
+        return max(difference, _relative(means, self.means())), *bound
 
     def knocked_out(self) -> _Measured:
         """Knockout against an additive mask per head, in eager attention."""
@@ -278,8 +284,10 @@ class _Subject:
 
         No more than a quarter of its effect is allowed, or a hook that does nothing might pass.
         """
-        found = self.logits(*self.interventions(name, slice(0, 3)))[self.mask]
-        effect = _relative(expected[self.mask], self.plain[self.mask])
+        with self.base():
+            plain = self.logits()[self.mask]
+            found = self.logits(*self.interventions(name, slice(0, 3)))[self.mask]
+        effect = _relative(expected[self.mask], plain)
         if effect < _LEAST_UNITS * self.eps:
             raise _DoesNotApplyError(f"its effect on the logits, {effect:.0e}, is rounding here")
         return _relative(found, expected[self.mask]), min(self.rounding, effect / 4)
@@ -301,7 +309,7 @@ class _Subject:
             only = slice(row, row + 1)
             edits = self.interventions(name, only)
             alone.append(self.logits(*edits, ids=self.ids[only, :length])[0])
-        return _relative(together, torch.cat(alone)), self.rounding
+        return self.judged("padded batch", name, _relative(together, torch.cat(alone)))
 
     def generated(self, name: str) -> _Measured:
         """Tokens generated with the cache against one pass over all of them."""
@@ -313,7 +321,27 @@ class _Subject:
                 output_logits=True, return_dict_in_generate=True,
             )  # fmt: skip
         whole = self.logits(*edits, ids=made.sequences)[:, ids.shape[1] - 1 : -1]
-        return _relative(torch.stack(made.logits, dim=1).float(), whole), self.rounding
+        made_logits = torch.stack(made.logits, dim=1).float()
+        return self.judged("generation", name, _relative(made_logits, whole))
+
+    def judged(self, kind: str, name: str, difference: float) -> _Measured:
+        """Give what is done otherwise its bound: rounding, in 16 bits thrice the full model's."""
+        if not self.coarse:
+            return difference, self.rounding
+        own = self.own.setdefault(kind, difference)
+        if name == "full model":
+            return difference, None, "the model's own rounding, by which the others are judged"
+        return difference, max(self.rounding, 3 * own)
+
+    def base(self) -> AbstractContextManager[None]:
+        """The attention that an intervention and what it is compared with have in common."""
+        return _eager(self.model) if self.coarse else nullcontext()
+
+    @functools.cached_property
+    def reference(self) -> Float[torch.Tensor, "layers positions heads d_head"]:
+        """The package's means over the long rows."""
+        with self.base():
+            return mean_head_outputs(self.model, self.long)
 
     @functools.cached_property
     def call(self) -> AttentionCall:
@@ -397,7 +425,7 @@ class _Subject:
             return (mean, *args[1:]), kwargs
 
         def record(layer: int, args: tuple[Any, ...], kwargs: Any) -> None:
-            outputs[layer] = self.split(args[0])[0, : self.ids.shape[1]]
+            outputs[layer] = self.split(args[0])[0, : self.ids.shape[1]].float()
 
         modules = self.layout.modules
         with _eager(self.model), input_hooks(modules, average):

@@ -157,4 +157,4 @@ def test_sentences_of_the_chapter_follow_from_its_table(chapter):
     assert f"by {max(gaps):.0f} points" in names["lines"][0]
     assert names["told"]("removed rightly").count("By accuracy the mistake does not show") == 2
     assert "FAIL" not in printed
-    assert "15 pass" in printed or "13 pass" in printed
+    assert "13 pass" in printed

@@ -415,7 +415,8 @@ class _Subject:
         outputs: dict[int, torch.Tensor] = {}
 
         def average(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[layer] = kwargs.get("hidden_states", args[0] if args else None).float().mean(0)
+            given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            inputs[layer] = given.float().mean(0)
 
         def feed(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             mean = inputs[layer][None].to(self.model.dtype)

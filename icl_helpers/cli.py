@@ -159,10 +159,36 @@ def _import(args: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _report(report: Any, file: str | None) -> None:
+    """Print a report, and write it as JSON where a file is named."""
     from pathlib import Path
 
     from icl_helpers.files import write_json
+
+    if file is not None:
+        write_json(Path(file), report.as_dict())
+    print(report)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from icl_helpers.run.check import check_model
+
+    found = check_model(
+        args.model, dtypes=args.dtypes, quantization=args.quantization, revision=args.revision,
+        device=args.device, trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    _report(found, args.json)
+    return 0 if found.passes else 1
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from icl_helpers.results.comparison import compare_logs
+
+    _report(compare_logs(args.first, args.second, metric=args.metric), args.json)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
     from icl_helpers.run.verify import verify_bundle
 
     share = args.share or (0.01 if args.seconds is None else 1.0)
@@ -170,15 +196,12 @@ def _verify(args: argparse.Namespace) -> int:
         args.bundle, share=share, seconds=args.seconds, seed=args.seed, model=args.model,
         device=args.device, data_dir=args.data_dir, trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
-    if args.json is not None:
-        write_json(Path(args.json), found.as_dict())
-    print(found)
+    _report(found, args.json)
     return 0 if found.agrees else 1
 
 
 def _book(args: argparse.Namespace) -> int:
-    from icl_helpers.book.build import build_book
-    from icl_helpers.book.shipped import prepare_shipped
+    from icl_helpers.book.build import build_book, prepare_shipped
 
     if args.bundles is not None:
         prepare_shipped(args.bundles, args.runs)
@@ -239,18 +262,32 @@ def _parser() -> argparse.ArgumentParser:
     bundle.add_argument(
         "--run-dir", "--out", metavar="RUN", help="directory of the run (default runs/NAME)"
     )
+    check = add("check", _check, "check interventions on a model by other means; 1: one fails")
+    check.add_argument("model", metavar="MODEL", help="a name, hub id, directory or .gguf file")
+    check.add_argument(
+        "--dtypes", type=_list_of(str), default=["float32", "bfloat16"],
+        help="any of auto, float32, bfloat16, float16 (default float32,bfloat16)",
+    )  # fmt: skip
+    check.add_argument("--quantization", help="4bit or 8bit weights (needs bitsandbytes)")
+    check.add_argument("--revision", help="revision of a hub model")
+    compare = add("compare", _compare, "compare two lm-eval sample logs or runs, task by task")
+    compare.add_argument("first", metavar="A", help="samples_*.jsonl, their folder, or a run")
+    compare.add_argument("second", metavar="B", help="another of the same kind")
+    compare.add_argument("--metric", help="of the logs, NAME or NAME,FILTER (default: their first)")
     verify = add("verify", _verify, "compute a share of a bundle again and compare; 1: disagrees")
     verify.add_argument("bundle", metavar="BUNDLE")
     verify.add_argument("--share", type=float, help="of its documents (default 0.01)")
     verify.add_argument("--seconds", type=float, help="time limit; then the default share is all")
     verify.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
-    verify.add_argument("--json", metavar="FILE", help="write the report here too")
     verify.add_argument("--model", help="where the model is, if not at the name in the bundle")
-    verify.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     verify.add_argument("--data-dir", help="rows of tasks that were read from a directory")
-    verify.add_argument(
-        "--trust-remote-code", action="store_true", help="run code from the model's repository"
-    )
+    for reporting in (check, compare, verify):
+        reporting.add_argument("--json", metavar="FILE", help="write the report here too")
+    for loading in (check, verify):
+        loading.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+        loading.add_argument(
+            "--trust-remote-code", action="store_true", help="run code from the model's repository"
+        )
     book = add("book", _book, "build the HTML book from the runs")
     book.add_argument("--runs", default="runs", help="directory of the runs (default runs)")
     book.add_argument("--out", default="_build", help="directory of the book (default _build)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
-    "ICLError", "InputError", "InterventionError", "MissingArtefactError",
+    "ICLError", "InputError", "InterventionError", "MissingArtefactError", "NotMeasuredError",
     "UnsupportedArchitectureError",
 ]  # fmt: skip
 
@@ -18,6 +18,10 @@ class InputError(ICLError, ValueError):
 
 class MissingArtefactError(ICLError, FileNotFoundError):
     """A model, data set or file is not on this machine and could not be fetched."""
+
+
+class NotMeasuredError(ICLError):
+    """An imported run's bundle does not hold a measurement, and nobody asked to make it here."""
 
 
 class UnsupportedArchitectureError(ICLError):

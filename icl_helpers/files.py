@@ -29,10 +29,10 @@ from icl_helpers.errors import ICLError, InputError, MissingArtefactError
 
 __all__ = [
     "SMOLLM2", "SMOLLM2_SHA256", "StorageError", "assets_dir", "atomic_directory", "atomic_path",
-    "book_dir", "cache_dir", "cached_tensor", "check_run_dir", "content_key", "embedded_dir",
-    "embedded_models", "file_name", "file_state", "files_digest", "imported_dir", "notebooks_dir",
-    "project_root", "quarantine", "read_text", "smollm2_dir", "synthetic_dir", "tasks_dir",
-    "user_path", "write_json",
+    "book_dir", "cache_dir", "cached_json", "cached_tensor", "check_run_dir", "content_key",
+    "embedded_dir", "embedded_models", "file_name", "file_state", "files_digest", "imported_dir",
+    "notebooks_dir", "project_root", "quarantine", "read_text", "smollm2_dir", "synthetic_dir",
+    "tasks_dir", "user_path", "write_json",
 ]  # fmt: skip
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -294,6 +294,23 @@ def cached_tensor(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> 
         with atomic_path(path) as temporary:
             save_file({path.stem: stored}, temporary, metadata=metadata)
     return stored
+
+
+def cached_json(path: Path, key: str, compute: Callable[[], Any]) -> Any:
+    """The JSON value in ``path``, as :func:`cached_tensor` has a tensor."""
+    try:
+        stored = json.loads(path.read_bytes())
+        if stored["checksum"] != content_key([stored["key"], stored["value"]]):
+            raise ValueError("checksum differs")
+        if stored["key"] == key:
+            return stored["value"]
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError) as error:
+        quarantine(path, f"is damaged ({error})")
+    value = compute()
+    write_json(path, {"key": key, "value": value, "checksum": content_key([key, value])})
+    return value
 
 
 def _read(path: Path, key: str) -> torch.Tensor | None:

@@ -31,8 +31,10 @@ __all__ = [
 ]  # fmt: skip
 
 _CHECKED = "_icl_parameters_checked"
-_EVERY = (1, 2, 3, 4, 5, 6, 7, 8)
-_EVALUATING = (3, 4, 5, 6, 8)
+# Stages that look closer, at a few documents; they read the results of the others as stage 8 does.
+_CLOSER = (9, 10)
+_EVERY = (1, 2, 3, 4, 5, 6, 7, 8, *_CLOSER)
+_EVALUATING = (3, 4, 5, 6, 8, *_CLOSER)
 # Characters of a line of code that a page of the book shows without scrolling.
 _SHOWN = 72
 
@@ -83,14 +85,15 @@ class StageParameters(BaseModel):
         False, "run code from the model's repository", _EVERY, "model"
     )
     batch_size: int | str = _parameter(
-        "auto", "prompts per forward pass, or auto", (3, 4, 5, 6), "nothing"
+        "auto", "prompts per forward pass, or auto", (3, 4, 5, 6, *_CLOSER), "nothing"
     )
     tasks: list[str] | None = _parameter(
-        None, "task names; None: the abstract tasks", (3, 4, 5, 7, 8), "selection"
+        None, "task names; None: the abstract tasks", (3, 4, 5, 7, 8, *_CLOSER), "selection"
     )
     nlp_tasks: list[str] | None = _parameter(
-        None, "text tasks; None: those that suit the model, empty: none", (6, 8), "selection"
-    )
+        None, "text tasks; None: those that suit the model, empty: none", (6, 8, *_CLOSER),
+        "selection",
+    )  # fmt: skip
     labels: str | None = _parameter(
         None, "of text tasks: semantic, unrelated or both", _EVALUATING, "selection",
         allowed=(None, "semantic", "unrelated", "both"),
@@ -100,13 +103,14 @@ class StageParameters(BaseModel):
         _EVALUATING, "selection",
     )  # fmt: skip
     fractions: list[float] | None = _parameter(
-        None, "fractions of heads; None: those that suit the model", (1, 4, 5, 6, 7, 8), "selection"
-    )
+        None, "fractions of heads; None: those that suit the model", (1, 4, 5, 6, 7, 8, *_CLOSER),
+        "selection",
+    )  # fmt: skip
     seeds: list[int] = _parameter(
-        [42, 43, 44], "demonstration seeds", (3, 4, 5, 6, 7, 8), "selection"
+        [42, 43, 44], "demonstration seeds", (3, 4, 5, 6, 7, 8, *_CLOSER), "selection"
     )
     ablation_seeds: list[int] = _parameter(
-        [42, 43, 44], "seeds of the random heads", (4, 5, 6, 8), "selection"
+        [42, 43, 44], "seeds of the random heads", (4, 5, 6, 8, *_CLOSER), "selection"
     )
     limit: int | None = _parameter(
         None, "at most so many documents of each task", _EVALUATING, "prompts"
@@ -117,11 +121,11 @@ class StageParameters(BaseModel):
     )  # fmt: skip
     data: str = _parameter(
         "synthetic", "synthetic, original, or a directory of the published files",
-        (3, 4, 5, 7, 8), "prompts", path=True,
+        (3, 4, 5, 7, 8, *_CLOSER), "prompts", path=True,
     )  # fmt: skip
     data_dir: str | None = _parameter(
-        None, "local files of NLP tasks, DIR/TASK/train.jsonl, ...", (3, 4, 5, 6, 7, 8), "prompts",
-        path=True,
+        None, "local files of NLP tasks, DIR/TASK/train.jsonl, ...",
+        (3, 4, 5, 6, 7, 8, *_CLOSER), "prompts", path=True,
     )  # fmt: skip
     demonstrations: str | None = _parameter(
         None, "exact, fewer or published; None: what suits the data", _EVALUATING, "prompts",
@@ -129,23 +133,32 @@ class StageParameters(BaseModel):
     )  # fmt: skip
     control: list[str] = _parameter(
         ["published", "strict"], "draws of random heads: published, strict, any_layer",
-        (4, 5, 6, 8), "selection",
+        (4, 5, 6, 8, *_CLOSER), "selection",
     )  # fmt: skip
     categories: list[str] = _parameter(
-        ["words", "labels", "colons", "blank_lines"], "what a knockout blocks", (5, 7, 8),
-        "knockout",
+        ["words", "labels", "colons", "blank_lines"], "what a knockout blocks",
+        (5, 7, 8, *_CLOSER), "knockout",
     )  # fmt: skip
     average: str = _parameter(
         "attention_input", "attention_input (as the published code) or head_output",
-        (2, 4, 5, 6, 8), "mean", allowed=("attention_input", "head_output"),
+        (2, 4, 5, 6, 8, *_CLOSER), "mean", allowed=("attention_input", "head_output"),
     )  # fmt: skip
     positions: int | None = _parameter(
-        None, "of the means, at least a prompt's tokens; None: the paper's 3,000", (2, 4, 5, 6, 8),
-        "mean",
+        None, "of the means, at least a prompt's tokens; None: the paper's 3,000",
+        (2, 4, 5, 6, 8, *_CLOSER), "mean",
     )  # fmt: skip
     reference: str | None = _parameter(
-        None, "text file for the means, one text a line", (2, 4, 5, 6, 8), "mean", path=True
+        None, "text file for the means, one text a line", (2, 4, 5, 6, 8, *_CLOSER), "mean",
+        path=True,
+    )  # fmt: skip
+    # Measurements of the closer stages are kept under all that decides them, beside the rows.
+    analysis_tasks: list[str] | None = _parameter(
+        None, "tasks to look at closely; None: one of each kind", _CLOSER, "nothing"
     )
+    analysis_limit: int = _parameter(
+        16, "at most so many documents of each of them", _CLOSER, "nothing"
+    )
+    measure: bool = _parameter(False, "compute what an imported run lacks", _CLOSER, "nothing")
     run_dir: str = _parameter("runs/icl-tiny", "directory of the run", _EVERY, "nothing")
 
     # A notebook states what its stage uses; what it does not state says nothing of the run.
@@ -312,7 +325,7 @@ def _check_values(parameters: StageParameters) -> None:
     from icl_helpers.tasks.specs import SAMPLINGS, get_task_spec, text_spec
 
     check_run_dir(parameters.run_dir)
-    for task in parameters.tasks or []:
+    for task in [*(parameters.tasks or []), *(parameters.analysis_tasks or [])]:
         get_task_spec(task)
     for task in parameters.nlp_tasks or []:
         text_spec(task)
@@ -342,6 +355,8 @@ def _check_values(parameters: StageParameters) -> None:
         raise InputError(f"positions must be >= 1 or None, got {parameters.positions}")
     if parameters.limit is not None and parameters.limit < 1:
         raise InputError(f"limit must be >= 1 or None, got {parameters.limit}")
+    if parameters.analysis_limit < 2:
+        raise InputError(f"analysis_limit must be >= 2, got {parameters.analysis_limit}")
     if not (parameters.seeds and parameters.ablation_seeds and parameters.control):
         raise InputError("seeds, ablation_seeds and control must each hold at least one")
     size = parameters.batch_size

@@ -28,8 +28,11 @@
     const score = head.score === null ? "" : ", score " + head.score.toFixed(2);
     return "layer " + head.layer + ", head " + head.head + score;
   }
-  function Viewer(root) {
-    const data = JSON.parse(root.querySelector('script[type="application/json"]').textContent);
+  // Shows what viewer_data gives. Live data change while they are shown: `data.row(kind, head, query)`
+  // gives the shares, both kinds stand together where `data.changed`, and the function that is
+  // returned shows the data as they are by then.
+  function Viewer(root, data) {
+    const live = Boolean(data.row);
     const controls = element("div", "icl-viewer-controls", root);
     const promptChoice = choice(controls, "Prompt", data.prompts.map((prompt) => prompt.name));
     const headChoice = choice(controls, "Head", data.heads.map(headName));
@@ -38,9 +41,16 @@
     blockedSwitch.type = "checkbox";
     blockedSwitch.setAttribute("role", "switch");
     holder.append("Induction pattern blocked");
+    if (live) {
+      headChoice.value = String(data.first);
+      promptChoice.parentNode.remove();
+      holder.remove();
+    }
     const help = element("p", "icl-viewer-help", root,
       "Point at a token, tap it, or reach it with Tab and the arrow keys: numbers under the tokens "
-      + "before it say what share of its attention goes there. The token has a solid frame. Dashed "
+      + "before it say what share of its attention goes there"
+      + (live ? " in the full model and, below, in the changed one" : "")
+      + ". The token has a solid frame. Dashed "
       + "frames are what the blocked pattern forbids it to look at.");
     help.id = root.id + "-help";
     const list = element("div", "icl-viewer-tokens", root);
@@ -54,44 +64,55 @@
     announced.setAttribute("role", "status");
     announced.style.cssText = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);margin:0";
     let tokens = [];
+    let drawn = [];
     let current = 0;
     const prompt = () => data.prompts[Number(promptChoice.value)];
     const head = () => Number(headChoice.value);
-    function row(query) {
-      const kind = blockedSwitch.checked ? "blocked" : "plain";
-      return prompt().attention[kind][head()][query].map((value) => value / data.unit);
+    const kind = () => (blockedSwitch.checked ? "blocked" : "plain");
+    function row(query, of = kind()) {
+      if (live) return data.row(of, head(), query);
+      return prompt().attention[of][head()][query].map((value) => value / data.unit);
     }
-    function sentence(query) {
-      const shares = row(query);
+    function looks(query, of) {
+      const shares = row(query, of);
       const order = shares.map((_, key) => key).filter((key) => shares[key] >= SHOWN_FROM);
       order.sort((a, b) => shares[b] - shares[a]);
       const named = order.slice(0, NAMED_TOKENS).map((key) => percent(shares[key]) + " to " +
         (key === query ? "itself" : spoken(prompt().tokens[key]) + " (" + (key + 1) + ")"));
+      return (named.length ? named.join(", ") : "under 1 % to every token") + ".";
+    }
+    function sentence(query) {
       const forbidden = prompt().blocked[query];
-      const lost = forbidden.reduce((sum, key) => sum + shares[key], 0);
+      const lost = (of) => percent(forbidden.reduce((sum, key) => sum + row(query, of)[key], 0));
       const text = "From token " + (query + 1) + ", " + spoken(prompt().tokens[query]) + ": " +
-        (named.length ? named.join(", ") : "under 1 % to every token") + ".";
+        looks(query) + (data.changed ? " Changed model: " + looks(query, "blocked") : "");
       if (!forbidden.length) return text + " The pattern forbids this token nothing.";
       return text + (blockedSwitch.checked
         ? " Blocked: " + forbidden.length + " tokens."
-        : " On the induction pattern, " + forbidden.length + " tokens: " + percent(lost) + ".");
+        : " On the induction pattern, " + forbidden.length + " tokens: " + lost() +
+          (data.changed ? ", changed model: " + lost("blocked") : "") + ".");
     }
+    const numberOf = (share) => (share >= SHOWN_FROM ? String(Math.round(share * 100)) : "");
     function show(query, announce) {
       current = query;
       const shares = row(query);
+      const changed = data.changed ? row(query, "blocked") : null;
       const forbidden = new Set(prompt().blocked[query]);
       tokens.forEach((token, key) => {
         const share = key <= query ? shares[key] : 0;
-        const number = share >= SHOWN_FROM ? String(Math.round(share * 100)) : "";
-        token.style.setProperty("--icl-share", share.toFixed(3));
+        const after = changed && key <= query ? changed[key] : 0;
+        const number = numberOf(share);
+        token.style.setProperty("--icl-share", (changed ? after : share).toFixed(3));
         // The space keeps word and number apart where the token is read as one text.
-        token.lastChild.textContent = number && " " + number;
+        token.children[0].textContent = number && " " + number;
+        if (live) token.children[1].textContent = changed ? " " + numberOf(after) : "";
         token.toggleAttribute("data-blocked", forbidden.has(key));
         token.setAttribute("aria-selected", String(key === query));
         token.tabIndex = key === query ? 0 : -1;
         // The name begins with what is seen, so that it can be asked for by that.
         token.setAttribute("aria-label", spoken(prompt().tokens[key]) +
-          (number ? " " + number + " %" : "") + ", token " + (key + 1) +
+          (number ? " " + number + " %" : "") +
+          (numberOf(after) ? ", changed " + numberOf(after) + " %" : "") + ", token " + (key + 1) +
           (forbidden.has(key) ? ", in the pattern" : ""));
       });
       report.textContent = sentence(query);
@@ -100,6 +121,7 @@
     function build() {
       list.replaceChildren();
       let line = null;
+      drawn = prompt().tokens;
       tokens = prompt().tokens.map((text, index) => {
         if (!line) {
           line = element("div", "icl-viewer-line", list);
@@ -109,6 +131,7 @@
         token.setAttribute("role", "option");
         token.dataset.index = String(index);
         element("span", "icl-viewer-number", token);
+        if (live) element("span", "icl-viewer-number", token);
         if (text.includes("\n")) line = null;
         return token;
       });
@@ -165,9 +188,14 @@
     headChoice.addEventListener("change", () => show(current, true));
     blockedSwitch.addEventListener("change", () => show(current, true));
     build();
+    return () => {
+      if (drawn.join("\0") === prompt().tokens.join("\0")) show(current, false);
+      else build();
+    };
   }
+  window.iclViewer = Viewer;
   document.querySelectorAll("[data-icl-viewer]:not([data-ready])").forEach((root) => {
     root.setAttribute("data-ready", "");
-    Viewer(root);
+    Viewer(root, JSON.parse(root.querySelector('script[type="application/json"]').textContent));
   });
 })();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -14,8 +15,9 @@ from jaxtyping import Float
 from icl_helpers.errors import InputError
 
 __all__ = [
-    "CONTROLS", "SCORE_THRESHOLD", "Head", "any_layer_heads", "check_fraction", "head_count",
-    "head_fractions", "heads_in_words", "layer_matched_heads", "random_heads", "top_heads",
+    "CONTROLS", "DRAWS", "SCORE_THRESHOLD", "Head", "any_layer_heads", "check_fraction", "doses",
+    "head_count", "head_fractions", "heads_in_words", "layer_matched_heads", "random_heads",
+    "strict_sets", "top_heads",
 ]  # fmt: skip
 
 
@@ -149,6 +151,47 @@ def layer_matched_heads(
                 f"smaller fraction"
             )
     return drawn + borrowed, borrowed
+
+
+# Random sets a dose: the least with which a permutation test can reach 5 %.
+DRAWS = 20
+
+
+def doses(n_removed: int, n_heads: int | None = None) -> list[int]:
+    """Numbers of heads to remove: 1, 2, 4, ... up to twice ``n_removed``, never all ``n_heads``."""
+    if n_removed < 1:
+        raise InputError(f"n_removed must be >= 1, got {n_removed}")
+    most = 2 * n_removed if n_heads is None else min(2 * n_removed, n_heads - 1)
+    return [2**power for power in range(max(1, most).bit_length())]
+
+
+def strict_sets(
+    like: Sequence[Head], n_layers: int, n_heads: int, *, draws: int = DRAWS, seed: int = 0
+) -> tuple[list[tuple[Head, ...]], int | None]:
+    """Distinct sets with as many heads in every layer as ``like``, and none of it; how many exist.
+
+    All of them where there are no more than ``draws``, else so many drawn by
+    :func:`layer_matched_heads` with the seeds from ``seed`` on. Where a layer has too
+    few other heads they come from the nearest layers, and the sets are drawn and not counted.
+    Raises :class:`InputError` where the model has too few heads.
+    """
+    per_layer = Counter(head.layer for head in like)
+    free = {
+        layer: [Head(layer, h) for h in range(n_heads) if Head(layer, h) not in set(like)]
+        for layer in per_layer
+    }
+    distinct = math.prod(math.comb(len(free[layer]), n) for layer, n in per_layer.items())
+    if 0 < distinct <= draws:
+        by_layer = [itertools.combinations(free[layer], n) for layer, n in per_layer.items()]
+        return [tuple(itertools.chain(*parts)) for parts in itertools.product(*by_layer)], distinct
+    found: dict[frozenset[Head], tuple[Head, ...]] = {}
+    # Where sets are not counted there may be fewer than draws: the search ends.
+    for number in itertools.count(seed) if distinct else range(seed, seed + 20 * draws):
+        heads, _ = layer_matched_heads(like, n_heads, n_layers, seed=number, exclude=like)
+        found.setdefault(frozenset(heads), tuple(heads))
+        if len(found) == draws:
+            break
+    return list(found.values()), distinct or None
 
 
 def any_layer_heads(count: int, n_layers: int, n_heads: int, *, seed: int) -> list[Head]:

@@ -3,6 +3,8 @@
 An element of a prompt (a word of a category, a label, a colon, a blank line) may not attend to what
 directly followed an earlier element of its kind. Elements are found by character offsets in the
 text, so any fast tokenizer works: a token belongs to every element whose characters it overlaps.
+For any other text the elements are its tokens (:func:`repeated_token_pattern`) or its words
+(:func:`repeated_word_pattern`); :func:`control_pattern` blocks as many pairs elsewhere.
 
 Example
 -------
@@ -15,20 +17,22 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
 from icl_helpers.errors import InputError
 from icl_helpers.files import synthetic_dir
 
 __all__ = [
-    "CATEGORIES", "CATEGORY_NAMES", "Element", "check_categories", "elements_pattern",
-    "induction_pattern", "induction_patterns", "prompt_elements", "word_categories",
+    "CATEGORIES", "CATEGORY_NAMES", "Element", "check_categories", "control_pattern",
+    "elements_pattern", "induction_pattern", "induction_patterns", "prompt_elements",
+    "repeated_token_pattern", "repeated_word_pattern", "token_segments", "word_categories",
 ]  # fmt: skip
 
 CATEGORIES = ("words", "labels", "colons", "blank_lines")
@@ -164,6 +168,14 @@ def induction_patterns(
 ) -> list[Bool[torch.Tensor, "tokens tokens"]]:
     """:func:`induction_pattern` for many prompts, tokenised in one call."""
     check_categories(categories)
+    offsets = _offsets(prompts, tokenizer)
+    return [_pattern(p, o, set(categories)) for p, o in zip(prompts, offsets, strict=True)]
+
+
+def _offsets(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[Sequence[tuple[int, int]]]:
+    """The characters [start, end) of every token of each prompt."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{type(tokenizer).__name__} gives no character offsets; load the fast version of the "
@@ -174,8 +186,8 @@ def induction_patterns(
     encoded = tokenizer(
         list(prompts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
-    offsets = encoded["offset_mapping"]
-    return [_pattern(p, o, set(categories)) for p, o in zip(prompts, offsets, strict=True)]
+    offsets: list[Sequence[tuple[int, int]]] = encoded["offset_mapping"]
+    return offsets
 
 
 def _pattern(
@@ -228,11 +240,114 @@ def elements_pattern(
     return torch.from_numpy(np.tril(blocked, k=-1))
 
 
+def repeated_token_pattern(
+    input_ids: Int[torch.Tensor, "*batch tokens"],
+    *,
+    segments: Int[torch.Tensor, "*batch tokens"] | None = None,
+) -> Bool[torch.Tensor, "*batch tokens tokens"]:
+    """The induction pattern of any text: True where row i may not attend to column j.
+
+    Column j directly follows an earlier occurrence of row i's token: ``input_ids[j - 1] ==
+    input_ids[i]`` and j <= i. A token that follows its like is thus kept from itself too; column 0
+    follows nothing, so that something is left to attend to.
+
+    Parameters
+    ----------
+    input_ids
+        One prompt, or a batch of them.
+    segments
+        Number of the segment that each token is part of, -1 for none
+        (:func:`token_segments`): only pairs whose occurrences lie in two different segments are
+        blocked, for instance in two demonstrations. Default: the whole prompt.
+
+    Raises
+    ------
+    InputError
+        Ids that are no whole numbers of shape [tokens] or [batch, tokens].
+    """
+    ids = torch.as_tensor(input_ids)
+    if ids.ndim not in (1, 2) or ids.is_floating_point():
+        raise InputError(
+            f"input_ids must be whole numbers of shape [tokens] or [batch, tokens], got "
+            f"{ids.dtype} of shape {list(ids.shape)}"
+        )
+    blocked = torch.zeros(*ids.shape, ids.shape[-1], dtype=torch.bool, device=ids.device)
+    blocked[..., 1:] = ids[..., :, None] == ids[..., None, :-1]
+    return _between(blocked.tril(), segments)
+
+
+def repeated_word_pattern(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    segments: Int[torch.Tensor, " tokens"] | None = None,
+) -> Bool[torch.Tensor, "tokens tokens"]:
+    """:func:`repeated_token_pattern` for whole words, whatever their tokens and capitals.
+
+    All tokens of a word are kept from the token that directly follows an earlier occurrence of the
+    word. Words are runs of letters, digits and underscores; tokens are those of
+    ``tokenizer(prompt, add_special_tokens=False)``.
+    """
+    starts, ends = np.asarray(_offsets([prompt], tokenizer)[0]).reshape(-1, 2).T
+    words = list(re.finditer(r"\w+", prompt))
+    first, last = _tokens(starts, ends, [word.span() for word in words])
+    kinds = {text: kind for kind, text in enumerate({w[0].casefold(): None for w in words})}
+    # Of every token: the word that it is part of, where that begins, and the word that it follows.
+    part, start, after = (np.full(len(starts) + 1, -1) for _ in range(3))
+    for word, begin, end in zip(words, first, last, strict=True):
+        part[begin:end] = kinds[word[0].casefold()]
+        start[begin:end] = begin
+        after[end] = kinds[word[0].casefold()]
+    part, start, after = part[:-1], start[:-1], after[:-1]
+    same = (part[:, None] == after[None]) & (part >= 0)[:, None]
+    blocked = same & (np.arange(len(part))[None] <= start[:, None])
+    return _between(torch.from_numpy(blocked), segments)
+
+
+def _between(
+    blocked: Bool[torch.Tensor, "*batch tokens tokens"], segments: torch.Tensor | None
+) -> Bool[torch.Tensor, "*batch tokens tokens"]:
+    """Those of the pairs whose query and earlier occurrence lie in two different segments."""
+    if segments is None:
+        return blocked
+    query, key = segments[..., :, None], segments.roll(1, -1)[..., None, :]
+    return blocked & (query != key) & (query >= 0) & (key >= 0)
+
+
+def token_segments(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, spans: Sequence[tuple[int, int]]
+) -> Int[torch.Tensor, " tokens"]:
+    """Number of the span of characters that each token's last character lies in, or -1.
+
+    ``spans`` may be a prompt's demonstrations:
+    :func:`icl_helpers.tasks.prompts.demonstration_spans`.
+    """
+    numbers = []
+    for _, end in _offsets([prompt], tokenizer)[0]:
+        of = (number for number, (first, last) in enumerate(spans) if first < end <= last)
+        numbers.append(next(of, -1))
+    return torch.tensor(numbers)
+
+
+def control_pattern(
+    blocked: Bool[torch.Tensor, "*batch tokens tokens"], *, seed: int
+) -> Bool[torch.Tensor, "*batch tokens tokens"]:
+    """As many random earlier keys for every query as ``blocked`` forbids it, but none of those.
+
+    The control of a knockout: is it these positions that matter, or any loss of attention? Where a
+    query has fewer other keys before it than are blocked, all of them are; itself it always sees.
+    """
+    free = ~blocked & torch.ones_like(blocked).tril(-1)
+    drawn = torch.rand(blocked.shape, generator=torch.Generator().manual_seed(seed))
+    place = drawn.to(blocked.device).masked_fill(~free, 2.0).argsort(-1).argsort(-1)
+    return free & (place < blocked.sum(-1, keepdim=True))
+
+
 def _tokens(
     starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int] | None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each character span the first token that it overlaps, and the one after the last."""
-    edges = np.asarray(spans)
+    edges = np.asarray(spans).reshape(-1, 2)
     first = np.searchsorted(ends, edges[:, 0], side="right")
     return first, np.searchsorted(starts, edges[:, 1], side="left")
 

@@ -1,4 +1,4 @@
-"""Mean ablation, zero ablation and attention knockout, as edits of the attention hook.
+"""Mean, resample and zero ablation and attention knockout, as edits of the attention hook.
 
 Each intervention is a small immutable object; :func:`intervene` applies any number of them around
 any forward pass, generation included, and leaves the model as it was (paper, sections 4 and 5).
@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,7 +34,10 @@ from icl_helpers.attention.hook import (
 )
 from icl_helpers.errors import InputError, InterventionError
 
-__all__ = ["AttentionKnockout", "Intervention", "MeanAblation", "ZeroAblation", "intervene"]
+__all__ = [
+    "AttentionKnockout", "Intervention", "MeanAblation", "ResampleAblation", "ZeroAblation",
+    "intervene",
+]  # fmt: skip
 
 
 class Intervention(Protocol):
@@ -60,7 +63,44 @@ class ZeroAblation:
 
 
 @dataclass(frozen=True, init=False, eq=False)
-class MeanAblation:
+class _OutputsGiven:
+    """Replace the output of each head by what is given for the position of the token."""
+
+    heads: tuple[Head, ...]
+    head_outputs: Float[torch.Tensor, "... layers positions heads d_head"]
+
+    # Numbers of axes that ``head_outputs`` may have, and how to come by more positions.
+    _axes: ClassVar[tuple[int, ...]]
+    _way_out: ClassVar[str]
+
+    def __init__(
+        self,
+        heads: Iterable[Head | tuple[int, int]],
+        head_outputs: Float[torch.Tensor, "... layers positions heads d_head"],
+    ) -> None:
+        object.__setattr__(self, "heads", _as_heads(heads))
+        object.__setattr__(self, "head_outputs", head_outputs)
+
+    def edits(self, layout: AttentionLayout) -> dict[int, AttentionEdit]:
+        """See :class:`Intervention`."""
+        check_heads(self.heads, layout)
+        shape = tuple(self.head_outputs.shape)
+        wanted = (layout.n_layers, layout.n_heads, layout.d_head)
+        if len(shape) not in self._axes or (shape[-4], *shape[-2:]) != wanted:
+            raise InputError(
+                f"head_outputs must have shape {'[batch, ' if 5 in self._axes else '['}"
+                f"{wanted[0]} layers, positions, {wanted[1]} heads, {wanted[2]} d_head] for this "
+                f"model, got {list(shape)}; {self._way_out}"
+            )
+        return {
+            layer: _GivenEdit(
+                heads, self.head_outputs.select(-4, layer)[..., heads, :], self._way_out
+            )
+            for layer, heads in _by_layer(self.heads).items()
+        }
+
+
+class MeanAblation(_OutputsGiven):
     """Replace the output of each head by a fixed vector per position (paper, section 4).
 
     Parameters
@@ -73,32 +113,29 @@ class MeanAblation:
         batches must be padded on the right.
     """
 
-    heads: tuple[Head, ...]
-    head_outputs: Float[torch.Tensor, "layers positions heads d_head"]
+    _axes = (4,)
+    _way_out = "compute them with mean_head_outputs(model, input_ids) from longer samples"
 
-    def __init__(
-        self,
-        heads: Iterable[Head | tuple[int, int]],
-        head_outputs: Float[torch.Tensor, "layers positions heads d_head"],
-    ) -> None:
-        object.__setattr__(self, "heads", _as_heads(heads))
-        object.__setattr__(self, "head_outputs", head_outputs)
 
-    def edits(self, layout: AttentionLayout) -> dict[int, AttentionEdit]:
-        """See :class:`Intervention`."""
-        check_heads(self.heads, layout)
-        shape = tuple(self.head_outputs.shape)
-        wanted = (layout.n_layers, layout.n_heads, layout.d_head)
-        if len(shape) != 4 or (shape[0], shape[2], shape[3]) != wanted:
-            raise InputError(
-                f"head_outputs must have shape [{wanted[0]} layers, positions, {wanted[1]} heads, "
-                f"{wanted[2]} d_head] for this model, got {list(shape)}; compute it with "
-                f"mean_head_outputs(model, input_ids)"
-            )
-        return {
-            layer: _MeanEdit(heads, self.head_outputs[layer][:, heads])
-            for layer, heads in _by_layer(self.heads).items()
-        }
+class ResampleAblation(_OutputsGiven):
+    """Replace the output of each head by what it gave at the same position of another prompt.
+
+    Also known as interchange intervention (Geiger et al. 2021) and as the building block of causal
+    scrubbing (Chan et al. 2022): unlike a mean, what stands in is something the head does say.
+
+    Parameters
+    ----------
+    heads
+        The heads to ablate.
+    head_outputs
+        [batch, layers, positions, heads, d_head], one prompt's outputs for each prompt of the
+        batch, or [layers, positions, heads, d_head] for all; from
+        :func:`icl_helpers.prompt_head_outputs`. As with :class:`MeanAblation` a batch may be no
+        longer than the positions, and is padded on the right.
+    """
+
+    _axes = (4, 5)
+    _way_out = "compute them with prompt_head_outputs(model, input_ids) from longer prompts"
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -190,20 +227,30 @@ class _ZeroEdit:
 
 
 @dataclass
-class _MeanEdit:
+class _GivenEdit:
     heads: list[int]
-    means: Float[torch.Tensor, "positions chosen d_head"]
+    outputs: Float[torch.Tensor, "... positions chosen d_head"]
+    way_out: str
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
-        self.means = self.means.to(device=call.output.device, dtype=call.output.dtype)
+        self.outputs = self.outputs.to(device=call.output.device, dtype=call.output.dtype)
         positions, last = call.positions
-        if last >= self.means.shape[0]:
+        if last >= self.outputs.shape[-3]:
             raise InterventionError(
-                f"the batch reaches position {last}, but the mean head outputs end "
-                f"at position {self.means.shape[0] - 1}; compute them from longer reference samples"
+                f"the batch reaches position {last}, but the head outputs given end at position "
+                f"{self.outputs.shape[-3] - 1}; {self.way_out}"
             )
         output = call.output.clone()
-        output[:, :, self.heads] = self.means[positions]
+        if self.outputs.ndim == 3:
+            output[:, :, self.heads] = self.outputs[positions]
+            return output
+        if len(self.outputs) != len(output):
+            raise InterventionError(
+                f"head_outputs are of {len(self.outputs)} prompts, the batch has {len(output)}; "
+                f"give one for each, or leave the batch axis out"
+            )
+        rows = torch.arange(len(output), device=positions.device)[:, None]
+        output[:, :, self.heads] = self.outputs[rows, positions]
         return output
 
 

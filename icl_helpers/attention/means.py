@@ -13,7 +13,7 @@ Example
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from icl_helpers.attention.hook import (
 from icl_helpers.attention.passes import check_ids, forget_lengths, one_angle_length
 from icl_helpers.errors import InputError, UnsupportedArchitectureError
 
-__all__ = ["mean_head_outputs"]
+__all__ = ["input_hooks", "mean_head_outputs", "prompt_head_outputs", "replaced_inputs"]
 
 
 @torch.no_grad()
@@ -72,6 +72,35 @@ def mean_head_outputs(
         return _mean_outputs(model, layout, input_ids, batch_size)
     means = _mean_inputs(model, layout, input_ids, batch_size)
     return _replay(model, layout, input_ids[:1], means)
+
+
+@torch.no_grad()
+def prompt_head_outputs(
+    model: PreTrainedModel,
+    input_ids: Int[torch.Tensor, "batch tokens"],
+    *,
+    positions: Int[torch.Tensor, "batch chosen"] | None = None,
+) -> Float[torch.Tensor, "batch layers chosen heads d_head"]:
+    """Output of every head on each prompt, at every position or at chosen ones.
+
+    This is what enters the output projection; float32, on the CPU. Inside
+    :func:`icl_helpers.intervene` the outputs are those of the altered model. Rows are padded on the
+    right: padding changes nothing to its left. Raises :class:`InputError` for ids that are not the
+    model's.
+    """
+    layout = attention_layout(model)
+    check_ids(model, input_ids, way_out="use shorter prompts")
+    rows = torch.arange(len(input_ids))[:, None]
+    outputs: dict[int, torch.Tensor] = {}
+
+    def record(layer: int, call: AttentionCall) -> torch.Tensor:
+        kept = call.output if positions is None else call.output[rows, positions]
+        outputs[layer] = kept.float().cpu()
+        return call.output
+
+    with edited_attention(model, _per_layer(layout, record)):
+        model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+    return torch.stack([outputs[layer] for layer in range(layout.n_layers)], dim=1)
 
 
 class _RunningMeans:
@@ -125,7 +154,7 @@ def _mean_inputs(
     def record(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running.update(layer, _block_input(layout.modules[layer], args, kwargs))
 
-    with _input_hooks(layout, record):
+    with input_hooks(layout.modules, record):
         for batch in _batches(input_ids, batch_size, model.device):
             model.base_model(input_ids=batch, use_cache=False)
     return running.all()
@@ -147,18 +176,14 @@ def _replay(
     fits = means.numel() == math.prod(shape)
     outputs = means.view(shape) if fits else torch.empty(shape, device=means.device)
 
-    def replace(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        current = _block_input(layout.modules[layer], args, kwargs)
-        mean = means[layer].to(device=current.device, dtype=current.dtype, copy=True)[None]
-        if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": mean}
-        return (mean, *args[1:]), kwargs
+    def mean(layer: int, current: torch.Tensor) -> torch.Tensor:
+        return means[layer].to(device=current.device, dtype=current.dtype, copy=True)[None]
 
     def record(layer: int, call: AttentionCall) -> torch.Tensor:
         outputs[layer] = call.output[0]
         return call.output
 
-    with _input_hooks(layout, replace), edited_attention(model, _per_layer(layout, record)):
+    with replaced_inputs(layout, mean), edited_attention(model, _per_layer(layout, record)):
         model.base_model(input_ids=any_ids.to(model.device), use_cache=False)
     return outputs.cpu()
 
@@ -182,12 +207,32 @@ def _block_input(
 
 
 @contextmanager
-def _input_hooks(layout: AttentionLayout, function: Any) -> Iterator[None]:
-    """Call ``function(layer, args, kwargs)`` before each attention block; always unhook."""
+def replaced_inputs(
+    layout: AttentionLayout, function: Callable[[int, torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Feed each attention block ``function(layer, input)`` in place of its input."""
+
+    def replace(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        new = function(layer, _block_input(layout.modules[layer], args, kwargs))
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": new}
+        return (new, *args[1:]), kwargs
+
+    with input_hooks(layout.modules, replace):
+        yield
+
+
+@contextmanager
+def input_hooks(modules: Iterable[torch.nn.Module], function: Any) -> Iterator[None]:
+    """Call ``function(index, args, kwargs)`` before each module, for example of every layer.
+
+    The function returns None, or the arguments to put in place of these. All hooks are removed
+    whatever way the block is left.
+    """
     handles = []
     try:
-        for layer, module in enumerate(layout.modules):
-            hook = lambda _, args, kwargs, layer=layer: function(layer, args, kwargs)  # noqa: E731
+        for index, module in enumerate(modules):
+            hook = lambda _, args, kwargs, index=index: function(index, args, kwargs)  # noqa: E731
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:

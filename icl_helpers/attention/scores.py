@@ -1,5 +1,8 @@
 """Prefix-matching scores: which heads look at what followed an earlier copy (paper, section 2).
 
+Other scores of the same kind, attention that a head pays to a set of pairs, build on
+:func:`mean_attention`.
+
 Example
 -------
 >>> sequences = icl.random_sequences(tokenizer, seed=0)
@@ -28,7 +31,10 @@ from icl_helpers.attention.hook import (
 from icl_helpers.attention.passes import check_ids
 from icl_helpers.errors import InputError
 
-__all__ = ["attention_patterns", "prefix_matching_scores", "random_sequences", "token_pool"]
+__all__ = [
+    "attention_patterns", "mean_attention", "prefix_matching_scores", "random_sequences",
+    "repeated_ids", "token_pool",
+]  # fmt: skip
 
 # No word in angle or square brackets is ordinary text to a tokenizer that has it as one token.
 _RESERVED = re.compile(r"<[^<>\s]+>|\[\w+\]")
@@ -146,14 +152,32 @@ def prefix_matching_scores(
         True also counts attention to the position after BOS from the last token of each later copy
         (3 of 150 positions), as the published code does; False leaves that term out.
     """
-    layout = attention_layout(model)
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    ids, start = repeated_ids(model, sequences, repeats=repeats, bos_token_id=bos_token_id)
+    length = sequences.shape[1]
+    followers = _followers(length, repeats, with_bos=start == 1, published=published_formula)
+    n_positions = length * (repeats - 1)
+    return mean_attention(model, ids, followers, n_positions=n_positions, batch_size=batch_size)
+
+
+def repeated_ids(
+    model: PreTrainedModel,
+    sequences: Int[torch.Tensor, "n_sequences length"],
+    *,
+    repeats: int = 4,
+    bos_token_id: int | None = None,
+) -> tuple[Int[torch.Tensor, "n_sequences tokens"], int]:
+    """Each sequence ``repeats`` times behind BOS, and the place where its first copy begins.
+
+    Raises as :func:`prefix_matching_scores` does.
+    """
+    attention_layout(model)  # what has no such attention is refused before its ids are
     if sequences.ndim != 2 or repeats < 2:
         raise InputError(
             f"sequences must have shape [n_sequences, length] and repeats be at least 2, got "
             f"{list(sequences.shape)} and {repeats}"
         )
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
     bos = model.config.get_text_config().bos_token_id if bos_token_id is None else bos_token_id
     if isinstance(bos, (list, tuple)):
         bos = bos[0]
@@ -161,14 +185,25 @@ def prefix_matching_scores(
     if bos is not None:
         ids = torch.cat([torch.full((len(ids), 1), bos, dtype=ids.dtype), ids], dim=1)
     check_ids(model, ids, way_out="use shorter sequences or fewer repeats")
-    length = sequences.shape[1]
-    followers = _followers(length, repeats, with_bos=bos is not None, published=published_formula)
-    n_positions = length * (repeats - 1)
+    return ids, int(bos is not None)
+
+
+@torch.no_grad()
+def mean_attention(
+    model: PreTrainedModel,
+    input_ids: Int[torch.Tensor, "batch tokens"],
+    pairs: Bool[torch.Tensor, "tokens tokens"],
+    *,
+    n_positions: int,
+    batch_size: int | None = None,
+) -> Float[torch.Tensor, "batch layers heads"]:
+    """Attention that each head pays to these (query, key) pairs in all, over ``n_positions``."""
+    layout = attention_layout(model)
     parts = []
-    for batch in ids.split(batch_size or len(ids)):
+    for batch in input_ids.split(batch_size or len(input_ids)):
         scores = torch.zeros(len(batch), layout.n_layers, layout.n_heads)
         edits = {
-            layer: [_ScoreEdit(followers, n_positions, scores[:, layer])]
+            layer: [_ScoreEdit(pairs, n_positions, scores[:, layer])]
             for layer in range(layout.n_layers)
         }
         with edited_attention(model, edits):
@@ -181,8 +216,8 @@ def prefix_matching_scores(
 class _ScoreEdit:
     """Reduce one layer's attention to a score per head; leave the output as it is."""
 
-    def __init__(self, followers: torch.Tensor, n_positions: int, scores: torch.Tensor) -> None:
-        self.query, self.key = followers.nonzero(as_tuple=True)
+    def __init__(self, pairs: torch.Tensor, n_positions: int, scores: torch.Tensor) -> None:
+        self.query, self.key = pairs.nonzero(as_tuple=True)
         self.n_positions = n_positions
         self.scores = scores
 

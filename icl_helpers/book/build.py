@@ -1,19 +1,30 @@
 """Building the HTML book from the hand-written pages and the executed notebooks of every run.
 
 The pages, the settings and each run's notebooks are staged into one fresh folder, so that nothing
-of an earlier build is reused, and Sphinx's warnings are errors.
+of an earlier build is reused, and Sphinx's warnings are errors. Runs that come as bundles are first
+made into runs of the book, executed from there, and checked by a sample.
+
+Example
+-------
+>>> prepare_shipped("book/runs", "runs")
+>>> build_book("runs", "_build")
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import os
+import posixpath
 import re
 import shutil
+import string
 import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,27 +39,35 @@ from icl_helpers.book.pages import (
     run_slug,
     stage_table,
 )
+from icl_helpers.book.playground import write_playground
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.files import (
+    assets_dir,
     book_dir,
     check_run_dir,
     embedded_models,
+    imported_dir,
     notebooks_dir,
     project_root,
+    user_path,
+    write_json,
 )
 from icl_helpers.parameters import read_parameters, stage_parameters
-from icl_helpers.redaction import check_leaks
+from icl_helpers.redaction import check_leaks, redact
 from icl_helpers.results.notebook import DESCRIPTION
+from icl_helpers.run.bundle import import_bundle
 from icl_helpers.run.costs import estimate_cost
-from icl_helpers.run.plan import run_info, shown_name
+from icl_helpers.run.plan import run_info, shown_name, stated_parameters
 from icl_helpers.run.stages import (
+    RESULTS,
     StageError,
     check_book_extra,
-    execute_notebook,
+    execute_notebooks,
+    execute_stages,
     stage_notebooks,
 )
 
-__all__ = ["BookError", "build_book", "find_runs"]
+__all__ = ["BookError", "build_book", "find_runs", "prepare_shipped"]
 
 # The recipe that the page on running one's own model goes through.
 _EXAMPLE = "llama-3-8b.yaml"
@@ -57,6 +76,52 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 class BookError(ICLError, RuntimeError):
     """The book could not be built, or what was built is not whole."""
+
+
+def prepare_shipped(
+    bundles: str | os.PathLike[str], runs: str | os.PathLike[str], *, seconds: float = 60
+) -> list[Path]:
+    """Import every bundle below ``bundles``, execute its stages, and verify a sample of it.
+
+    The run of a bundle lies below ``runs`` under the bundle's name; where a run lies that was not
+    imported, that one stays. All verifications together take about ``seconds``; what they say is
+    kept in ``verification.json`` of each run, that the model is not here too. Return the runs.
+
+    Raises :class:`InputError` for a directory that is none, and for a damaged bundle.
+    """
+    folder = user_path(bundles)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no directory of bundles")
+    found = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    made = []
+    for bundle in found:
+        run = user_path(runs) / bundle.name
+        if (run / "run.json").is_file() and imported_dir(run) is None:
+            warnings.warn(f"{run} was computed here and takes the place of {bundle}", stacklevel=2)
+            continue
+        import_bundle(bundle, run)
+        execute_stages(stated_parameters(run))
+        write_json(run / "verification.json", _verified(bundle, seconds / len(found)))
+        made.append(run)
+    return made
+
+
+def _verified(bundle: Path, seconds: float) -> dict[str, Any]:
+    """The report of ``icl verify``, or the ``reason`` for which there is none."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        command = [sys.executable, "-m", "icl_helpers.cli", "verify", str(bundle)]
+        # A process of its own, which gives the model's memory back. Nothing is fetched for a check.
+        done = subprocess.run(
+            [*command, "--seconds", f"{seconds:g}", "--json", str(report)],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if report.is_file():
+            found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+            return found
+    said = re.findall(r"^icl: (.*)", done.stderr, re.MULTILINE)
+    reason = said[-1] if said else f"icl verify ended with exit code {done.returncode}"
+    return {"reason": redact(reason.replace(str(bundle), bundle.name))}
 
 
 def find_runs(runs: str | os.PathLike[str]) -> list[Path]:
@@ -119,10 +184,12 @@ def build_book(
     # Links in a notebook's outputs stay as they are: what they lead to has to lie there.
     for tables in staged.glob("run/*/tables"):
         shutil.copytree(tables, target / "html" / tables.relative_to(staged))
-    check_leaks(target / "html")
+    write_playground(target / "html" / "_static" / "playground")
     missing = [page for page in wanted if not (target / "html" / f"{page}.html").is_file()]
     if missing:
         raise BookError(f"the built book lacks {', '.join(missing)}")
+    _write_print_view(target / "html", wanted)
+    check_leaks(target / "html")
     return target / "html" / "index.html"
 
 
@@ -137,6 +204,14 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
     written = {page["file"] for page in behind}
     behind += [{"file": page} for page in _stage_chapters(staged) if page not in written]
     (staged / "model-card.md").write_text(pages.model_card("icl-tiny"))
+    claims, claims_in_short = pages.claims_page(runs)
+    (staged / "claims.md").write_text(claims)
+    (staged / "report.md").write_text(pages.report_page(runs, claims_in_short))
+    parts["The study"].insert(0, {"file": "claims"})
+    for run in runs:
+        bundle = imported_dir(run)
+        if bundle is not None:
+            _zip_bundle(bundle, staged / "bundles" / f"{run_slug(run)}.zip")
     several = pages.comparison_page(runs, staged) if len(runs) > 1 else None
     for name, text in (
         ("verification", pages.verification_page(runs)), ("comparison", several),
@@ -155,6 +230,7 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
         **front_page(staged, runs),
         **_costs(),
         "drawing": pages.drawing(),
+        "claims_in_short": claims_in_short,
         "code": f" The code is at <{url}>." if url else "",
     }
     _repository_buttons(config)
@@ -193,12 +269,14 @@ def _stage_chapters(staged: Path) -> Iterator[str]:
     """
     import nbformat  # of the extra 'book'
 
-    for path in pages.chapter_notebooks():
-        target = staged / path.name
-        try:
-            execute_notebook(path, target, {})
-        except StageError as error:
-            raise BookError(str(error)) from None
+    jobs: list[tuple[Path, Path, dict[str, Any]]] = [
+        (path, staged / path.name, {}) for path in pages.chapter_notebooks()
+    ]
+    try:
+        execute_notebooks(jobs, at_once=os.cpu_count() or 1, progress=False)
+    except StageError as error:
+        raise BookError(str(error)) from None
+    for path, target, _ in jobs:
         notebook = nbformat.read(target, as_version=4)
         _check_outputs(notebook, path)
         _make_static(notebook, "", staged)
@@ -222,8 +300,7 @@ def _stage_run(staged: Path, run: Path) -> Iterator[str]:
     places = dict.fromkeys((str(run.resolve()), info["parameters"]["run_dir"]), f"runs/{run.name}")
     places[info["model"]] = shown_name(info["model"])
     # The results come first, then how they were got.
-    *stages, results = stage_notebooks()
-    for stage in (results, *stages):
+    for stage in sorted(stage_notebooks(), key=lambda path: path.stem != RESULTS):
         text = (run / "notebooks" / stage.name).read_text(encoding="utf-8")
         for place, shown in places.items():
             text = text.replace(place, shown)
@@ -246,8 +323,12 @@ def _check_outputs(notebook: Any, path: Path) -> None:
         raise BookError(f"{path} has no outputs: it was not executed")
 
 
+# The label of an exercise, or a solution's mention of it.
+_EXERCISE = re.compile(r"(?:\{exercise-start\}\n:label:|\{solution-start\}) \S+")
+
+
 def _make_static(notebook: Any, suffix: str, staged: Path) -> None:
-    """Make an executed notebook fit for a static page, with figure names unique in the book."""
+    """Make an executed notebook fit for a static page; names and labels are unique in the book."""
     # papermill notes where the notebook lay.
     notebook.metadata.pop("papermill", None)
     tags = [set(cell.metadata.get("tags", [])) for cell in notebook.cells]
@@ -261,6 +342,8 @@ def _make_static(notebook: Any, suffix: str, staged: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _is_static(output)]
             _describe_figure(cell, suffix, staged)
+        else:
+            cell.source = _EXERCISE.sub(rf"\g<0>{suffix}", cell.source)
 
 
 def _is_static(output: Any) -> bool:
@@ -307,6 +390,81 @@ def _offer_narrow(html: Path) -> None:
         up = "../" * (len(page.relative_to(html).parts) - 1)
         text = page.read_text(encoding="utf-8")
         page.write_text(figure.sub(picture, text), encoding="utf-8")
+
+
+# The same for every file, so that equal bundles become equal files.
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+
+
+def _zip_bundle(bundle: Path, target: Path) -> None:
+    """Pack a bundle into one file, the same bytes whenever and wherever it is packed."""
+    target.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in sorted(bundle.iterdir()):
+            entry = zipfile.ZipInfo(f"{target.stem}/{path.name}", _ZIP_TIME)
+            # Parquet files are compressed already; and zlib's output depends on its version.
+            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_STORED)
+
+
+_NOT_ON_PAPER = re.compile(
+    r'<section class="icl-(?:viewer|playground)".*?</section>|<script.*?</script>', re.DOTALL
+)
+
+
+def _write_print_view(html: Path, names: Sequence[str]) -> None:
+    """Write ``print.html``: the articles of these pages on one page, for paper or a PDF.
+
+    Anchors get the name of their page in front, links between the pages lead to them. What needs
+    a reader's hand, the viewers and their like, is left out.
+    """
+    articles = []
+    for name in names:
+        text = (html / f"{name}.html").read_text(encoding="utf-8")
+        article = text[text.index('<article class="bd-article">') : text.rindex("</article>")]
+        article = re.sub(
+            r'<section class="icl-(viewer|playground)".*?</section>', "", article, flags=re.DOTALL
+        )
+        article = re.sub(r"<script.*?</script>", "", article, flags=re.DOTALL)
+        articles.append(_as_part(article, name, names) + "</article>")
+    head = (html / "index.html").read_text(encoding="utf-8").partition("</head>")[0]
+    styles = re.findall(r'<link [^>]*rel="stylesheet"[^>]*>', head)
+    formulas = re.findall(
+        r"<script>window\.MathJax.*?</script>|<script[^>]*/mathjax/.*?</script>", head
+    )
+    template = string.Template((assets_dir() / "print.html").read_text(encoding="utf-8"))
+    title = re.findall(r"<title>(.*?)</title>", head, re.DOTALL)[0]
+    page = template.substitute(
+        title=title, head="\n".join([*styles, *formulas]), articles="\n".join(articles)
+    )
+    (html / "print.html").write_text(page, encoding="utf-8")
+
+
+def _as_part(article: str, name: str, names: Sequence[str]) -> str:
+    """Make a page's article fit for a page at the top of the book that holds others too."""
+
+    def anchor(page: str, fragment: str) -> str:
+        return "--".join(filter(None, (page.replace("/", "-"), fragment)))
+
+    def own(found: re.Match[str]) -> str:
+        return f'{found[1]}="{" ".join(anchor(name, it) for it in found[2].split())}"'
+
+    def place(found: re.Match[str]) -> str:
+        path, _, fragment = found[2].partition("#")
+        path = path or f"{posixpath.basename(name)}.html"
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(name), path))
+        page = path.removesuffix(".html")
+        if page in names:
+            return f'{found[1]}="#{anchor(page, fragment)}"'
+        return f'{found[1]}="{path}{fragment and "#"}{fragment}"'
+
+    article = article.replace("<article", f'<article id="{anchor(name, "")}"', 1)
+    start, end = article.split(">", 1)
+    end = re.sub(r'\b(id|for|aria-[a-z]+by|aria-controls)="([^"]+)"', own, end)
+    # The theme's script lets the keyboard scroll wide tables; here it does not run.
+    scrolls = 'class="pst-scrollable-table-container"'
+    end = end.replace(scrolls, f'{scrolls} tabindex="0"')
+    end = re.sub(r'\b(href|src|srcset)="(?![a-z]+:|//)([^"]+)"', place, end)
+    return f"{start}>{end}"
 
 
 def _repository_buttons(config: dict[str, Any]) -> None:

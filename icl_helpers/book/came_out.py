@@ -1,19 +1,17 @@
 """What came out of a run and of each of its stages, in words: every sentence follows by rule.
 
 A stage's section says, after what is in doubt, what the paper reports, what this model does, which
-of the stage's predictions held and where they did not, and how sure that is. What may be said of a
+of the paper's claims hold and where they do not, and how sure that is. What may be said of a
 task is decided in :mod:`icl_helpers.results.outcomes`.
 
 Example
 -------
 >>> run = icl.run_at("runs/icl-tiny")
 >>> Markdown(what_came_out(run, 4))
->>> kind_lines(run.documents())
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,41 +19,24 @@ import pandas as pd
 import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, heads_in_words, top_heads
-from icl_helpers.files import embedded_models
+from icl_helpers.book.claims import Evidence, judged_lines
 from icl_helpers.results.outcomes import (
     KindOutcome,
     Span,
-    TaskOutcome,
-    doubts,
-    findings,
+    headline,
+    kind_lines,
     kind_outcomes,
     listed,
     outcome_sentence,
     range_in_words,
+    seed_doubts,
     task_kind,
-    task_name,
-    training_seed_doubts,
+    tasks_under,
 )
-from icl_helpers.results.tables import published_accuracy, read_measurements
-from icl_helpers.results.viewer import PromptView, follower_shares, looks_in_words
+from icl_helpers.results.tables import published_accuracy
+from icl_helpers.results.viewer import PromptView, looks_in_words, query_followers, query_word
 
-__all__ = [
-    "headline",
-    "in_short",
-    "kind_lines",
-    "prediction",
-    "removal_caption",
-    "section",
-    "seed_doubts",
-    "what_came_out",
-]  # fmt: skip
-
-# From this share of all heads on, induction is not said to sit in few of them.
-_FEW = 0.1
-_NAMES = {
-    "full": "full model", "induction_heads": "heads removed",
-    "induction_pattern": "pattern blocked", "random_heads": "random heads removed",
-}  # fmt: skip
+__all__ = ["in_short", "section", "what_came_out"]
 
 
 class _Parts(NamedTuple):
@@ -63,25 +44,31 @@ class _Parts(NamedTuple):
 
     paper: Sequence[str]
     model: Sequence[str]
-    predictions: Sequence[str]
     sure: Sequence[str]
     doubts: Sequence[str] = ()
 
 
 def what_came_out(run: Any, stage: int) -> str:
-    """Say what came out of a stage, as Markdown; ``run`` is an :class:`icl_helpers.Run`."""
-    return section(*_STAGES[stage](run))
+    """Say what came out of a stage, as Markdown; ``run`` is an :class:`icl_helpers.Run`.
+
+    Which of the paper's claims hold is judged as on the page on them
+    (:mod:`icl_helpers.book.claims`), from what the stage has measured.
+    """
+    say, evidence = _STAGES[stage]
+    # The results sum up the stages on removal and knockout.
+    judged = judged_lines(evidence(run), (4, 5) if stage == 8 else (stage,))
+    return section(*say(run), judged=judged)
 
 
 def section(
-    paper: Sequence[str], model: Sequence[str], predictions: Sequence[str], sure: Sequence[str],
-    doubted: Sequence[str] = (),
+    paper: Sequence[str], model: Sequence[str], sure: Sequence[str], doubted: Sequence[str] = (), *,
+    judged: Sequence[str] = (), predictions: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Write a section from its sentences; what is in doubt comes first."""
     parts = {
         "Seeds or draws disagree": list(dict.fromkeys(doubted)),
         "What the paper says": paper, "What this model does": model,
-        "Predictions, and where this model departs": predictions, "How sure": sure,
+        "Predictions": predictions, "Which claims hold": judged, "How sure": sure,
     }  # fmt: skip
     blocks = [
         f"**{title}**\n\n" + "\n".join(f"- {line}" for line in lines)
@@ -91,148 +78,10 @@ def section(
     return "\n\n".join(blocks)
 
 
-def prediction(
-    text: str, tasks: Iterable[TaskOutcome], holds: Callable[[TaskOutcome], bool],
-    why: Callable[[TaskOutcome], str], *, against: Callable[[TaskOutcome], bool] = lambda _: True,
-) -> str:  # fmt: skip
-    """Say on which tasks a prediction held, and on which not and why.
-
-    ``against`` tells the tasks that contradict it from those that decide nothing: where it holds of
-    none, the prediction was not shown, which is not the same as wrong.
-    """
-    found = list(tasks)
-    if not found:
-        return f"*{text}*: was not evaluated here."
-    failed = [task for task in found if not holds(task)]
-    named = [f"{task_name(task.task)}{_labels(task)} ({why(task)})" for task in failed]
-    count = len(found) - len(failed)
-    verdict = "did not hold" if any(map(against, failed)) else "was not shown"
-    verdict = "held" if not failed else "held in part" if count else verdict
-    of_all = "the one task" if len(found) == 1 else f"all {len(found)} tasks"
-    on = f"on {of_all if not failed else f'{count} of {len(found)} tasks'}"
-    but = f"; not on {listed(named)}" if failed else ""
-    return f"*{text}*: **{verdict}**, {on}{but}."
-
-
-def _labels(task: TaskOutcome) -> str:
-    return f", {task.labels} labels" if task_kind(task.task, task.labels).startswith("text") else ""
-
-
-def headline(outcomes: Sequence[KindOutcome], *, heads: str) -> str:
-    """Say on how many tasks accuracy with examples falls, and falls more than under the control.
-
-    ``outcomes`` are those of :func:`icl_helpers.results.outcomes.kind_outcomes`; ``heads`` is as of
-    :func:`icl_helpers.attention.heads.heads_in_words`.
-    """
-    removed = _tasks(outcomes, "induction_heads")
-    if not removed:
-        return "No head was removed in this run: there is nothing to compare yet."
-    learnt = sum(task.level == "above chance" for task in _tasks(outcomes, "full"))
-    fell = sum(_sign(task, "full") < 0 for task in removed)
-    parts = [
-        f"With the most examples the full model is above chance on {learnt} of {len(removed)} "
-        f"tasks. Without {heads}, those with the highest induction score, accuracy is "
-        f"distinguishably lower on {fell} of {len(removed)}"
-    ]
-    below = sum(task.level == "below chance" for task in removed)
-    parts += [f"below chance on {below}"] if below else []
-    for control in _controls(removed):
-        more = sum(_sign(task, "random_heads", control) < 0 for task in removed)
-        parts.append(f"lower than without as many random heads{_of(control)} on {more}")
-    return "; ".join(parts) + "."
-
-
-def kind_lines(outcomes: Sequence[KindOutcome]) -> list[str]:
-    """Say of each kind of tasks what it gives under each condition, one line a kind."""
-    lines: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        said = f"{_NAMES[outcome.condition]}{_of(outcome.control)} "
-        said += "; ".join(findings(outcome, brief=True))
-        lines.setdefault(outcome.kind, []).append(said)
-    chances = {outcome.kind: outcome.chance for outcome in outcomes}
-    tasks = {outcome.kind: len(outcome.tasks) for outcome in outcomes}
-    return [
-        f"**{kind.capitalize()}** ({tasks[kind]} {'task' if tasks[kind] == 1 else 'tasks'}, chance "
-        f"{chances[kind]:.0f} %): {'. '.join(part[0].upper() + part[1:] for part in said)}."
-        for kind, said in lines.items()
-    ]
-
-
 def in_short(run: Any) -> str:
     """Say of a whole run what came out, as Markdown: doubts, the headline, and each kind."""
     found = _result_parts(run)
-    return section([], found.model, [], [], found.doubts)
-
-
-def removal_caption(documents: pd.DataFrame, *, ablation: str = "mean") -> str:
-    """Say of each kind of tasks what is left without the induction heads, for a figure's caption.
-
-    ``documents`` is :func:`icl_helpers.document_results`; empty where nothing was removed.
-    """
-    if not (documents["condition"] == "induction_heads").any():
-        return ""
-    said = [
-        f"{outcome.kind} {'; '.join(findings(outcome, brief=True))}"
-        for outcome in kind_outcomes(documents, ablation=ablation)
-        if outcome.condition == "induction_heads"
-    ]
-    return f"Without the induction heads: {'. '.join(said)}." if said else ""
-
-
-def seed_doubts(
-    outcomes: Sequence[KindOutcome], *, model: str = "", disagreements: bool = True
-) -> list[str]:
-    """Say where seeds or draws disagree, training seeds of an embedded model too; else the rest.
-
-    The rest (``disagreements`` False) are single seeds and numbers that are not finite.
-    """
-    lines = [line for outcome in outcomes for line in doubts(outcome)]
-    if model in embedded_models():
-        lines += training_seed_doubts(read_measurements("effect", model=model))
-    return [line for line in dict.fromkeys(lines) if ("disagree on" in line) == disagreements]
-
-
-def _tasks(outcomes: Iterable[KindOutcome], condition: str) -> list[TaskOutcome]:
-    return [task for it in outcomes if it.condition == condition for task in it.tasks]
-
-
-def _controls(tasks: Iterable[TaskOutcome]) -> list[str]:
-    found = (it.control for task in tasks for it in task.differences if it.against != "full")
-    return list(dict.fromkeys(found))
-
-
-def _of(control: str) -> str:
-    return control and f" ({control} control)"
-
-
-def _difference(task: TaskOutcome, against: str, control: str = "") -> Any:
-    return next(
-        (it for it in task.differences if (it.against, it.control) == (against, control)), None
-    )
-
-
-def _sign(task: TaskOutcome, against: str, control: str = "") -> int:
-    found = _difference(task, against, control)
-    return found.sign if found else 0
-
-
-def _gap(against: str, control: str = "") -> Callable[[TaskOutcome], str]:
-    """Word a task's difference with its interval."""
-
-    def why(task: TaskOutcome) -> str:
-        found = _difference(task, against, control)
-        if found is None:
-            return "not evaluated"
-        seen = "" if found.distinguishable else ", not distinguishable"
-        return f"{found.points:+.0f} points, {found.low:+.0f} to {found.high:+.0f}{seen}"
-
-    return why
-
-
-def _level(task: TaskOutcome) -> str:
-    if task.level == "one label":
-        return f"{task.accuracy.mean:.0f} %: one label for nearly all documents"
-    return f"{task.accuracy.mean:.0f} %, {task.level}"
+    return section([], found.model, [], found.doubts)
 
 
 def _published(number: int, conditions: Mapping[str, str]) -> list[str]:
@@ -303,16 +152,13 @@ def _only(documents: pd.DataFrame, *ablations: str) -> pd.DataFrame:
     return documents[documents["ablation"].isin(["none", *ablations])]
 
 
-def _outcomes(documents: pd.DataFrame, ablation: str = "mean") -> tuple[list[KindOutcome], ...]:
-    """Compute outcomes with the most examples and without any; none where nothing was evaluated."""
-    if documents.empty:
-        return [], []
-    return tuple(
-        kind_outcomes(documents, ablation=ablation, shots=shots)
-        if shots == "most" or (documents["shots"] == 0).any()
-        else []
-        for shots in ("most", "none")
-    )
+def _outcomes(
+    documents: pd.DataFrame, ablation: str = "mean", shots: str = "most"
+) -> list[KindOutcome]:
+    """Compute outcomes; none where nothing was evaluated."""
+    if documents.empty or (shots == "none" and not (documents["shots"] == 0).any()):
+        return []
+    return kind_outcomes(documents, ablation=ablation, shots=shots)
 
 
 def _sentences(outcomes: Iterable[KindOutcome], n_heads: int, *conditions: str) -> list[str]:
@@ -331,11 +177,6 @@ def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
     chosen = set(top_heads(mean, max(fractions)))
     same = [len(chosen & set(top_heads(one, max(fractions)))) for one in scores]
     always = sum(found == len(chosen) for found in same)
-    few = (
-        "**did not hold**: no head scores that much" if not count
-        else "**held**" if count / total <= _FEW
-        else f"**did not hold**: more than {100 * _FEW:.0f} % of the heads do"
-    )  # fmt: skip
     return _Parts(
         ["About 3 % of the heads of Llama-3-8B score 0.3 or more; the best, layer 15 head 30, has "
          "0.98 (Figure 2)."],
@@ -343,7 +184,6 @@ def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
          f"0.3 or more; the best, "
          f"layer {best.layer} head {best.head}, has {float(mean[best]):.2f}. Removed in the later "
          f"stages: {listed([heads_in_words(f, total) for f in fractions])}."],
-        [f"*Some heads do induction (0.3 or more), and few of them*: {few}."],
         [f"The {len(chosen)} heads with the highest mean are also the highest on {always} of "
          f"{len(scores)} sequences taken alone"
          + (f"; at least {min(same)} of them on every one" if always < len(scores) else "") + ". "
@@ -362,7 +202,6 @@ def mean_parts(norms: torch.Tensor, heads: Sequence[Head]) -> _Parts:
         [f"The vectors' norms are {float(norms.min()):.2f} to {float(norms.max()):.2f}, with a "
          f"median of {median:.2f}; those of the {len(heads)} induction heads that are removed are "
          f"{range_in_words(own, 2)}, above the median for {sum(side)} of {len(side)}."],
-        [],
         ["The means depend on the reference text. What a constant of this size does to accuracy is "
          "measured in the next stages, beside zero ablation, which has none."],
     )  # fmt: skip
@@ -370,19 +209,11 @@ def mean_parts(norms: torch.Tensor, heads: Sequence[Head]) -> _Parts:
 
 def full_parts(documents: pd.DataFrame, number: int = 1) -> _Parts:
     """Stage 3: where the full model stands without examples and with the most."""
-    some, none = _outcomes(documents)
+    some, none = (_outcomes(documents, shots=shots) for shots in ("most", "none"))
     guess = ["Without examples accuracy is about 50 % on the abstract tasks with two labels."]
     return _Parts(
         [*_published_levels(number), *(guess if number == 1 else [])],
         _sentences([*none, *some], 0, "full"),
-        [
-            prediction("Without examples accuracy lies at chance", _tasks(none, "full"),
-                       lambda task: task.level == "at chance", _level,
-                       against=lambda task: task.level in ("below chance", "above chance")),
-            prediction("With examples accuracy is above chance", _tasks(some, "full"),
-                       lambda task: task.level == "above chance", _level,
-                       against=lambda task: task.level == "below chance"),
-        ],
         _sure(some),
         seed_doubts(some),
     )  # fmt: skip
@@ -392,67 +223,24 @@ def removal_parts(
     documents: pd.DataFrame, n_heads: int, model: str = "", numbers: Sequence[int] = (1, 4)
 ) -> _Parts:
     """Stages 4 and 6: what removal costs, beside random heads, with and without examples."""
-    paper, said, predictions, all_outcomes = [], [], [], []
+    paper, said, all_outcomes = [], [], []
     names = {"induction_heads": "Induction heads", "random_heads": "Random heads"}
     for number, ablation in zip(numbers, ("mean", "zero"), strict=True):
         paper += [line.replace("3 % of the heads", f"3 % of the heads under {ablation} ablation")
                   for line in _published(number, names)]  # fmt: skip
-        some, none = _outcomes(_only(documents, ablation), ablation)
+        some = _outcomes(_only(documents, ablation), ablation)
         title = f"{ablation} ablation"
         said += [f"{title.capitalize()}. {line}" for line in
                  _sentences(some, n_heads, "induction_heads", "random_heads")]  # fmt: skip
-        predictions += _removal_predictions(some, none, title)
         all_outcomes += some
     doubted = seed_doubts(all_outcomes, model=model)
-    return _Parts(paper, said, predictions, _sure(all_outcomes), doubted)
-
-
-def _removal_predictions(
-    some: Sequence[KindOutcome], none: Sequence[KindOutcome], title: str
-) -> list[str]:
-    removed = _tasks(some, "induction_heads")
-    return [
-        prediction(f"Accuracy falls without the induction heads ({title})", removed,
-                   lambda task: _sign(task, "full") < 0, _gap("full"),
-                   against=lambda task: _sign(task, "full") > 0),
-        *(
-            prediction(
-                f"It falls more than without random heads{_of(control)} ({title})", removed,
-                functools.partial(_below, control=control), _gap("random_heads", control),
-                against=functools.partial(_above, control=control),
-            )
-            for control in _controls(removed)
-        ),
-        prediction(f"Accuracy without examples hardly moves ({title})",
-                   _tasks(none, "induction_heads"), lambda task: _sign(task, "full") == 0,
-                   _gap("full")),
-    ]  # fmt: skip
-
-
-def _below(task: TaskOutcome, *, control: str) -> bool:
-    return _sign(task, "random_heads", control) < 0
-
-
-def _above(task: TaskOutcome, *, control: str) -> bool:
-    return _sign(task, "random_heads", control) > 0
+    return _Parts(paper, said, _sure(all_outcomes), doubted)
 
 
 def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
     """Stage 5: whether blocking the pattern costs what removing the heads does."""
-    some, _ = _outcomes(documents)
-    removed = {(it.task, it.labels): it for it in _tasks(some, "induction_heads")}
-    blocked = _tasks(some, "induction_pattern")
-
-    def beside(task: TaskOutcome) -> int:
-        """Side of the removal's interval on which this one lies; 0 where they overlap."""
-        other = removed[task.task, task.labels].accuracy
-        return int(task.accuracy.low > other.high) - int(task.accuracy.high < other.low)
-
-    def why(task: TaskOutcome) -> str:
-        other = removed[task.task, task.labels].accuracy
-        word = "more" if beside(task) < 0 else "less"
-        return f"costs {word}: {task.accuracy.mean:.0f} % blocked, {other.mean:.0f} % removed"
-
+    some = _outcomes(documents)
+    blocked = tasks_under(some, "induction_pattern")
     shares = [it.zero_shot_answers for it in blocked if it.zero_shot_answers is not None]
     answers = (
         [f"With the pattern blocked, {range_in_words(Span.of(shares))} % of the answers of a "
@@ -461,17 +249,7 @@ def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _P
     return _Parts(
         _published(1, {"induction_heads": "Heads removed", "induction_pattern": "Pattern blocked"}),
         [*_sentences(some, n_heads, "induction_heads", "induction_pattern"), *answers],
-        [
-            prediction("Accuracy falls with the induction pattern blocked", blocked,
-                       lambda task: _sign(task, "full") < 0, _gap("full"),
-                       against=lambda task: _sign(task, "full") > 0),
-            prediction("Blocking the pattern costs about as much as removing the heads: their "
-                       "intervals overlap",
-                       [task for task in blocked if (task.task, task.labels) in removed],
-                       lambda task: beside(task) == 0, why),
-        ],
-        [*_sure(some), "Blocked and removed heads are compared by whether their intervals overlap, "
-         "which is stricter than a paired test."],
+        _sure(some),
         seed_doubts(some, model=model),
     )  # fmt: skip
 
@@ -479,50 +257,48 @@ def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _P
 def text_parts(documents: pd.DataFrame, n_heads: int) -> _Parts:
     """Stage 6: the full model and the removal on text, by kind of labels."""
     if documents.empty:
-        return _Parts([], ["No text task was evaluated in this run."], [], [])
+        return _Parts([], ["No text task was evaluated in this run."], [])
     full = full_parts(_only(documents), number=3)
     removal = removal_parts(_only(documents, "mean", "zero"), n_heads, numbers=(3, 5))
     return _Parts(
         [*full.paper, *removal.paper],
         [*full.model, *removal.model],
-        # Without examples semantic labels say something: chance is expected of the others only.
-        [full.predictions[1], *removal.predictions],
         removal.sure,
         [*full.doubts, *removal.doubts],
     )
 
 
+_FOLLOWERS = {
+    "colons": "earlier labels, from the final colon",
+    "words": "what followed earlier words of its category, from the query's first word",
+}
+
+
 def pattern_parts(view: PromptView) -> _Parts:
     """Stage 7: where the heads look from the last colon and from the query's first word."""
-    query = view.text.rindex("\n\n") + 2
-    word = next(i for i, (_, end) in enumerate(view.spans) if end > query)
-    last = len(view.spans) - 1
-    said, predictions = [], []
-    for position, name, kind in ((last, "the final colon", "labels"), (word, None, "words")):
+    word, last = query_word(view), len(view.spans) - 1
+    places = ((last, "the final colon"), (word, None))
+    said = []
+    for position, name in places:
         name = name or f"*{view.tokens[word].strip()}*, the query's first word"
         said.append(f"From {name}: {looks_in_words(view, position)}.")
-        predictions.append(_pattern_prediction(view, position, name, kind))
+    followers = query_followers(view)
+    for category, what in _FOLLOWERS.items():
+        shares = [100 * share for share in followers[category]]
+        if not shares:
+            said.append(f"This prompt has no {what}.")
+            continue
+        count = sum(share > 50 for share in shares)
+        said.append(
+            f"{count} of {len(shares)} heads put more than half of their attention on {what} "
+            f"({range_in_words(Span.of(shares))} %)."
+        )
     return _Parts(
         ["In Llama-3-8B the best induction head looks from the final colon at the labels, and from "
          "a fruit at the words that followed other fruits (Figures 6 and 7)."],
-        said, predictions,
+        said,
         ["One prompt of one task: an example, not a measurement."],
     )  # fmt: skip
-
-
-def _pattern_prediction(view: PromptView, position: int, name: str, kind: str) -> str:
-    """Say for how many heads most of the attention is on what followed earlier ones of the kind."""
-    what = "earlier labels" if kind == "labels" else "what followed earlier words of its category"
-    shares = follower_shares(view, position, "colons" if kind == "labels" else kind)
-    if not shares:
-        return f"*From {name} heads look at {what}*: there is none in this prompt."
-    count = sum(share > 0.5 for share in shares)
-    verdict = "held" if count == len(shares) else "held in part" if count else "did not hold"
-    span = range_in_words(Span.of([100 * share for share in shares]))
-    return (
-        f"*From {name} heads look at {what}*: **{verdict}**, {count} of {len(shares)} heads put "
-        f"more than half of their attention there ({span} %)."
-    )
 
 
 def _result_parts(run: Any) -> _Parts:
@@ -533,14 +309,13 @@ def _result_parts(run: Any) -> _Parts:
 
 def result_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
     """Stage 8: the whole run, kind by kind."""
-    some, none = _outcomes(_only(documents, "mean", "knockout"))
+    some = _outcomes(_only(documents, "mean", "knockout"))
     heads = heads_in_words(documents["fraction"].max() or 1.0, n_heads)
     names = {"induction_heads": "Induction heads", "induction_pattern": "Pattern blocked",
              "random_heads": "Random heads"}  # fmt: skip
     return _Parts(
         _published(1, names),
         [headline(some, heads=heads), *kind_lines(some)],
-        _removal_predictions(some, none, "mean ablation"),
         _sure(some, model),
         seed_doubts(some, model=model),
     )
@@ -554,15 +329,36 @@ def _model(run: Any) -> str:
     return str(run.parameters.model)
 
 
-_STAGES: dict[int, Callable[[Any], _Parts]] = {
-    1: lambda run: score_parts(run.prefix_scores(), run.plan.fractions),
-    2: lambda run: mean_parts(run.mean_norms(), run.induction_heads()),
-    3: lambda run: full_parts(_only(run.documents())),
-    4: lambda run: removal_parts(run.documents(), _n_heads(run), _model(run)),
-    5: lambda run: knockout_parts(
-        _only(run.documents(), "mean", "knockout"), _n_heads(run), _model(run)
+def _scored(run: Any) -> Evidence:
+    return Evidence(scores=run.prefix_scores().mean(0).numpy())
+
+
+def _looked(run: Any) -> Evidence:
+    return Evidence(followers=query_followers(run.first_view()))
+
+
+# Of each stage what its section says, and what its claims are judged by.
+_STAGES: dict[int, tuple[Callable[[Any], _Parts], Callable[[Any], Evidence]]] = {
+    1: (lambda run: score_parts(run.prefix_scores(), run.plan.fractions), _scored),
+    2: (lambda run: mean_parts(run.mean_norms(), run.induction_heads()), lambda _: Evidence()),
+    3: (
+        lambda run: full_parts(_only(run.documents())),
+        lambda run: Evidence(_only(run.documents())),
     ),
-    6: lambda run: text_parts(run.documents("nlp_tasks"), _n_heads(run)),
-    7: lambda run: pattern_parts(next(iter(run.views().values()))),
-    8: _result_parts,
-}  # fmt: skip
+    4: (
+        lambda run: removal_parts(run.documents(), _n_heads(run), _model(run)),
+        lambda run: Evidence(_only(run.documents(), "mean", "zero")),
+    ),
+    5: (
+        lambda run: knockout_parts(
+            _only(run.documents(), "mean", "knockout"), _n_heads(run), _model(run)
+        ),
+        lambda run: Evidence(_only(run.documents(), "mean", "knockout")),
+    ),
+    6: (
+        lambda run: text_parts(run.documents("nlp_tasks"), _n_heads(run)),
+        lambda run: Evidence(text=run.documents("nlp_tasks")),
+    ),
+    7: (lambda run: pattern_parts(run.first_view()), _looked),
+    8: (_result_parts, lambda run: Evidence(run.documents())),
+}

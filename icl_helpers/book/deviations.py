@@ -8,7 +8,7 @@ Example
 -------
 >>> prompts = {"repetition": icl.build_prompts("repetition", shots=10, seed=42)[:100]}
 >>> ask = functools.partial(answers, model, tokenizer)
->>> compare(prompts, {"no BOS": ask, "BOS": functools.partial(ask, bos=True)})
+>>> compare(prompts, {"no BOS": ask, "BOS": functools.partial(ask, bos=1)})
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from icl_helpers.attention.scores import prefix_matching_scores
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.results.comparison import read_published
+from icl_helpers.results.outcomes import Span, range_in_words
 from icl_helpers.tasks.data import load_rows, original_data_dir
 from icl_helpers.tasks.prompts import Prompt, build_prompts
 from icl_helpers.tasks.specs import pattern_spec
@@ -64,12 +65,14 @@ __all__ = [
 class Answers:
     """A model's answers to prompts: the label it prefers, whether that is right, by how much.
 
-    ``margin`` is the log-probability of the right label minus that of the best wrong one, in nats.
+    ``log_probability`` is that of the right label, and ``margin`` how much it is above that of the
+    best wrong one, in nats.
     """
 
     chosen: Int[torch.Tensor, " prompts"]
     correct: Bool[torch.Tensor, " prompts"]
     margin: Float[torch.Tensor, " prompts"]
+    log_probability: Float[torch.Tensor, " prompts"]
 
     @property
     def accuracy(self) -> float:
@@ -88,7 +91,7 @@ def answers(
     *,
     condition: Condition = FULL,
     patterns: Sequence[Bool[torch.Tensor, "tokens tokens"]] | None = None,
-    bos: bool = False,
+    bos: int = 0,
     batch_size: int = 25,
 ) -> Answers:
     """Answers to prompts under one condition, by the first token of each label.
@@ -100,7 +103,8 @@ def answers(
     patterns
         What a knockout blocks, one [tokens, tokens] per prompt; None: the condition's categories.
     bos
-        Put the model's beginning-of-sequence token in front, which the published runs did not.
+        Put the model's beginning-of-sequence token in front so many times, which the published runs
+        did not; ``patterns`` leave it out.
 
     Raises
     ------
@@ -109,7 +113,7 @@ def answers(
     """
     if not prompts:
         raise InputError("prompts must hold at least one prompt")
-    first = _bos(model) if bos else []
+    first = _bos(model) * bos if bos else []
     contexts = [prompt.context for prompt in prompts]
     ids = [first + found for found in tokenizer(contexts, add_special_tokens=False).input_ids]
     if condition.ablation == "knockout" and patterns is None:
@@ -130,17 +134,18 @@ def answers(
 def _judge(prompts: Sequence[Prompt], scores: Sequence[torch.Tensor]) -> Answers:
     chosen = torch.stack([found.argmax() for found in scores])
     targets = torch.tensor([prompt.target for prompt in prompts])
-    margins = []
+    right, margins = [], []
     for found, target in zip(scores, targets.tolist(), strict=True):
         wrong = torch.cat([found[:target], found[target + 1 :]])
+        right.append(found[target])
         margins.append(found[target] - wrong.max())
-    return Answers(chosen, chosen == targets, torch.stack(margins))
+    return Answers(chosen, chosen == targets, torch.stack(margins), torch.stack(right))
 
 
 def _bos(model: PreTrainedModel) -> list[int]:
     token = model.config.get_text_config().bos_token_id
     if token is None:
-        raise InputError("bos=True needs a model whose configuration names a BOS token")
+        raise InputError("bos needs a model whose configuration names a BOS token")
     return [token[0] if isinstance(token, (list, tuple)) else token]
 
 
@@ -225,11 +230,17 @@ def compare(
 
 
 def summary_sentence(frame: pd.DataFrame) -> str:
-    """One line for what :func:`compare` found, averaged over tasks."""
-    sides = frame.groupby("side", sort=False)[["accuracy", "changed"]].mean()
-    accuracies = ", ".join(f"{row.accuracy:.1f} % {side}" for side, row in sides.iterrows())
-    changed = " and ".join(f"{share:.1f} %" for share in sides["changed"].iloc[1:])
-    return f"accuracy {accuracies}; {changed} of the answers changed"
+    """One line for what :func:`compare` found: ranges over tasks, which may differ."""
+    sides = frame.groupby("side", sort=False)
+    ranges = {
+        column: {str(k): range_in_words(Span.of(list(values)), 1) for k, values in sides[column]}
+        for column in ("accuracy", "changed")
+    }
+    accuracies = ", ".join(f"{found} % {side}" for side, found in ranges["accuracy"].items())
+    changed = " and ".join(f"{found} %" for found in list(ranges["changed"].values())[1:])
+    tasks = frame["task"].nunique()
+    over = f" over {tasks} tasks" if tasks > 1 else ""
+    return f"accuracy {accuracies}{over}; {changed} of a task's answers changed"
 
 
 def blank_line_sentence() -> str:

@@ -21,13 +21,14 @@ from icl_helpers.attention.induction_pattern import (
     induction_pattern,
     prompt_elements,
 )
-from icl_helpers.book.came_out import headline, kind_lines, removal_caption, seed_doubts
+from icl_helpers.book.claims import VERDICTS, Evidence, claims
 from icl_helpers.files import (
     SMOLLM2,
     assets_dir,
     book_dir,
     embedded_dir,
     embedded_models,
+    imported_dir,
     notebooks_dir,
     project_root,
 )
@@ -35,18 +36,24 @@ from icl_helpers.models.loading import load_tokenizer
 from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
 from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
-from icl_helpers.results.outcomes import kind_outcomes, listed
+from icl_helpers.results.outcomes import (
+    headline,
+    kind_lines,
+    kind_outcomes,
+    listed,
+    removal_caption,
+    seed_doubts,
+)
 from icl_helpers.results.tables import abstract_results, markdown_table
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
-from icl_helpers.run.plan import run_heads, run_info, run_table, shown_name
-from icl_helpers.run.stages import stage_notebooks
+from icl_helpers.run.plan import Plan, run_heads, run_info, run_table, shown_name
+from icl_helpers.run.stages import RESULTS, stage_notebooks
 from icl_helpers.tasks.prompts import build_prompts
 
 __all__ = [
-    "architecture_table", "chapter_notebooks", "citation_page", "comparison_page", "drawing",
-    "front_page", "model_card",
-    "notebooks_page", "overlay_page", "recipe_table", "run_slug", "run_titles", "runs_page",
-    "stage_table", "verification_page",
+    "architecture_table", "chapter_notebooks", "citation_page", "claims_page", "comparison_page",
+    "drawing", "front_page", "model_card", "notebooks_page", "overlay_page", "recipe_table",
+    "report_page", "run_slug", "run_titles", "runs_page", "stage_table", "verification_page",
 ]  # fmt: skip
 
 _FACTS = (
@@ -88,6 +95,56 @@ def run_titles(runs: Sequence[Path]) -> dict[Path, str]:
     return titles
 
 
+def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
+    """Every claim of the paper with each run's verdict; and the count of verdicts in a line."""
+    titles = run_titles(runs)
+    evidence = {run: Evidence.of_run(run) for run in runs}
+    stages = {int(path.name[:2]): path.stem for path in stage_notebooks()}
+    judged = [(claim, {run: claim.judge(evidence[run]) for run in runs}) for claim in claims()]
+    rows = [
+        [f"[{claim.text}](#claim-{claim.name})", *(found[run].verdict for run in runs)]
+        for claim, found in judged
+    ]
+    counts = {}
+    for run in runs:
+        verdicts = [found[run].verdict for _, found in judged]
+        counts[run] = listed([f"{verdicts.count(it)} {it}" for it in VERDICTS if it in verdicts])
+    page = _page(
+        "claims", judged=judged, runs=runs, titles=titles, counts=counts, stages=stages,
+        slugs={run: run_slug(run) for run in runs},
+        models={run: shown_name(run_info(run)["model"]) for run in runs},
+        table=markdown_table(["claim", *titles.values()], rows),
+    )  # fmt: skip
+    return page, f"Of {len(judged)} claims of the paper, {titles[runs[0]]}: {counts[runs[0]]}"
+
+
+def report_page(runs: Sequence[Path], verdicts: str) -> str:
+    """The reproduction on one page: scope, method, cost, and where each claim is computed."""
+    infos, titles = {run: run_info(run) for run in runs}, run_titles(runs)
+    first = infos[runs[0]]
+    tokens = stage_tokens(Plan.of_run(first).parameters)
+    pages = {int(path.name[:2]): path.stem for path in stage_notebooks()}
+    rows = [
+        {
+            "text": claim.text, "name": claim.name, "place": claim.place, "stage": claim.stage,
+            "page": pages[claim.stage],
+            "tokens": f"{tokens[claim.stage] / 1e6:.1f}" if claim.stage in tokens else "",
+        }
+        for claim in claims()
+    ]  # fmt: skip
+    costs = [
+        f"{titles[run]}: {sum(info.get('seconds', {}).values()) / 60:.0f} minutes on "
+        f"{info.get('device', '?')} when its stages last ran ({info.get('machine', '?')})"
+        for run, info in infos.items()
+    ]
+    return _page(
+        "report", models=listed(list(titles.values())), verdicts=verdicts, rows=rows,
+        costs=". ".join(costs) + ". A run that was resumed shows less than the whole.",
+        slug=run_slug(runs[0]), model=shown_name(first["model"]), title=titles[runs[0]],
+        hardware=f"{first.get('device', '?')}, {first.get('machine', '?')}",
+    )  # fmt: skip
+
+
 def verification_page(runs: Sequence[Path]) -> str | None:
     """What the verification of each imported run said; None where none was imported."""
     found = []
@@ -98,7 +155,8 @@ def verification_page(runs: Sequence[Path]) -> str | None:
         report = {"reason": "nobody asked for it"}
         if path.is_file():
             report = json.loads(path.read_text(encoding="utf-8"))
-        found.append({**report, "title": title, "table": _report_table(report)})
+        bundle = run_slug(run) if imported_dir(run) is not None else None
+        found.append({**report, "title": title, "bundle": bundle, "table": _report_table(report)})
     return _page("verification", runs=found) if found else None
 
 
@@ -310,11 +368,11 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
         "answer": _page(
             "answer", title=titles[run], headline=headline(outcomes, heads=heads),
             doubts=seed_doubts(outcomes, model=name), kinds=kind_lines(outcomes),
-            results=f"run/{run_slug(run)}/08_results",
+            results=f"run/{run_slug(run)}/{RESULTS}",
         ),
         "figure": _page("figure", **parameters | {"model": name}, alt=alt, heads=heads, left=left),
         "runs_here": "\n".join(
-            f"- [{titles[it]}](run/{run_slug(it)}/08_results), {sizes[it][1]}" for it in runs
+            f"- [{titles[it]}](run/{run_slug(it)}/{RESULTS}), {sizes[it][1]}" for it in runs
         ),
         "stages": str(len(stage_notebooks())),
         "viewer": f"[attention viewer](run/{run_slug(run)}/{_VIEWER})",
@@ -462,16 +520,18 @@ _OUTCOMES = {
     3: ("full model", "accuracy with and without examples"),
     4: ("heads removed", "Tables 1 and 4, all but the knockout"),
     5: ("pattern blocked", "the knockout's part of Table 1"),
+    9: ("which heads, how many, how removed", "dose and response, single heads, kinds of removal"),
+    10: ("function vectors", "function vectors beside induction, circuits, blocked text"),
 }
 
 
 def stage_table(p: StageParameters) -> str:
     """What each stage of a run costs and leaves, as a Markdown table for the book."""
-    rate = estimate_cost(p).rate
+    cost = estimate_cost(p)
     rows = []
-    for stage, tokens in stage_tokens(p).items():
+    for stage, tokens in {**stage_tokens(p), **cost.closer}.items():
         name, outcome = _OUTCOMES[stage]
-        minutes = tokens / rate / 60
+        minutes = tokens / cost.rate / 60
         time = "under a minute" if minutes < 1 else f"{minutes:.0f} minutes"
         rows.append((f"{stage}, {name}", f"{tokens / 1e6:.3f} million", time, outcome))
     return markdown_table(["stage", "tokens", "GPU time", "what comes out"], rows)

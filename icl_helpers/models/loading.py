@@ -43,8 +43,8 @@ from icl_helpers.models.internlm2 import InternLM2ForCausalLM, internlm2_config,
 from icl_helpers.models.internlm2_tokenizer import load_internlm2_tokenizer
 
 __all__ = [
-    "QUANTIZATIONS", "check_quantization", "load_config", "load_model", "load_tokenizer",
-    "quantization_config",
+    "QUANTIZATIONS", "check_dtype", "check_quantization", "load_config", "load_model",
+    "load_tokenizer", "quantization_config",
 ]  # fmt: skip
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -114,7 +114,7 @@ def load_model(
         The model is neither here nor in the cache and the hub cannot be reached.
     """
     # First of all: to locate a named model may mean to convert it.
-    torch_dtype = _check_dtype(dtype)
+    torch_dtype = check_dtype(dtype)
     target = _check_device(device, device_map)
     check_quantization(quantization)
     source, reading, settings = _located(name, revision, gguf_file, trust_remote_code)
@@ -195,7 +195,8 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """What torch calls a dtype; raises :class:`InputError` for one that no model is loaded in."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in _DTYPES:

@@ -28,9 +28,14 @@ __all__ = [
     "bars_alt",
     "benefit_alt",
     "benefit_bars",
+    "dose_alt",
+    "dose_lines",
+    "effect_points",
     "heatmap_alt",
     "intervention_lines",
     "loss_lines",
+    "margin_alt",
+    "margin_bars",
     "named_conditions",
     "ranked_heads",
     "rise_lines",
@@ -178,15 +183,60 @@ def _accuracies(
     results: pd.DataFrame, ablations: Sequence[str], shots: str, n_heads: int
 ) -> tuple[pd.DataFrame, str]:
     """Return bars (percent) at one number of shots and the larger fraction, and their title."""
-    rows = results[results["ablation"].isin(["none", *ablations])]
+    rows, title = _shown_rows(results, ablations, shots, n_heads)
+    runs = keyed(rows).groupby(CELL, sort=False, dropna=False)["accuracy"]
+    bars = (100 * runs.agg(height="mean", low="min", high="max")).reset_index()
+    return named_conditions(bars), title
+
+
+def _shown_rows(
+    rows: pd.DataFrame, ablations: Sequence[str], shots: str, n_heads: int
+) -> tuple[pd.DataFrame, str]:
+    """Return the rows of one number of shots a task and the larger fraction, and their title."""
+    rows = rows[rows["ablation"].isin(["none", *ablations])]
     share = rows["fraction"].max()
     rows = rows[(rows["fraction"] == share) | (rows["condition"] == "full")]
     task_shots = rows.groupby("task")["shots"].transform("max" if shots == "most" else "min")
     rows = rows[rows["shots"] == task_shots]
-    runs = keyed(rows).groupby(CELL, sort=False, dropna=False)["accuracy"]
-    bars = (100 * runs.agg(height="mean", low="min", high="max")).reset_index()
     heads = f", {heads_in_words(share, n_heads)}" if share > 0 else ""
-    return named_conditions(bars), f"{_numbers(rows['shots'])} examples{heads}"
+    return rows, f"{_numbers(rows['shots'])} examples{heads}"
+
+
+def margin_bars(
+    documents: pd.DataFrame, *, ablations: Sequence[str], n_heads: int, narrow: bool = False
+) -> Figure:
+    """Draw the median margin of the right label per task and condition; lines span the quartiles.
+
+    ``documents`` is :func:`icl_helpers.document_results`, with the most examples and the larger
+    share of heads. Below zero, the wrong label leads on most documents.
+    """
+    bars, title = _margins(documents, ablations, n_heads)
+    if bars.empty:
+        return _note(_NOTHING_EVALUATED, height=3.8)
+    figure, (axes,) = _bar_panels(bars, "panel", {"": ""}, title=title, height=3, narrow=narrow)
+    (axes.axvline if narrow else axes.axhline)(0, color=_FULL, linewidth=0.8)
+    (axes.set_xlabel if narrow else axes.set_ylabel)("margin of the right label (nats)")
+    return _closed(figure)
+
+
+def margin_alt(documents: pd.DataFrame, *, ablations: Sequence[str], n_heads: int) -> str:
+    """Write the alternative text of :func:`margin_bars`: title and every bar's height."""
+    bars, title = _margins(documents, ablations, n_heads)
+    if bars.empty:
+        return f"Empty figure: {_NOTHING_EVALUATED}."
+    heights = bars["condition"] + bars["height"].map(" {:+.1f}".format)
+    return f"Median margin in nats, {title}. {_in_words(bars['task'], heights)}."
+
+
+def _margins(
+    documents: pd.DataFrame, ablations: Sequence[str], n_heads: int
+) -> tuple[pd.DataFrame, str]:
+    """Return bars (nats) from quartile to quartile, and their title."""
+    rows, title = _shown_rows(documents, ablations, "most", n_heads)
+    margins = keyed(rows).groupby(CELL, sort=False, dropna=False)["margin"]
+    bars = margins.quantile(np.array([0.25, 0.5, 0.75])).unstack()
+    bars.columns = pd.Index(["low", "height", "high"])
+    return named_conditions(bars.reset_index().assign(panel="")), title
 
 
 def named_conditions(rows: pd.DataFrame) -> pd.DataFrame:
@@ -294,6 +344,78 @@ def _note(text: str, *, height: float) -> Figure:
     """Draw a sentence in place of a figure without bars."""
     figure, (axes,) = _new_figure(9, height)
     axes.text(0.5, 0.5, text, ha="center")
+    return _closed(figure)
+
+
+# How sets of heads were chosen, in the order of the lines: name, colour, marker.
+_CHOSEN = {
+    "highest": ("highest scores", _INDUCTION, "o"), "lowest": ("lowest scores", "#1b7837", "s"),
+    "random": ("random draws, median and range", _RANDOM, "D"),
+    "induction": ("induction heads", _INDUCTION, "o"),
+    "function vectors": ("function-vector heads", "#762a83", "^"),
+}  # fmt: skip
+
+
+def dose_lines(frame: pd.DataFrame, *, value: str = "margin", narrow: bool = False) -> Figure:
+    """Draw ``margin`` (nats) or ``accuracy`` (percent) against heads removed, a panel a task.
+
+    ``frame`` is :func:`icl_helpers.analysis.measured.dose_response`.
+    """
+    tasks = list(dict.fromkeys(frame["task"]))
+    figure, grid = _new_figure(_NARROW if narrow else 7, 0.9 + 2.1 * len(tasks), rows=len(tasks))
+    for task, axes in zip(tasks, grid, strict=True):
+        part = frame[frame["task"] == task]
+        whole = part.loc[part["chosen_by"] == "none", value].item()
+        axes.axhline(whole, color=_FULL, linestyle=":", linewidth=1, label="full model")
+        for chosen_by in [way for way in _CHOSEN if (part["chosen_by"] == way).any()]:
+            name, colour, marker = _CHOSEN[chosen_by]
+            rows = part[part["chosen_by"] == chosen_by].groupby("heads")[value]
+            line = rows.median()
+            axes.plot(line, color=colour, marker=marker, markersize=4, label=name)
+            if chosen_by == "random":
+                axes.fill_between(line.index, rows.min(), rows.max(), color=colour, alpha=0.2)
+        counts = sorted(set(part["heads"]) - {0})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_title(task.replace("_", " "), loc="left", fontsize="medium")
+        axes.set(ylabel="margin (nats)" if value == "margin" else "accuracy (%)")
+    grid[-1].set_xlabel("heads removed")
+    handles, names = grid[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside upper center", ncols=1 if narrow else 2, frameon=False
+    )
+    return _closed(figure)
+
+
+def dose_alt(frame: pd.DataFrame, *, value: str = "margin") -> str:
+    """Write the alternative text of :func:`dose_lines`: every point of its lines."""
+    unit = "nats" if value == "margin" else "percent"
+    said = []
+    for task, part in frame.groupby("task", sort=False):
+        whole = part.loc[part["chosen_by"] == "none", value].item()
+        lines = [f"full model {whole:.1f}"]
+        for chosen_by in [way for way in _CHOSEN if (part["chosen_by"] == way).any()]:
+            medians = part[part["chosen_by"] == chosen_by].groupby("heads")[value].median()
+            points = ", ".join(f"{line:.1f} without {count}" for count, line in medians.items())
+            lines.append(f"{_CHOSEN[chosen_by][0]} {points}")
+        said.append(f"{task}: {'; '.join(lines)}")
+    return f"Lines of {value} in {unit} over heads removed. {'. '.join(said)}.".replace("_", " ")
+
+
+def effect_points(frame: pd.DataFrame, *, value: str, label: str, narrow: bool = False) -> Figure:
+    """Draw a value of each head against its prefix-matching score, a panel a task.
+
+    ``frame`` has the columns task, score and ``value``.
+    """
+    tasks = list(dict.fromkeys(frame["task"]))
+    figure, grid = _new_figure(_NARROW if narrow else 7, 0.5 + 2 * len(tasks), rows=len(tasks))
+    for task, axes in zip(tasks, grid, strict=True):
+        part = frame[frame["task"] == task]
+        axes.axhline(0, color=_GUIDE, linewidth=0.8)
+        axes.plot(part["score"], part[value], "o", color=_FULL, markersize=3.5, alpha=0.7)
+        axes.set_title(str(task).replace("_", " "), loc="left", fontsize="medium")
+        axes.set(ylabel=label)
+    grid[-1].set(xlabel="prefix-matching score", xlim=(-0.02, 1.02))
     return _closed(figure)
 
 

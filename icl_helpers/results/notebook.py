@@ -11,7 +11,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 
 from icl_helpers.attention.heads import heads_in_words
-from icl_helpers.errors import InputError
+from icl_helpers.errors import InputError, NotMeasuredError
 from icl_helpers.evaluation.store import CELL, ROW
 from icl_helpers.results.comparison import (
     PAPER_MODELS,
@@ -36,18 +37,21 @@ from icl_helpers.results.figures import (
     bars_alt,
     benefit_alt,
     benefit_bars,
+    margin_alt,
+    margin_bars,
     named_conditions,
     score_heatmap,
 )
 from icl_helpers.results.statistics import benefit_changes, left_out_tasks
 from icl_helpers.results.tables import annotated_table, name_heads, write_table
 from icl_helpers.tasks.data import load_splits
-from icl_helpers.tasks.specs import STAND_IN_TASKS, text_spec
+from icl_helpers.tasks.specs import STAND_IN_TASKS, TextTaskSpec, get_task_spec, text_spec
 
 __all__ = [
-    "DESCRIPTION", "benefit_or_none", "describe_text_tasks", "show_bars", "show_benefit",
-    "show_benefit_table", "show_drawing", "show_figure", "show_paper_table", "show_published",
-    "show_published_scores", "show_table", "text_task_table",
+    "DESCRIPTION", "benefit_or_none", "describe_text_tasks", "said_where_not_measured",
+    "show_answers", "show_bars", "show_benefit", "show_benefit_table", "show_drawing",
+    "show_figure", "show_margins", "show_paper_table", "show_published", "show_published_scores",
+    "show_table", "text_task_table",
 ]  # fmt: skip
 
 DESCRIPTION = "icl_description"
@@ -61,6 +65,15 @@ def show_figure(figure: Figure, *, alt: str, caption: str, narrow: Figure | None
         narrow.savefig(drawn, format="png", dpi=180)
         description["narrow"] = base64.b64encode(drawn.getvalue()).decode()
     display(figure, metadata={DESCRIPTION: description})  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def said_where_not_measured() -> Iterator[None]:
+    """Leave the block where an imported run lacks a measurement, and say so in its place."""
+    try:
+        yield
+    except NotMeasuredError as error:
+        _say(f"**Not measured.** {error}")
 
 
 def show_drawing(
@@ -92,6 +105,19 @@ def show_bars(
         accuracy_bars, results, ablations=ablations, n_heads=n_heads, shots=shots,
         alt=bars_alt(results, ablations=ablations, n_heads=n_heads, shots=shots),
         caption=f"{caption} At most {most} documents a task, demonstration seeds {seeds}.",
+    )  # fmt: skip
+
+
+def show_margins(documents: pd.DataFrame, *, ablations: Sequence[str], n_heads: int) -> None:
+    """Display :func:`icl_helpers.results.figures.margin_bars` with its heights as text."""
+    show_drawing(
+        margin_bars, documents, ablations=ablations, n_heads=n_heads,
+        alt=margin_alt(documents, ablations=ablations, n_heads=n_heads),
+        caption=(
+            "Median margin by which the right label leads the best wrong one, with the most "
+            "examples per task; lines span the quartiles. Below zero the wrong label leads on most "
+            "documents."
+        ),
     )  # fmt: skip
 
 
@@ -183,6 +209,46 @@ def show_paper_table(
         f"from noise. Differences, intervals, p-values before and after correction and effect "
         f"sizes (Cohen's g) of all of them: {_links(f'{name}-tests')}"
     )
+
+
+def show_answers(rows: pd.DataFrame, directory: Path, *, n_heads: int, name: str) -> None:
+    """Display what answers say beside accuracy; ``name`` is that of the written table.
+
+    ``rows`` is :func:`icl_helpers.analysis.bias.answer_table`, with one number of heads.
+    """
+    if rows.empty:
+        _say("*Nothing to show: there are no results with log-probabilities.*")
+        return
+    share = rows["fraction"].max()
+    removed = f", {heads_in_words(share, n_heads)} removed or blocked" if share > 0 else ""
+    label = f"bias or skill, percent{removed}"
+    columns = {}
+    for measure in ("accuracy", "balanced", "calibrated", "auc"):
+        low, high = (rows[f"{measure}_{end}"] for end in ("low", "high"))
+        bounds = low.map(" [{:.0f}, ".format) + high.map("{:.0f}]".format)
+        columns[measure] = (rows[measure].map("{:.0f}".format) + bounds).where(
+            rows[measure].notna(), ""
+        )
+    words = [_label(*row) for row in rows[["task", "labels", "said"]].itertuples(index=False)]
+    shown = pd.DataFrame(
+        {
+            "condition": named_conditions(rows)["condition"].str.cat(
+                rows["ablation"].map({"mean": ", mean", "zero": ", zero"}), na_rep=""
+            ),
+            **columns,
+            "said most": words + rows["share"].map(" {:.0f} %".format),
+            "detectable": rows["detectable"].map("{:.0f} points".format, na_action="ignore"),
+        }
+    ).rename(columns={"auc": "AUC"})  # fmt: skip
+    shown = shown.fillna("").set_axis(pd.MultiIndex.from_frame(rows[ROW]), axis="index")
+    _show_html(_labelled(_narrow(shown)), label)
+    _offer(name_heads(rows.round(2), n_heads), label, directory, name)
+
+
+def _label(task: str, labels: str, number: int) -> str:
+    spec = get_task_spec(task)
+    names = spec.labels(labels) if isinstance(spec, TextTaskSpec) else spec.choices
+    return names[number]
 
 
 def show_published(model: str, documents: pd.DataFrame, number: int, directory: Path) -> None:

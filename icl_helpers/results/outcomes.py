@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from icl_helpers.errors import InputError
+from icl_helpers.errors import InputError, MissingArtefactError
 from icl_helpers.evaluation.store import CELL
+from icl_helpers.files import embedded_dir, embedded_models
 from icl_helpers.results.statistics import (
     Interval,
     accuracy_intervals,
@@ -33,9 +34,11 @@ from icl_helpers.results.statistics import (
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
-    "Difference", "KindOutcome", "Span", "TaskOutcome", "doubts", "findings", "kind_outcomes",
-    "listed", "outcome_sentence", "range_in_words", "task_kind", "task_name", "task_outcomes",
-    "training_seed_doubts",
+    "Difference", "KindOutcome", "Span", "TaskOutcome", "Verdict", "doubts", "findings",
+    "headline", "kind_lines", "kind_outcomes", "listed", "outcome_sentence", "predicted",
+    "range_in_words", "read_measurements", "removal_caption", "seed_doubts", "task_kind",
+    "task_name",
+    "task_outcomes", "tasks_under", "training_seed_doubts", "verdict",
 ]  # fmt: skip
 
 # Percent of documents from which on an answer is called that of all documents.
@@ -219,13 +222,14 @@ def kind_outcomes(
 
 def task_outcomes(
     documents: pd.DataFrame, *, ablation: str = "mean", fraction: float | None = None,
-    shots: str = "most",
+    shots: str = "most", levels: bool = True,
 ) -> list[TaskOutcome]:  # fmt: skip
     """Compute what each task gives under the full model, one kind of removal and the knockout.
 
     ``documents`` is :func:`icl_helpers.document_results`. ``ablation`` is ``mean`` or ``zero``,
     ``fraction`` the share of heads (None: the largest of the run), ``shots`` each task's ``most``
-    examples or ``none``. Tests are corrected over the same rows as those of the paper's table of
+    examples or ``none``. ``levels`` False does not look at single seeds and draws, and no outcome
+    says that they disagree. Tests are corrected over the same rows as those of the paper's table of
     these conditions, so that a sentence and a star never differ. Raises :class:`InputError` when
     there is no such row.
     """
@@ -244,7 +248,9 @@ def task_outcomes(
     families = [part for _, part in kept.groupby(is_text)]
     tests = filled_keys(pd.concat([comparisons(part) for part in families], ignore_index=True))
     answers = _with_zero_shot(chosen, rows)
-    by_seed, by_draw = (_levels(chosen, name) for name in ("demonstration_seed", "ablation_seed"))
+    by_seed, by_draw = (
+        _levels(chosen, name) if levels else {} for name in ("demonstration_seed", "ablation_seed")
+    )
     outcomes = []
     for row in filled_keys(accuracy_intervals(chosen)).to_dict("records"):
         named = {name: row[name] for name in CELL}
@@ -373,6 +379,22 @@ _CONDITIONS = {
 }
 
 
+Verdict = Literal["held", "held in part", "did not hold", "was not shown"]
+
+
+def verdict(holds: Sequence[bool], against: Sequence[bool]) -> Verdict:
+    """Judge a claim about several tasks by those on which it holds and those that contradict it.
+
+    Where it holds of none and none contradicts it, it was not shown, which is not the same as
+    wrong. Raises :class:`InputError` without tasks.
+    """
+    if not holds:
+        raise InputError("a claim cannot be judged without tasks")
+    if any(holds):
+        return "held" if all(holds) else "held in part"
+    return "did not hold" if any(against) else "was not shown"
+
+
 def outcome_sentence(outcome: KindOutcome, *, heads: str) -> str:
     """Say in one sentence what the tasks of a kind give under a condition.
 
@@ -490,11 +512,117 @@ def _condition(outcome: KindOutcome) -> str:
     return " ".join(filter(None, [outcome.condition.replace("_", " "), outcome.control]))
 
 
+_NAMES = {
+    "full": "full model", "induction_heads": "heads removed",
+    "induction_pattern": "pattern blocked", "random_heads": "random heads removed",
+}  # fmt: skip
+
+
+def headline(outcomes: Sequence[KindOutcome], *, heads: str) -> str:
+    """Say on how many tasks accuracy with examples falls, and falls more than under the control.
+
+    ``outcomes`` are those of :func:`icl_helpers.results.outcomes.kind_outcomes`; ``heads`` is as of
+    :func:`icl_helpers.attention.heads.heads_in_words`.
+    """
+    removed = tasks_under(outcomes, "induction_heads")
+    if not removed:
+        return "No head was removed in this run: there is nothing to compare yet."
+    learnt = sum(task.level == "above chance" for task in tasks_under(outcomes, "full"))
+    fell = sum(_sign(task, "full") < 0 for task in removed)
+    parts = [
+        f"With the most examples the full model is above chance on {learnt} of {len(removed)} "
+        f"tasks. Without {heads}, those with the highest induction score, accuracy is "
+        f"distinguishably lower on {fell} of {len(removed)}"
+    ]
+    below = sum(task.level == "below chance" for task in removed)
+    parts += [f"below chance on {below}"] if below else []
+    for control in _controls(removed):
+        more = sum(_sign(task, "random_heads", control) < 0 for task in removed)
+        parts.append(f"lower than without as many random heads{_of(control)} on {more}")
+    return "; ".join(parts) + "."
+
+
+def kind_lines(outcomes: Sequence[KindOutcome]) -> list[str]:
+    """Say of each kind of tasks what it gives under each condition, one line a kind."""
+    lines: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        said = f"{_NAMES[outcome.condition]}{_of(outcome.control)} "
+        said += "; ".join(findings(outcome, brief=True))
+        lines.setdefault(outcome.kind, []).append(said)
+    chances = {outcome.kind: outcome.chance for outcome in outcomes}
+    tasks = {outcome.kind: len(outcome.tasks) for outcome in outcomes}
+    return [
+        f"**{kind.capitalize()}** ({tasks[kind]} {'task' if tasks[kind] == 1 else 'tasks'}, chance "
+        f"{chances[kind]:.0f} %): {'. '.join(part[0].upper() + part[1:] for part in said)}."
+        for kind, said in lines.items()
+    ]
+
+
+def removal_caption(documents: pd.DataFrame, *, ablation: str = "mean") -> str:
+    """Say of each kind of tasks what is left without the induction heads, for a figure's caption.
+
+    ``documents`` is :func:`icl_helpers.document_results`; empty where nothing was removed.
+    """
+    if not (documents["condition"] == "induction_heads").any():
+        return ""
+    said = [
+        f"{outcome.kind} {'; '.join(findings(outcome, brief=True))}"
+        for outcome in kind_outcomes(documents, ablation=ablation)
+        if outcome.condition == "induction_heads"
+    ]
+    return f"Without the induction heads: {'. '.join(said)}." if said else ""
+
+
+def seed_doubts(
+    outcomes: Sequence[KindOutcome], *, model: str = "", disagreements: bool = True
+) -> list[str]:
+    """Say where seeds or draws disagree, training seeds of an embedded model too; else the rest.
+
+    The rest (``disagreements`` False) are single seeds and numbers that are not finite.
+    """
+    lines = [line for outcome in outcomes for line in doubts(outcome)]
+    if model in embedded_models():
+        lines += training_seed_doubts(read_measurements("effect", model=model))
+    return [line for line in dict.fromkeys(lines) if ("disagree on" in line) == disagreements]
+
+
+def tasks_under(outcomes: Iterable[KindOutcome], condition: str) -> list[TaskOutcome]:
+    return [task for it in outcomes if it.condition == condition for task in it.tasks]
+
+
+def _controls(tasks: Iterable[TaskOutcome]) -> list[str]:
+    found = (it.control for task in tasks for it in task.differences if it.against != "full")
+    return list(dict.fromkeys(found))
+
+
+def _of(control: str) -> str:
+    return control and f" ({control} control)"
+
+
+def _sign(task: TaskOutcome, against: str, control: str = "") -> int:
+    signs = (it.sign for it in task.differences if (it.against, it.control) == (against, control))
+    return next(signs, 0)
+
+
+def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
+    """Read the shipped measurements of an embedded model: ``effect`` or ``dynamics``.
+
+    Raises :class:`MissingArtefactError` when the model has none.
+    """
+    path = embedded_dir() / model / f"{name}.parquet"
+    if not path.is_file():
+        raise MissingArtefactError(
+            f"{model!r} has no measurements {name!r}: only an embedded model's training is known; "
+            f"the measurements come from `synthetic.training measure`"
+        )
+    return pd.read_parquet(path)
+
+
 def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
     """Say on which tasks training seeds disagree: intervals lie apart, with different conclusions.
 
     ``effect`` holds accuracies with intervals by ``training_seed``
-    (:func:`icl_helpers.results.tables.read_measurements`); each task is taken at its most examples.
+    (:func:`read_measurements`); each task is taken at its most examples.
     A conclusion is on which side of chance the interval lies, and on which of the full model's.
     """
     most = effect[effect["shots"] == effect.groupby(_ROW)["shots"].transform("max")]
@@ -514,3 +642,11 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
             where = f"{task_name(str(task))} ({str(condition).replace('_', ' ')})"
             lines.append(f"Training seeds disagree on {where}: {each}.")
     return lines
+
+
+def predicted(text: str, tasks: Mapping[str, tuple[bool, str]]) -> str:
+    """Say on which tasks a prediction held, and on which not and what was seen instead."""
+    failed = [f"{task_name(task)} ({why})" for task, (held, why) in tasks.items() if not held]
+    word = verdict([held for held, _ in tasks.values()], [True])
+    on = f"on {len(tasks) - len(failed)} of {len(tasks)} tasks"
+    return f"*{text}*: **{word}**, {on}{f'; not on {listed(failed)}' if failed else ''}."

@@ -29,13 +29,15 @@ import pandas as pd
 from scipy import optimize, special, stats
 
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.store import CELL, keyed
+from icl_helpers.evaluation.store import CELL, KEYS, keyed
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
     "Interval", "accuracy_interval", "accuracy_intervals", "benefit_changes", "cohens_g",
-    "comparisons", "coverage_table", "difference_interval", "filled_keys", "holm", "icl_benefit",
-    "is_distinguishable", "left_out_tasks", "mean_interval", "paired_test", "simulate_coverage",
+    "compare_documents", "comparisons", "coverage_table", "difference_interval", "filled_keys",
+    "holm", "icl_benefit", "is_distinguishable", "left_out_tasks", "mean_interval",
+    "paired_difference", "paired_test",
+    "simulate_coverage",
 ]  # fmt: skip
 
 LEVEL = 0.95
@@ -287,6 +289,62 @@ def comparisons(
     return _fraction_of_some(frame).assign(distinguishable=found)
 
 
+def paired_difference(
+    first: pd.DataFrame, second: pd.DataFrame, *, level: float = LEVEL
+) -> tuple[Interval, float]:
+    """Compare two cells of one task: their difference in points, first minus second, and exact p.
+
+    Each frame has the rows of one cell of :func:`icl_helpers.document_results`; any two may be
+    compared, of other numbers of examples or kinds of removal too. p is not corrected. Raises
+    :class:`InputError` where a frame holds several cells, or they share no documents.
+    """
+    parts = [_answers(rows) for rows in (first, second)]
+    if any(len(part) != 1 for part in parts):
+        raise InputError(f"each side must be one cell, got {[len(part) for part in parts]}")
+    (one, answers), (other, against) = (next(iter(part.items())) for part in parts)
+    pair = _aligned(answers, against)
+    if one[2] == other[2] == 0:
+        pair = [array[:, :1] for array in pair]
+    drawn = _is_drawn(one) or _is_drawn(other)
+    interval = difference_interval(pair[0], pair[1], level=level, drawn=drawn)
+    return Interval(*(100 * bound for bound in interval)), paired_test(pair[0], pair[1])
+
+
+def compare_documents(
+    first: pd.DataFrame, second: pd.DataFrame, *, level: float = LEVEL
+) -> pd.DataFrame:
+    """Compare two runs cell by cell, on the documents, seeds and draws that both have.
+
+    Both are as :func:`icl_helpers.document_results` gives them. Columns: the key, documents, runs
+    (of each document), first and second (accuracies, percent), difference (points, second minus
+    first), low, high, p, p_holm (corrected over all rows) and distinguishable
+    (:func:`is_distinguishable`). Raises :class:`InputError` where they share no cell of two
+    documents.
+    """
+    both = keyed(first).merge(keyed(second), on=[*KEYS, "doc_id"], suffixes=("_first", "_second"))
+    valid = both["valid_first"] & both["valid_second"]
+    sides = [
+        _answers(both[[*KEYS, "doc_id"]].assign(valid=valid, correct=both[f"correct_{side}"]))
+        for side in ("first", "second")
+    ]
+    rows = []
+    for key in sides[0]:
+        one, other = (_once(_array(side[key]), key) for side in sides)
+        interval = difference_interval(other, one, level=level, drawn=_is_drawn(key))
+        means = 100 * one.mean(), 100 * other.mean()
+        bounds = [100 * bound for bound in interval]
+        rows.append((*key, len(one), one[0].size, *means, *bounds, paired_test(other, one)))
+    if not rows:
+        raise InputError(
+            "the two share no cell (task, labels, shots, condition, heads, seeds) of two documents"
+        )
+    columns = ["documents", "runs", "first", "second", "difference", "low", "high", "p"]
+    frame = pd.DataFrame(rows, columns=[*CELL, *columns])
+    frame["p_holm"] = holm(frame["p"].to_list())
+    found = is_distinguishable(frame["p_holm"], frame["low"], frame["high"], level=level)
+    return _fraction_of_some(frame).assign(distinguishable=found)
+
+
 def _is_drawn(key: tuple[Any, ...]) -> bool:
     return bool(key[3] == "random_heads")
 
@@ -309,13 +367,29 @@ def _answers(documents: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
     documents = documents.assign(**known, correct=documents["correct"].astype("float64"))
     answers = {}
     for key, rows in filled_keys(documents).groupby(CELL, sort=False):
-        wide = rows.pivot(index="doc_id", columns=seeds, values="correct")
-        every_run = pd.MultiIndex.from_product(wide.columns.levels)
-        kept = wide.reindex(columns=every_run).dropna().astype("int64")
+        kept = _wide(rows, ["doc_id", *seeds])
         # Of fewer than two documents there is no interval.
         if len(kept) > 1:
             answers[key] = kept
     return answers
+
+
+def _wide(rows: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
+    """Return the answers of one cell, a row a document that every run has; pandas' pivot is slow.
+
+    ``axes`` are the columns of the document and of its two seeds.
+    """
+    levels, places = zip(
+        *(np.unique(rows[name], return_inverse=True) for name in axes), strict=True
+    )
+    values = np.full([len(level) for level in levels], np.nan)
+    values[places] = rows["correct"]
+    if (~np.isnan(values)).sum() < len(rows):
+        raise InputError("a cell holds a document twice under one pair of seeds")
+    kept = ~np.isnan(values).any(axis=(1, 2))
+    columns = pd.MultiIndex.from_product(levels[1:], names=list(axes[1:]))
+    answers = values[kept].reshape(kept.sum(), -1).astype(np.int64)
+    return pd.DataFrame(answers, index=pd.Index(levels[0][kept], name=axes[0]), columns=columns)
 
 
 def filled_keys(frame: pd.DataFrame) -> pd.DataFrame:
@@ -409,17 +483,26 @@ def benefit_changes(results: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFr
         for index, *condition in ablated.itertuples(name=None):
             pairs = [(task, labels, n, *condition) for n in (shots, 0)]
             few, zero, full_few, full_zero = _aligned(*(answers[key] for key in [*pairs, *keys]))
-            bounds = _change_interval(few - zero, full_few - full_zero, drawn=_is_drawn(pairs[0]))
+            bounds = _change_interval(few, zero, full_few - full_zero, drawn=_is_drawn(pairs[0]))
             table.loc[index, ["low", "high"]] = bounds
     return table
 
 
-def _change_interval(benefit: np.ndarray, full: np.ndarray, *, drawn: bool) -> tuple[float, float]:
-    """Return the bounds, in percent, of the change from the full model's benefit."""
+def _change_interval(
+    few: np.ndarray, zero: np.ndarray, full: np.ndarray, *, drawn: bool
+) -> tuple[float, float]:
+    """Return the bounds, in percent, of the change from the full model's benefit.
+
+    Where answers hardly vary a linearised interval is empty and claims certainty: it is never
+    narrower than the score interval of the benefit alone.
+    """
+    benefit = few.astype(np.int64) - zero
     ratio = benefit.mean() / full.mean()
     change = mean_interval((benefit - ratio * full) / full.mean(), drawn=drawn)
-    centre = 100 * (ratio - 1)
-    return centre + 100 * change.low, centre + 100 * change.high
+    alone = difference_interval(few, zero, drawn=drawn)
+    low = min(ratio + change.low, alone.low / full.mean())
+    high = max(ratio + change.high, alone.high / full.mean())
+    return 100 * (low - 1), 100 * (high - 1)
 
 
 def left_out_tasks(changes: pd.DataFrame) -> pd.DataFrame:

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from icl_helpers.attention.heads import heads_in_words
-from icl_helpers.errors import InputError, MissingArtefactError
+from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import CELL, ROW, keyed
-from icl_helpers.files import atomic_path, embedded_dir
+from icl_helpers.files import atomic_path
 from icl_helpers.results.statistics import accuracy_intervals, comparisons
 from icl_helpers.tasks.specs import task_names
 
 __all__ = [
     "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results", "annotated_table",
-    "cell_frame", "markdown_table", "name_heads", "published_accuracy", "read_measurements",
+    "cell_frame", "markdown_table", "name_heads", "published_accuracy",
     "read_published",
     "table_rows", "write_table",
 ]  # fmt: skip
@@ -195,20 +195,6 @@ def abstract_results(results: pd.DataFrame) -> pd.DataFrame:
     """Select the rows of the abstract tasks, or all of them where there is no such task."""
     rows = results[results["task"].isin(task_names("abstract"))]
     return results if rows.empty else rows
-
-
-def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
-    """Read the shipped measurements of an embedded model: ``effect`` or ``dynamics``.
-
-    Raises :class:`MissingArtefactError` when the model has none.
-    """
-    path = embedded_dir() / model / f"{name}.parquet"
-    if not path.is_file():
-        raise MissingArtefactError(
-            f"{model!r} has no measurements {name!r}: only an embedded model's training is known; "
-            f"the measurements come from `synthetic.training measure`"
-        )
-    return pd.read_parquet(path)
 
 
 def read_published(name: str) -> pd.DataFrame:

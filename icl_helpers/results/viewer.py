@@ -40,7 +40,8 @@ from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
     "PromptView", "attention_in_words", "attention_viewer", "follower_shares", "looks_in_words",
-    "prompt_view", "view_data", "viewer_data", "viewer_html", "viewer_prompts",
+    "prompt_view", "query_followers", "query_word", "view_data", "viewer_data", "viewer_html",
+    "viewer_prompts",
 ]  # fmt: skip
 
 # Shares of attention are whole thousandths in the page: short, and exact enough to be read.
@@ -213,6 +214,21 @@ def follower_shares(view: PromptView, position: int, category: str) -> list[floa
     if not followers.any():
         return []
     return [float(view.plain[head][position][followers].sum()) for head in view.blocked]
+
+
+def query_followers(view: PromptView) -> dict[str, list[float]]:
+    """:func:`follower_shares` from the prompt's last token (``colons``: earlier labels), and from
+    the query's first word (``words``)."""
+    return {
+        category: follower_shares(view, position, category)
+        for category, position in (("colons", len(view.spans) - 1), ("words", query_word(view)))
+    }
+
+
+def query_word(view: PromptView) -> int:
+    """Position of the query's first word."""
+    begin = view.text.rindex("\n\n") + 2
+    return next(index for index, (_, end) in enumerate(view.spans) if end > begin)
 
 
 def viewer_html(data: Mapping[str, Any]) -> str:

@@ -238,8 +238,9 @@ def import_bundle(directory: str | os.PathLike[str], run_dir: str | os.PathLike[
             with atomic_path(place) as temporary:
                 temporary.write_bytes((bundle.folder / name).read_bytes())
     info = bundle.json("run.json")
-    # What a bundle says may not run code.
+    # What a bundle says may not run code, nor take hours.
     info["parameters"] |= {"run_dir": os.fspath(run_dir), "trust_remote_code": False}
+    info["parameters"]["measure"] = False
     # Last: what was cut off before is imported anew.
     write_json(target / "run.json", info | {"imported": digest})
     return target
@@ -250,18 +251,18 @@ def export_run(run: Any, out: str | os.PathLike[str]) -> Path:
 
     ``run`` is a :class:`icl_helpers.Run` whose model and data are here: attention over the viewer's
     prompts is computed, and so are scores and means that are not there yet. Exported is every
-    finished cell of the run's model; of mean ablation those with its present means.
+    finished cell of the run's model; of mean ablation those with its present means. Of an imported
+    run its bundle is written, with what was measured since.
 
-    Raises :class:`InputError` where ``out`` exists or the run was imported, and
+    Raises :class:`InputError` where ``out`` exists or nothing was added to an imported run, and
     :class:`icl_helpers.LeakError` rather than publish a secret.
     """
     target = user_path(out)
     if target.exists():
         raise InputError(f"{target} exists; give a directory that does not, or remove it first")
-    if imported_dir(run.directory) is not None:
-        raise InputError(
-            f"{run.directory} was imported; pass on its bundle, {run.directory}/bundle"
-        )
+    imported = imported_dir(run.directory)
+    if imported is not None:
+        return _with_measurements(open_bundle(imported), run.measurements(), target)
     run.prefix_scores()
     means = run.mean_head_outputs()
     cells = _table_rows(run.directory, _cells(run, means))
@@ -280,6 +281,28 @@ def export_run(run: Any, out: str | os.PathLike[str]) -> Path:
         check_leaks(folder)
         write_json(folder / _MANIFEST, _manifest(run, folder, cells))
     return target
+
+
+def _with_measurements(bundle: Bundle, measured: Mapping[str, Any], target: Path) -> Path:
+    """Write a bundle again, with what was measured in the run that was imported from it."""
+    if not measured:
+        run = bundle.folder.parent
+        raise InputError(f"{run} was imported; pass on its bundle, {bundle.folder}")
+    manifest, shown = bundle.json(_MANIFEST), bundle.shown
+    with atomic_directory(target) as folder:
+        for name in _FILES:
+            (folder / name).write_bytes((bundle.folder / name).read_bytes())
+        write_json(folder / "shown.json", shown | {"values": {**shown["values"], **measured}})
+        check_leaks(folder)
+        write_json(folder / _MANIFEST, manifest | {"files": _file_facts(folder)})
+    return target
+
+
+def _file_facts(folder: Path) -> dict[str, Any]:
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": files_digest(folder / name)}
+        for name in _FILES
+    }
 
 
 def _cells(run: Any, means: torch.Tensor) -> list[BundledCell]:
@@ -473,10 +496,7 @@ def _manifest(run: Any, folder: Path, cells: list[BundledCell]) -> dict[str, Any
         "cells": len(cells),
         "documents": sum(len(cell.documents["doc_id"]) for cell in cells),
         "versions": run.info["versions"],
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": files_digest(folder / name)}
-            for name in _FILES
-        },
+        "files": _file_facts(folder),
     }
 
 

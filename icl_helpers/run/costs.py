@@ -12,6 +12,7 @@ Example
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from icl_helpers.attention.heads import DRAWS, doses, head_count
 from icl_helpers.errors import InputError
 from icl_helpers.models.loading import load_config, load_tokenizer
 from icl_helpers.models.reference_text import PAPER_POSITIONS, PAPER_SAMPLES
@@ -68,7 +70,8 @@ class Cost:
     """An estimate for one run; memory in bytes, ``rate`` in tokens per second.
 
     ``working_bytes`` is the larger of a batch's activations and what the means need. ``uncounted``
-    are tasks whose data have to be fetched first.
+    are tasks whose data have to be fetched first. ``closer`` has, of the tokens, those of each
+    stage that looks closer at a few documents.
     """
 
     parameters: int
@@ -77,6 +80,7 @@ class Cost:
     tokens: int
     rate: float
     uncounted: tuple[str, ...]
+    closer: Mapping[int, int]
 
     @property
     def hours(self) -> float:
@@ -93,6 +97,9 @@ class Cost:
             f"  tokens to score  {self.tokens / 1e6:.1f} million",
             f"  hours            {self.hours:.1f} at {self.rate:,.0f} tokens per second",
         ]
+        for stage, tokens in self.closer.items():
+            hours = tokens / self.rate / 3600
+            lines.append(f"  of them stage {stage:<3}{tokens / 1e6:.1f} million, {hours:.2f} hours")
         if self.uncounted:
             lines.append(f"  not counted      {', '.join(self.uncounted)} (data not here)")
         return "\n".join(lines)
@@ -157,7 +164,9 @@ def estimate_cost(
         else LlamaConfig(**known, dtype=torch.bfloat16)
     )
     total, _ = parameter_counts(config)
-    tokens, longest, uncounted = _grid_tokens(Plan(parameters), tokenizer or _embedded_tokenizer())
+    plan, tokenizer = Plan(parameters), tokenizer or _embedded_tokenizer()
+    tokens, longest, uncounted = _grid_tokens(plan, tokenizer)
+    closer = _closer_tokens(plan, config, tokenizer)
     context = config.get_text_config().max_position_embeddings
     positions = min(parameters.positions or PAPER_POSITIONS, context)
     return Cost(
@@ -166,10 +175,36 @@ def estimate_cost(
             config, dtype=parameters.dtype, quantization=parameters.quantization
         ),
         working_bytes=_working_bytes(config, parameters, positions, longest),
-        tokens=tokens + PAPER_SAMPLES * positions,
+        tokens=tokens + PAPER_SAMPLES * positions + sum(closer.values()),
         rate=tokens_per_second or min(_FLOPS_PER_SECOND / (2 * total), _MOST_TOKENS_PER_SECOND),
         uncounted=uncounted,
+        closer=closer,
     )
+
+
+def _closer_tokens(
+    plan: Plan, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, int]:
+    """Tokens of the stages that look closer, which run each of their prompts many times.
+
+    Text tasks are left out, as are the few passes beside those over prompts.
+    """
+    p = plan.parameters.model_copy(update={"limit": plan.parameters.analysis_limit})
+    tokens = sum(
+        _set_tokens(prompts, p, tokenizer)[0]
+        for prompts in plan.analysis_sets()
+        if not isinstance(get_task_spec(prompts.task), TextTaskSpec)
+    )
+    text = config.get_text_config()
+    n_heads = text.num_hidden_layers * text.num_attention_heads
+    counts = doses(head_count(n_heads, plan.fractions[-1]), n_heads)
+    # Function vectors take 25 documents a task, each some three times; the rest the same documents
+    # without either family, and the removal's direct effect.
+    vectors = 3 * 25 / plan.parameters.analysis_limit
+    return {
+        9: round(tokens * (len(counts) * (2 + DRAWS) + n_heads + 2)),
+        10: round(tokens * (2 * len(counts) + 4 + vectors)),
+    }
 
 
 def _working_bytes(
@@ -255,7 +290,8 @@ def _embedded_tokenizer() -> PreTrainedTokenizerBase:
 def stage_tokens(p: StageParameters, *, positions: int = PAPER_POSITIONS) -> dict[int, int]:
     """Tokens that each of the first five stages is the first to run; ``positions`` of the means.
 
-    Text tasks, stage 6, are left out. Stages 7 and 8 take a few prompts and none.
+    Text tasks, stage 6, are left out. Stages 7 and 8 take a few prompts and none; of those that
+    look closer :class:`Cost` has the tokens.
     """
     plan = Plan(p)
     each = sum(_set_tokens(prompts, p, _embedded_tokenizer())[0] for prompts in plan.prompt_sets())

@@ -115,9 +115,33 @@ class Plan:
             for labels in self._label_sets(task, group)
             for prompts in prompt_sets(
                 task, labels, self._shots(task, labels), p.seeds, self.data(task),
-                p.demonstrations, resolve_sampling(task, self._digest(task), p.sampling),
+                p.demonstrations, self.sampling(task),
             )
         ]  # fmt: skip
+
+    def analysis_sets(self) -> list[PromptSet]:
+        """Prompts that are looked at closely (stages 9 and 10), one set a task.
+
+        With each task's most examples and the first demonstration seed. Of the abstract tasks the
+        first of each kind: letters, words with two labels, words with four.
+        """
+        p: Any = self.parameters
+        kinds: dict[Any, str] = {}
+        for task in self.tasks():
+            spec = get_task_spec(task)
+            kinds.setdefault((spec.sampler, len(spec.choices)), task)
+        found = []
+        for task in p.analysis_tasks or kinds.values():
+            labels, data = get_task_spec(task).default_labels, self.data(task)
+            most = [max(self._shots(task, labels))]
+            found += prompt_sets(
+                task, labels, most, p.seeds[:1], data, p.demonstrations, self.sampling(task)
+            )
+        return found
+
+    def sampling(self, task: str) -> str:
+        """How the run takes documents of a task where there is a limit."""
+        return resolve_sampling(task, self._digest(task), self.parameters.sampling)
 
     def _label_sets(self, task: str, group: Group) -> list[str]:
         spec = get_task_spec(task)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from icl_helpers.attention.induction_pattern import induction_pattern
 from icl_helpers.attention.means import mean_head_outputs
 from icl_helpers.attention.passes import one_angle_length
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences, token_pool
-from icl_helpers.errors import ICLError, InputError
+from icl_helpers.errors import ICLError, InputError, NotMeasuredError
 from icl_helpers.evaluation.cells import CellGroup, build
 from icl_helpers.evaluation.conditions import FULL, Condition, conditions, drawn_again
 from icl_helpers.evaluation.evaluate import ModelSource, evaluate_request, plan_request
@@ -38,6 +40,7 @@ from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.evaluation.store import KEYS, read_frame
 from icl_helpers.evaluation.workers import workers_from_environment
 from icl_helpers.files import (
+    cached_json,
     cached_tensor,
     check_run_dir,
     content_key,
@@ -61,7 +64,7 @@ from icl_helpers.models.reference_text import (
     samples_key,
 )
 from icl_helpers.parameters import StageParameters
-from icl_helpers.results.viewer import PromptView, prompt_view, viewer_prompts
+from icl_helpers.results.viewer import PromptView, prompt_view, query_followers, viewer_prompts
 from icl_helpers.run.bundle import Bundle
 from icl_helpers.run.plan import KINDS, Group, Plan, check_same_model, run_info, stated_parameters
 from icl_helpers.tasks.prompts import Prompt, build_prompts
@@ -282,13 +285,14 @@ class Run:
         with workers_from_environment() as workers:
             if workers is not None:
                 self._release()
-            load = functools.cache(self._scorer)
+            load = functools.cache(self.scorer)
             results = evaluate_request(
                 request, key, load=load, executor=workers, source=source_of(p)
             )
         return pd.DataFrame(results)
 
-    def _scorer(self) -> InterventionLM:
+    def scorer(self) -> InterventionLM:
+        """What scores the run's prompts, on its model."""
         return InterventionLM(self.model, self.tokenizer, batch_size=self.parameters.batch_size)
 
     def results(self, group: Group = "tasks") -> pd.DataFrame:
@@ -374,7 +378,34 @@ class Run:
         for task in self.plan.tasks("nlp_tasks")[:1]:
             for labels in ("semantic", "unrelated"):
                 self.example(task, shots=2, labels=labels)
-        return {"values": self._values, "viewed": self._viewed()}
+        return {"values": {**self._values, **self.measurements()}, "viewed": self._viewed()}
+
+    def measurement(self, name: str, of: Any, compute: Callable[[], Any]) -> Any:
+        """A JSON value that was measured on the model; computed once, and kept as soon as it is.
+
+        ``of`` is all that decides it beside the model. It travels in the run's bundle. Raises
+        :class:`NotMeasuredError` where an imported run's bundle lacks it and ``measure`` is unset.
+        """
+        key = f"{name} {content_key([of, self.identity['key']])}"
+        brought = {} if self._bundle is None else self._bundle.shown["values"]
+        if key in brought:
+            return brought[key]
+        path = self._measurements_dir() / f"{key.replace(' ', '-')}.json"
+        if self._bundle is not None and not (self.parameters.measure or path.is_file()):
+            raise NotMeasuredError(
+                f"The bundle of this run does not hold this measurement ({name}); where its model "
+                f"is, `icl run --run-dir {self.parameters.run_dir} --measure` makes it."
+            )
+        return cached_json(path, key, compute)
+
+    def measurements(self) -> dict[str, Any]:
+        """Every measurement of the model that was made here, by what it is kept under."""
+        files = sorted(self._measurements_dir().glob("*.json"))
+        found = (json.loads(path.read_bytes()) for path in files)
+        return {stored["key"]: stored["value"] for stored in found}
+
+    def _measurements_dir(self) -> Path:
+        return self.directory / "measurements" / content_key(self.identity["key"])
 
     def _shown(self, what: str, of: list[Any], compute: Callable[[], Any]) -> Any:
         """A JSON value that follows from ``of``: the bundle's, or computed."""
@@ -405,6 +436,16 @@ class Run:
                 [task], seed=p.seeds[0], data=self.plan.data(task)
             ).items()
         }  # fmt: skip
+
+    def first_view(self) -> PromptView:
+        """The first of :meth:`views`; ``run.json`` notes where its heads look from the query.
+
+        That is, by category, what each pays to what followed earlier elements (``followers``), for
+        whoever reads the run without its model.
+        """
+        view = next(iter(self.views().values()))
+        self._record(followers=query_followers(view))
+        return view
 
     def _viewed_heads(self) -> list[Head]:
         return self.induction_heads()[:5]

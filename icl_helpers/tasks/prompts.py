@@ -14,8 +14,9 @@ import itertools
 import json
 import os
 import random
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from icl_helpers.errors import InputError
@@ -24,8 +25,8 @@ from icl_helpers.tasks.demonstrations import Pool, Rule, check_rule, draw_demons
 from icl_helpers.tasks.specs import SAMPLINGS, Sampler, TaskSpec, TextTaskSpec, get_task_spec
 
 __all__ = [
-    "Prompt", "PromptSet", "Shots", "build_prompts", "prompt_sets", "resolve_sampling",
-    "resolve_shots", "sample_documents",
+    "Prompt", "PromptSet", "Shots", "build_prompts", "demonstration_spans", "prompt_sets",
+    "resolve_sampling", "resolve_shots", "sample_documents", "shuffled_labels",
 ]  # fmt: skip
 
 Shots = int | Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -255,3 +256,42 @@ def _text_prompts(
 def _key(row: dict[str, object]) -> str:
     """A row's every column as text: equal for equal rows."""
     return json.dumps(row, sort_keys=True, default=str)
+
+
+def demonstration_spans(prompt: Prompt) -> list[tuple[int, int]]:
+    """Characters [start, end) of each demonstration, its blank line included, and of the query.
+
+    Raises :class:`InputError` for a context that :func:`build_prompts` did not make.
+    """
+    start = prompt.context.find("\n\n") + 2
+    ends = [label.end() + 2 for label in _shown_labels(prompt)]
+    return list(itertools.pairwise([start, *ends, len(prompt.context)]))
+
+
+def shuffled_labels(prompt: Prompt, *, seed: int) -> Prompt:
+    """The prompt with its demonstrations' labels in another order; the query's stays as it is.
+
+    As many demonstrations as before show each label. The order is drawn by ``random.Random`` from
+    the seed and the document.
+    """
+    matches = _shown_labels(prompt)
+    labels = [match[0] for match in matches]
+    random.Random(f"{seed} {prompt.doc_id}").shuffle(labels)
+    ends = [0, *(match.end() for match in matches)]
+    pieces = [
+        prompt.context[end : match.start()] + label
+        for end, match, label in zip(ends, matches, labels, strict=False)
+    ]
+    return replace(prompt, context="".join(pieces) + prompt.context[ends[-1] :])
+
+
+def _shown_labels(prompt: Prompt) -> list[re.Match[str]]:
+    """The demonstrations' labels: what stands between a colon and a blank line."""
+    names = "|".join(re.escape(choice) for choice in prompt.choices)
+    found = list(re.finditer(f"(?<=:)(?:{names})(?=\n\n)", prompt.context))
+    if len(found) != prompt.n_demonstrations:
+        raise InputError(
+            f"{len(found)} labels stand in a prompt of {prompt.n_demonstrations} demonstrations, "
+            f"which begins {prompt.context[:60]!r}; pass prompts of build_prompts()"
+        )
+    return found

@@ -18,9 +18,10 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "browser" / "check.cjs"
 MAIN_PAGES = (
-    "index", "method", "model-card", "your-model", "scale-out", "performance", "deviations",
-    "training_dynamics", "comparison", "runs", "notebooks", "cite", "api", "glossary",
-    "bibliography", "search", "genindex",
+    "index", "claims", "method", "playground", "model-card", "your-model", "scale-out", "performance",
+    "deviations", "removing_a_head", "report", "training_dynamics", "comparison", "runs",
+    "notebooks", "cite", "api", "glossary",
+    "bibliography", "search", "genindex", "print",
 )  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -46,8 +47,7 @@ def report(request, tmp_path_factory):
     reason = missing_tool()
     if reason is not None:
         pytest.skip(reason)
-    given = os.environ.get("ICL_BOOK")
-    book = Path(given).resolve() if given else request.getfixturevalue("built")
+    book = request.getfixturevalue("book_pages")
     (run,) = sorted(path.name for path in (book / "run").iterdir())[:1]
     # Runs are compared where there are several; every other page has to be there.
     pages = [f"{name}.html" for name in MAIN_PAGES]

@@ -8,8 +8,9 @@ import torch
 
 from icl_helpers.attention.heads import Head
 from icl_helpers.book import came_out
+from icl_helpers.results.outcomes import removal_caption
 from icl_helpers.results.viewer import PromptView
-from tests.results.test_outcomes import CONTROL, LETTERS, REMOVED, WORDS, rows, run
+from tests.results.test_outcomes import CONTROL, LETTERS, REMOVED, rows, run
 
 OPPOSITE = {
     "repetition": (99, 92, 50, 99), "recursion": (99, 40, 50, 99),
@@ -21,65 +22,10 @@ def said(parts) -> str:
     return came_out.section(*parts)
 
 
-def line(text: str, start: str) -> str:
-    (found,) = (one for one in text.splitlines() if one.startswith(f"- *{start}"))
-    return found
-
-
-def with_zero_shots(documents: pd.DataFrame, removed: float) -> pd.DataFrame:
-    """Add answers without examples that are at chance, and without the heads ``removed`` right."""
-    documents = documents[documents["shots"] > 0]
-    parts = [documents]
-    for task in documents["task"].unique():
-        parts.append(rows(task, ("full", "none"), 50, shots=0))
-        parts.append(rows(task, REMOVED, removed, shots=0))
-        parts += [rows(task, CONTROL, 50, shots=0, draw=draw) for draw in (42, 43, 44)]
-    return pd.concat(parts, ignore_index=True)
-
-
-def test_predictions_that_hold_are_said_to_hold_on_all_tasks():
-    documents = with_zero_shots(run(dict.fromkeys(WORDS, (95, 60, 60, 94))), 50)
-    removal = said(came_out.removal_parts(documents, 64, numbers=(1, 4)))
-    held = "**held**, on all 2 tasks."
-    assert line(removal, "Accuracy falls without the induction heads (mean").endswith(held)
-    assert line(removal, "It falls more than without random heads (mean").endswith(held)
-    assert line(removal, "Accuracy without examples hardly moves (mean").endswith(held)
-    # Zero ablation was not evaluated, and nothing is made up about it.
-    assert line(removal, "Accuracy falls without the induction heads (zero").endswith(
-        "was not evaluated here."
-    )
-    knockout = said(came_out.knockout_parts(documents, 64))
-    assert line(knockout, "Blocking the pattern").endswith(held)
-    full = said(came_out.full_parts(documents))
-    assert line(full, "Without examples accuracy lies at chance").endswith(held)
-    assert line(full, "With examples accuracy is above chance").endswith(held)
-
-
-def test_predictions_that_fail_name_the_tasks_and_why():
-    documents = with_zero_shots(run(OPPOSITE), 80)
-    knockout = line(said(came_out.knockout_parts(documents, 64)), "Blocking the pattern")
-    assert "**held in part**, on 1 of 4 tasks" in knockout
-    assert "repetition (costs more: 50 % blocked, 92 % removed)" in knockout
-    assert "word sequences 2 (costs less: 50 % blocked, 1 % removed)" in knockout
-    removal = said(came_out.removal_parts(documents, 64))
-    moved = line(removal, "Accuracy without examples hardly moves (mean")
-    assert "**did not hold**, on 0 of 4 tasks" in moved
-    assert "recursion (+30 points" in moved
-
-
-def test_zero_shot_answers_of_one_label_are_not_called_chance():
-    full = said(came_out.full_parts(run(OPPOSITE)))
-    found = line(full, "Without examples accuracy lies at chance")
-    assert "**was not shown**" in found
-    assert "repetition (50 %: one label for nearly all documents)" in found
-
-
 def test_nothing_learnt_and_everything_at_100_percent_show_no_loss():
     for level in (50, 100):
         text = said(came_out.result_parts(run(dict.fromkeys(LETTERS, (level,) * 4)), 64))
         assert "distinguishably lower on 0 of 3" in text
-        # No loss was seen, which is not to say that there is none.
-        assert "**was not shown**, on 0 of 3 tasks" in line(text, "Accuracy falls without the")
         assert "not distinguishable" in text
 
 
@@ -90,9 +36,9 @@ def test_opposite_tasks_are_named_in_headline_and_lines_and_never_averaged():
     assert "Heads removed 1 to 6 %; below chance" in text
     assert "Heads removed repetition 92 %, recursion 40 %; below chance on recursion" in text
     assert "35 %" not in text
-    caption = came_out.removal_caption(run(OPPOSITE))
+    caption = removal_caption(run(OPPOSITE))
     assert "words, two labels 1 to 6 %; below chance" in caption
-    assert came_out.removal_caption(run(OPPOSITE).query("condition == 'full'")) == ""
+    assert removal_caption(run(OPPOSITE).query("condition == 'full'")) == ""
 
 
 def test_seeds_and_draws_that_disagree_come_first():
@@ -111,20 +57,15 @@ def test_seeds_and_draws_that_disagree_come_first():
 
 
 @pytest.mark.parametrize(
-    ("high", "count", "verdict"),
-    [
-        (0, "None of 64 heads", "**did not hold**: no head"),
-        (4, "4 of 64 heads (6.3 %)", "**held**"),
-        (20, "20 of 64 heads (31.3 %)", "**did not hold**: more than 10 %"),
-    ],
+    ("high", "count"),
+    [(0, "None of 64 heads"), (4, "4 of 64 heads (6.3 %)"), (20, "20 of 64 heads (31.3 %)")],
 )
-def test_scores_are_counted(high, count, verdict):
+def test_scores_are_counted(high, count):
     scores = torch.full((5, 4, 16), 0.05)
     scores.view(5, 64)[:, :high] = 0.9
     scores[:, 0, 0] += 0.05
     text = said(came_out.score_parts(scores, [2 / 64, 4 / 64]))
     assert f"- {count} score 0.3 or more" in text
-    assert verdict in text
     assert "layer 0 head 0" in text
     assert "4 of 64 heads (6.3 %)" in text
 
@@ -150,13 +91,13 @@ def test_where_heads_look_is_read_off_the_numbers():
         "From the final colon: 2 of 2 heads put most, 90 %, on *Foo* (token 6, after *:*)"
         in on_label
     )
-    assert "**held**, 2 of 2" in line(on_label, "From the final colon")
-    assert "**did not hold**, 0 of 2" in line(on_label, "From *plum*")
+    assert "2 of 2 heads put more than half of their attention on earlier labels" in on_label
+    assert "0 of 2 heads put more than half of their attention on what followed" in on_label
     wrong = said(came_out.pattern_parts(view("nurse")))
     assert "on *nurse* (token 9, after *sofa*)" in wrong
-    assert "**did not hold**, 0 of 2" in line(wrong, "From *plum*")
+    assert "0 of 2 heads put more than half of their attention on what followed" in wrong
     right = said(came_out.pattern_parts(view("cat")))
-    assert "**held**, 2 of 2" in line(right, "From *plum*")
+    assert "2 of 2 heads put more than half of their attention on what followed" in right
 
 
 def test_norms_of_means_are_placed_beside_the_others():
@@ -179,6 +120,44 @@ def test_text_tasks_are_told_apart_by_their_labels():
         )
     ]  # fmt: skip
     text = said(came_out.text_parts(pd.concat(parts, ignore_index=True), 64))
-    found = line(text, "Accuracy falls without the induction heads (mean")
-    assert "**held in part**, on 1 of 2 tasks; not on sst2, semantic labels" in found
+    assert "Mean ablation. Text, semantic labels, 10 examples, without" in text
+    assert "Mean ablation. Text, unrelated labels, 10 examples, without" in text
     assert "No text task" in said(came_out.text_parts(pd.DataFrame(), 64))
+
+
+class MadeUpRun:
+    """What :func:`what_came_out` asks of a run."""
+
+    parameters = type("parameters", (), {"model": "some/model"})
+    plan = type("plan", (), {"fractions": [2 / 64, 4 / 64]})
+
+    def __init__(self, documents: pd.DataFrame) -> None:
+        self._documents = documents
+
+    def documents(self, group: str = "tasks") -> pd.DataFrame:
+        return self._documents if group == "tasks" else self._documents.iloc[:0]
+
+    def prefix_scores(self) -> torch.Tensor:
+        scores = torch.full((5, 4, 16), 0.05)
+        scores[:, 1, 2] = 0.95
+        return scores
+
+
+def test_every_stage_judges_the_claims_that_it_measures():
+    made_up = MadeUpRun(run(OPPOSITE, blocked_is_zero_shot=True))
+    first = came_out.what_came_out(made_up, 1)
+    assert "*A few per cent of the heads do induction.* **Reproduced** (1 of 64 heads" in first
+    full = came_out.what_came_out(made_up, 3)
+    assert "*With examples every abstract task is above chance.* **Reproduced**" in full
+    removed = came_out.what_came_out(made_up, 4)
+    assert (
+        "*Without the heads few-shot accuracy is close to chance.* **Partly**; it holds 1 of 4"
+        in removed
+    )
+    # Nothing is made up about what was not evaluated.
+    assert "*Zero ablation costs few-shot accuracy too.* **Not testable here**." in removed
+    blocked = came_out.what_came_out(made_up, 5)
+    assert "*Blocking only the induction pattern costs few-shot accuracy.* **Repro" in blocked
+    assert "about as much as removing the heads.* **Not reproduced**; it holds 0 of 4" in blocked
+    assert "Blocking" in came_out.what_came_out(made_up, 8)
+    assert "Which claims hold" not in came_out.section(["p"], ["m"], ["s"])

@@ -6,6 +6,7 @@ import csv
 import random
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -96,7 +97,7 @@ def test_labels_that_begin_alike_are_refused(llama, tokenizer, few_prompts):
 def test_comparison_counts_changed_answers_and_averages_seeds():
     def side(*chosen):
         values = torch.tensor(chosen)
-        return lambda prompts: deviations.Answers(values, values == 1, values.double())
+        return lambda prompts: deviations.Answers(values, values == 1, *[values.double()] * 2)
 
     frame = deviations.compare(
         {"task": []}, {"one": side(1, 1, 0, 0), "two": [side(1, 0, 0, 0), side(0, 0, 1, 1)]}
@@ -105,7 +106,12 @@ def test_comparison_counts_changed_answers_and_averages_seeds():
     assert frame.loc["two", "accuracy"] == 37.5
     assert frame.loc["two", "changed"] == pytest.approx(100 * (1 / 4 + 1) / 2)
     assert frame.loc["two", "margin"] == pytest.approx((1 / 4 + 1) / 2)
-    assert "50.0 % one, 37.5 % two; 62.5 % of" in deviations.summary_sentence(frame.reset_index())
+    one = frame.reset_index()
+    assert "50.0 % one, 37.5 % two; 62.5 % of" in deviations.summary_sentence(one)
+    # Two tasks that behave in opposite ways have no common number.
+    other = one.assign(task="other", accuracy=100 - one["accuracy"], changed=[0.0, 2.5])
+    said = deviations.summary_sentence(pd.concat([one, other]))
+    assert "50.0 % one, 37.5 to 62.5 % two over 2 tasks; 2.5 to 62.5 % of a task's" in said
 
 
 def test_score_term_is_the_attention_to_the_position_after_bos(llama):

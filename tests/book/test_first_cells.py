@@ -76,6 +76,15 @@ def test_first_cell_tells_the_default_limit_and_what_it_takes(path):
     text = nbformat.read(path, as_version=4).cells[0].source
     assert "**Default.**" in text
     stage = int(path.name[:2])
+    cost = estimate_cost(icl.stage_parameters())
+    if stage in cost.closer:
+        tokens = cost.closer[stage]
+        told = r"([\d.]+) million tokens.*?(?:about (\d+) minutes?|under a minute)"
+        ((millions, minutes),) = re.findall(told, text)
+        assert float(millions) == pytest.approx(tokens / 1e6, rel=0.15)
+        assert int(minutes or 0) == pytest.approx(tokens / cost.rate / 60, abs=0.51)
+        assert f"`analysis_limit = {icl.stage_parameters().analysis_limit}`" in text
+        return
     if stage not in (3, 4, 5, 6):
         assert "under a minute" in text.lower()
         return

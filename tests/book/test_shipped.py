@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from icl_helpers.book import build as book
-from icl_helpers.book import pages, shipped
+from icl_helpers.book import pages
+from icl_helpers.run.bundle import open_bundle
 from icl_helpers.run.plan import run_info
 from tests.run.test_bundle import made, sign  # noqa: F401 - a fixture
 
@@ -26,7 +28,7 @@ def executed(monkeypatch) -> list[str]:
         for path in book.stage_notebooks():
             shutil.copyfile(path, folder / path.name)
 
-    monkeypatch.setattr(shipped, "execute_stages", execute)
+    monkeypatch.setattr(book, "execute_stages", execute)
     return runs
 
 
@@ -39,7 +41,7 @@ def bundles(made, tmp_path) -> Path:  # noqa: F811
 @pytest.mark.slow
 def test_bundle_becomes_a_run_of_the_book_that_is_verified(bundles, tmp_path, executed):
     runs = tmp_path / "runs"
-    (found,) = shipped.prepare_shipped(bundles, runs, seconds=1)
+    (found,) = book.prepare_shipped(bundles, runs, seconds=1)
     assert found == runs / "a-model"
     assert executed == [str(found)]
     assert "imported" in run_info(found)
@@ -49,9 +51,10 @@ def test_bundle_becomes_a_run_of_the_book_that_is_verified(bundles, tmp_path, ex
     page = pages.verification_page([found])
     assert "## icl-tiny (a-model)" in page or "## icl-tiny" in page
     assert "**The sample agrees with the bundle.**" in page
+    assert "<bundles/a-model.zip>" in page
     assert f"{report['documents']:,} of {report['of_documents']:,}" in page
     # Once more: the run is there, and is verified again.
-    assert shipped.prepare_shipped(bundles, runs, seconds=1) == [found]
+    assert book.prepare_shipped(bundles, runs, seconds=1) == [found]
 
 
 @pytest.mark.slow
@@ -61,7 +64,7 @@ def test_absent_model_is_said_and_stops_nothing(bundles, tmp_path, executed):
     info["model"] = info["parameters"]["model"] = "no-such/model"
     (bundle / "run.json").write_text(json.dumps(info))
     sign(bundle)
-    (found,) = shipped.prepare_shipped(bundles, tmp_path / "runs")
+    (found,) = book.prepare_shipped(bundles, tmp_path / "runs")
     assert list(json.loads((found / "verification.json").read_text())) == ["reason"]
     page = pages.verification_page([found])
     assert "**Not verified when this book was built:** model 'no-such/model' is not" in page
@@ -73,7 +76,7 @@ def test_run_that_was_computed_here_stays(bundles, tmp_path, executed):
     run.mkdir(parents=True)
     (run / "run.json").write_text('{"model": "icl-tiny"}')
     with pytest.warns(UserWarning, match="takes the place of"):
-        assert shipped.prepare_shipped(bundles, tmp_path / "runs") == []
+        assert book.prepare_shipped(bundles, tmp_path / "runs") == []
     assert executed == []
     assert pages.verification_page([run]) is None
 
@@ -94,6 +97,20 @@ def test_disagreement_is_said_first(tmp_path):
     assert "**The sample does not agree with the bundle: do not rely on this run.**" in page
     assert "one has a value, the other none" in page
     assert "- Left out: 2 cells of sst2: no data." in page
+    assert ".zip" not in page
+
+
+def test_packed_bundle_is_whole_and_the_same_whenever_it_is_packed(tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(book.book_dir() / "runs" / "smollm2-135m", bundle)
+    first, second = tmp_path / "a" / "some-model.zip", tmp_path / "b" / "some-model.zip"
+    book._zip_bundle(bundle, first)
+    for path in bundle.iterdir():
+        os.utime(path, (2e9, 2e9))
+    book._zip_bundle(bundle, second)
+    assert first.read_bytes() == second.read_bytes()
+    shutil.unpack_archive(first, tmp_path / "unpacked")
+    assert open_bundle(tmp_path / "unpacked" / "some-model").shown == open_bundle(bundle).shown
 
 
 def test_shipped_runs_come_first_and_embedded_models_last(tmp_path):

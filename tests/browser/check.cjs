@@ -3,48 +3,8 @@
 // "pages": [...], "widths": [...], "viewer": ...}'; puppeteer-core and axe-core are those of
 // package.json beside it.
 "use strict";
-const path = require("path");
-const { pathToFileURL } = require("url");
-const puppeteer = require("puppeteer-core");
-const axe = require("axe-core");
-
 const settings = JSON.parse(process.argv[2]);
-const address = (page) => pathToFileURL(path.join(settings.root, page)).href;
-
-async function opened(browser, page, width, report) {
-  const tab = await browser.newPage();
-  const note = (text) => report.console.push(`${page} at ${width}: ${text}`);
-  tab.on("console", (message) => ["error", "warning"].includes(message.type()) && note(message.text()));
-  tab.on("pageerror", (error) => note(error.message));
-  tab.on("requestfailed", (request) => note(`${request.url()} was not loaded`));
-  tab.on("request", (request) => {
-    if (/^(https?|wss?):/.test(request.url())) report.foreign.push(`${page}: ${request.url()}`);
-  });
-  await tab.setViewport({ width, height: 900 });
-  await tab.goto(address(page), { waitUntil: "load" });
-  return tab;
-}
-
-async function checked(browser, page, width, theme, report) {
-  const tab = await opened(browser, page, width, report);
-  await tab.evaluate((mode) => {
-    document.documentElement.dataset.theme = mode;
-    document.documentElement.dataset.mode = mode;
-  }, theme);
-  // Colours fade from one theme to the other.
-  await new Promise((resolve) => setTimeout(resolve, 400));
-  const size = await tab.evaluate(() => [document.documentElement.scrollWidth, window.innerWidth]);
-  if (size[0] > size[1]) report.wide.push(`${page} at ${width}: ${size[0]}`);
-  await tab.evaluate(axe.source);
-  const found = await tab.evaluate(() => axe.run({ resultTypes: ["violations"], preload: false }));
-  for (const violation of found.violations) {
-    if (!["serious", "critical"].includes(violation.impact)) continue;
-    const where = violation.nodes.slice(0, 3).map((node) => `${node.target} ${node.html.slice(0, 160)}`);
-    const count = violation.nodes.length;
-    report.violations.push(`${page} at ${width}, ${theme}: ${violation.id} (${count}): ${where.join("; ")}`);
-  }
-  await tab.close();
-}
+const { address, checked, launch, opened } = require("./browser.cjs")(settings);
 
 function state() {
   const root = document.querySelector(".icl-viewer");
@@ -63,7 +23,7 @@ function state() {
 }
 
 async function operated(browser, report) {
-  const tab = await opened(browser, settings.viewer, 1300, report);
+  const tab = await opened(browser, settings.viewer, { width: 1300 }, report);
   const steps = {};
   const keep = async (name) => { steps[name] = await tab.evaluate(state); };
   const token = (index) => `.icl-viewer [role="option"][data-index="${index}"]`;
@@ -124,12 +84,7 @@ async function fallenBack(browser) {
 
 (async () => {
   const report = { console: [], foreign: [], wide: [], violations: [], viewer: null };
-  const browser = await puppeteer.launch({
-    executablePath: settings.chromium,
-    userDataDir: settings.profile,
-    args: ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-      "--disable-background-networking", "--disable-component-update"],
-  });
+  const browser = await launch();
   try {
     for (const page of settings.pages) {
       for (const width of settings.widths) {

@@ -22,6 +22,7 @@ from icl_helpers.results.statistics import (
     simulate_coverage,
 )
 from icl_helpers.results.tables import MARK, annotated_table
+from tests.results.test_outcomes import rows
 
 SHARE = 0.06
 
@@ -227,3 +228,21 @@ def test_a_benefit_within_noise_has_no_relative_change():
     results.loc[(results["condition"] == "full") & (results["shots"] == 10), "accuracy"] = 0.62
     out = left_out_tasks(benefit_changes(results, documents))
     assert list(out["why"]) == ["benefit within noise"]
+
+
+def test_a_benefit_that_goes_whole_is_not_certain_to():
+    parts = [
+        rows("sst2", condition, right, shots=shots)
+        for shots, removed in ((0, 50), (10, 50))
+        for condition, right in (
+            (("full", "none"), 50 if shots == 0 else 100), (("induction_heads", "mean"), removed),
+        )
+    ]  # fmt: skip
+    documents = pd.concat(parts, ignore_index=True)
+    changes = benefit_changes(accuracies(documents), documents)
+    (change,) = changes[changes["condition"] == "induction_heads"].itertuples()
+    assert change.relative_change == -100
+    # Nobody lost or won with the examples: of 200 documents, the score interval of no difference
+    # is +-1.9 points, of a benefit of 50.
+    assert change.low == pytest.approx(-103.8, abs=0.2)
+    assert change.high == pytest.approx(-96.2, abs=0.2)

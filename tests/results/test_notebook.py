@@ -13,7 +13,7 @@ from matplotlib.container import BarContainer
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import accuracies, document_results
 from icl_helpers.results import notebook as reporting
-from icl_helpers.results.figures import accuracy_bars, benefit_bars
+from icl_helpers.results.figures import accuracy_bars, benefit_bars, margin_alt, margin_bars
 from icl_helpers.results.statistics import benefit_changes
 from tests.results.test_comparison import write_run
 from tests.results.test_statistics import documents_frame
@@ -208,3 +208,25 @@ def test_both_controls_have_bars_of_their_own_and_no_interval_is_cut():
             low, high = axes.get_xlim() if narrow else axes.get_ylim()
             assert low <= reach["low"].min()
             assert high >= reach["high"].max()
+
+
+def test_margins_are_drawn_with_median_and_quartiles_and_said():
+    cell = {
+        "task": "repetition", "labels": "unrelated", "shots": 10, "demonstration_seed": 42,
+        "ablation_seed": None, "control": "", "correct": True, "valid": True,
+    }  # fmt: skip
+    full = {**cell, "condition": "full", "ablation": "none", "fraction": None}
+    removed = {**cell, "condition": "induction_heads", "ablation": "mean", "fraction": 0.0625}
+    documents = pd.DataFrame(
+        [{**full, "doc_id": i, "margin": float(i)} for i in range(5)]
+        + [{**removed, "doc_id": i, "margin": -2.0 * i} for i in range(5)]
+        + [{**full, "shots": 0, "doc_id": i, "margin": 99.0} for i in range(5)]
+    )
+    options = {"ablations": ["mean"], "n_heads": 64}
+    alt = margin_alt(documents, **options)
+    assert "4 of 64 heads (6.3 %)" in alt
+    assert alt.endswith("repetition: full +2.0, induction heads -4.0.")
+    (axes,) = margin_bars(documents, **options).axes
+    assert sorted(patch.get_height() for patch in axes.patches) == [-4.0, 2.0]
+    lines = [segment[:, 1].tolist() for segment in axes.collections[0].get_segments()]
+    assert lines == [[1.0, 3.0]]

@@ -23,6 +23,7 @@ from icl_helpers.cli import main
 from icl_helpers.evaluation.store import KEYS
 from icl_helpers.run.bundle import FORMAT, export_run, import_bundle, open_bundle
 from icl_helpers.run.run import run_at
+from icl_helpers.run.stages import stage_notebooks
 from icl_helpers.run.verify import verify_bundle
 from tests.conftest import ROOT, made_once
 
@@ -114,7 +115,11 @@ def test_imported_run_executes_every_stage_without_model_and_data_and_has_the_sa
     command = [sys.executable, "-m", "icl_helpers.cli", "run", "--run-dir", str(run)]
     done = subprocess.run(command, cwd=tmp_path, env=unloadable, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 8
+    assert len(done.stdout.splitlines()) == len(stage_notebooks())
+    # A bundle without measurements: the pages say so, and how to make them.
+    page = (run / "notebooks" / "09_which_heads.ipynb").read_text()
+    assert "does not hold this measurement (dose and response)" in page
+    assert f"icl run --run-dir {run} --measure" in page
     for name in ("documents", "results"):
         before = in_order(pd.read_parquet(made / "run" / f"{name}.parquet"))
         after = in_order(pd.read_parquet(run / f"{name}.parquet"))
@@ -277,6 +282,42 @@ def test_bundle_cannot_ask_for_remote_code(bundle, tmp_path):
     sign(bundle)
     run = import_bundle(bundle, tmp_path / "run")
     assert not run_at(run).parameters.trust_remote_code
+
+
+def test_measurements_travel_and_are_made_in_an_imported_run_only_if_asked_for(made, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(made / "run", source)
+    own, asked = run_at(source), []
+
+    def compute(value):
+        return lambda: asked.append(value) or {"loss": [value, 0.5]}
+
+    assert own.measurement("a loss", [1], compute(1)) == {"loss": [1, 0.5]}
+    assert run_at(source).measurement("a loss", [1], compute(2)) == {"loss": [1, 0.5]}
+    assert own.measurement("a loss", [2], compute(3)) == {"loss": [3, 0.5]}
+    export_run(own, tmp_path / "bundle")
+    imported = run_at(import_bundle(tmp_path / "bundle", tmp_path / "imported"))
+    assert imported.measurement("a loss", [1], compute(4)) == {"loss": [1, 0.5]}
+    with pytest.raises(icl.NotMeasuredError, match=r"\(a loss\); .*--run-dir .*imported --measure"):
+        imported.measurement("a loss", [5], compute(5))
+    assert asked == [1, 3]
+    with pytest.raises(icl.InputError, match="was imported"):
+        export_run(imported, tmp_path / "again")
+    measuring = icl.Run(imported.parameters.model_copy(update={"measure": True}))
+    assert measuring.measurement("a loss", [5], compute(6)) == {"loss": [6, 0.5]}
+    # What is there needs nobody's leave, and goes out with the bundle's own.
+    assert imported.measurement("a loss", [5], compute(7)) == {"loss": [6, 0.5]}
+    export_run(imported, tmp_path / "longer")
+    before, after = (open_bundle(tmp_path / name) for name in ("bundle", "longer"))
+    assert len(after.shown["values"]) == len(before.shown["values"]) + 1
+    last = run_at(import_bundle(tmp_path / "longer", tmp_path / "last"))
+    assert [last.measurement("a loss", [n], compute(8))["loss"][0] for n in (1, 2, 5)] == [1, 3, 6]
+    assert not last.parameters.measure
+    # A damaged file is set aside and measured again.
+    (path,) = (measuring.directory / "measurements").rglob("*.json")
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert measuring.measurement("a loss", [5], compute(9)) == {"loss": [9, 0.5]}
 
 
 def test_unfinished_run_says_so(made, tmp_path):

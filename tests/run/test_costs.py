@@ -91,10 +91,22 @@ def test_tokens_are_those_of_all_prompts_under_all_conditions(tokenizer):
             tokens += sum(
                 len(tokenizer(p.context, add_special_tokens=False).input_ids) for p in prompts
             )
-    means = 500 * 512
-    assert cost.tokens == pytest.approx(tokens * conditions + means, rel=0.05)
+    means, closer = 500 * 512, sum(cost.closer.values())
+    assert cost.tokens - closer == pytest.approx(tokens * conditions + means, rel=0.05)
     assert cost.hours == pytest.approx(cost.tokens / 1000 / 3600)
     assert cost.uncounted == ()
+
+
+def test_stages_that_look_closer_are_listed_with_the_tokens_of_their_conditions(tokenizer):
+    parameters = icl.stage_parameters(
+        analysis_tasks=["repetition"], analysis_limit=8, shots=[0, 5], fractions=[4 / 64]
+    )
+    cost = costs.estimate_cost(parameters, tokenizer=tokenizer)
+    prompts = icl.build_prompts("repetition", shots=5, seed=42)[:8]
+    tokens = sum(len(tokenizer(p.context, add_special_tokens=False).input_ids) for p in prompts)
+    # 1, 2, 4 and 8 heads: highest, lowest and 20 random sets; each of 64 heads; twice the model.
+    assert cost.closer[9] == pytest.approx(tokens * (4 * 22 + 64 + 2), rel=0.05)
+    assert f"stage 9  {cost.closer[9] / 1e6:.1f} million" in str(cost)
 
 
 def test_text_tasks_without_data_are_named_and_a_bad_rate_refused():
@@ -117,13 +129,16 @@ def test_stages_together_take_the_tokens_of_the_whole_run_without_text_tasks():
     parameters = icl.stage_parameters(model="meta-llama/Meta-Llama-3-8B", nlp_tasks=[])
     stages = costs.stage_tokens(parameters)
     assert stages[1] == 1005
-    whole = costs.estimate_cost(parameters).tokens + stages[1]
-    assert sum(stages.values()) == pytest.approx(whole, abs=5)
+    cost = costs.estimate_cost(parameters)
+    whole = cost.tokens + stages[1]
+    assert sum(stages.values()) + sum(cost.closer.values()) == pytest.approx(whole, abs=5)
     # Two shares of heads: induction heads and three random sets by either control, by mean and zero.
     assert stages[4] == pytest.approx(2 * 2 * (1 + 2 * 3) * stages[3], abs=20)
     assert stages[5] == pytest.approx(2 * stages[3], abs=20)
     rows = stage_table(parameters).splitlines()
-    assert [row.split(",")[0].strip("| ") for row in rows[2:]] == ["1", "2", "3", "4", "5"]
+    assert [row.split(",")[0].strip("| ") for row in rows[2:]] == [
+        *"12345", *map(str, cost.closer)
+    ]  # fmt: skip
 
 
 def test_internlm2_directory_is_estimated_as_the_llama_it_becomes(tmp_path):

@@ -280,3 +280,22 @@ def test_prompt_sets_are_those_of_every_task_labels_shots_and_seed():
         ("unrelated", 0, (1, 2)), *(("unrelated", 10, (s,)) for s in (1, 2)),
     ]  # fmt: skip
     assert [s.shots for s in plan.prompt_sets()] == [0, 5, 5, 10, 10]
+
+
+def test_closer_stages_take_the_first_task_of_each_kind_with_most_examples_and_the_first_seed():
+    plan = Plan(icl.stage_parameters(seeds=[7, 8]))
+    found = [(s.task, s.shots, s.seeds) for s in plan.analysis_sets()]
+    assert found == [
+        ("repetition", 10, (7,)), ("wordseq1_binary", 10, (7,)), ("wordseq1_4way", 20, (7,))
+    ]  # fmt: skip
+    chosen = icl.stage_parameters(
+        tasks=["wordseq2_binary"], analysis_tasks=["recursion"], shots=[3]
+    )
+    assert [(s.task, s.shots) for s in Plan(chosen).analysis_sets()] == [("recursion", 3)]
+    assert [
+        s.task for s in Plan(icl.stage_parameters(tasks=["wordseq2_4way"])).analysis_sets()
+    ] == ["wordseq2_4way"]
+    with pytest.raises(icl.InputError, match="analysis_limit must be >= 2"):
+        icl.stage_parameters(analysis_limit=1)
+    with pytest.raises(icl.InputError, match="unknown task 'nowhere'"):
+        icl.stage_parameters(analysis_tasks=["nowhere"])

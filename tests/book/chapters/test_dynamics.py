@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 
 import icl_helpers as icl
-from icl_helpers.book import dynamics
+from icl_helpers.book.chapters import dynamics
 from icl_helpers.files import embedded_dir
-from icl_helpers.results.tables import read_measurements
+from icl_helpers.results.outcomes import read_measurements
 from synthetic.training.batches import repeat_batch
 from synthetic.training.recipe import Recipe
 

@@ -1,0 +1,417 @@
+"""What stage 10 measures of a run, kept part by part as in stage 9, and what came out.
+
+Example
+-------
+>>> run = icl.run_at("runs/icl-tiny")
+>>> vectors = function_vectors(run)             # [layers, heads]
+>>> Markdown(what_came_out(run))
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from tqdm import tqdm
+
+from icl_helpers.analysis.circuits import (
+    causal_composition,
+    composition_scores,
+    copying_scores,
+    direct_logit_effects,
+    direct_removal,
+    previous_token_scores,
+)
+from icl_helpers.analysis.dose_response import ChosenHeads, judged
+from icl_helpers.analysis.function_vectors import function_vector_scores
+from icl_helpers.analysis.measured import removals
+from icl_helpers.analysis.removals import score_prompts, sequence_losses
+from icl_helpers.attention.heads import (
+    SCORE_THRESHOLD,
+    Head,
+    doses,
+    layer_matched_heads,
+    top_heads,
+)
+from icl_helpers.attention.induction_pattern import (
+    control_pattern,
+    repeated_token_pattern,
+    repeated_word_pattern,
+    token_segments,
+)
+from icl_helpers.attention.interventions import (
+    AttentionKnockout,
+    Intervention,
+    MeanAblation,
+    ZeroAblation,
+    intervene,
+)
+from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
+from icl_helpers.book.came_out import section
+from icl_helpers.book.chapters.families import (
+    CONTROL,
+    EXCLUDED,
+    FAMILIES,
+    PATTERNS,
+    circuit_sentence,
+    circuit_table,
+    circuit_verdict,
+    family_sentences,
+    family_table,
+    family_verdict,
+    loss_sentence,
+    loss_table,
+    loss_verdict,
+    overlap_sentence,
+    overlap_table,
+    overlap_verdict,
+    repair_sentences,
+    repair_table,
+    repair_verdict,
+    text_sentences,
+    text_table,
+    text_verdicts,
+)
+from icl_helpers.errors import NotMeasuredError
+from icl_helpers.files import file_name
+from icl_helpers.models.reference_text import reference_ids, reference_texts
+from icl_helpers.tasks.prompts import (
+    Prompt,
+    PromptSet,
+    build_prompts,
+    demonstration_spans,
+    prompt_sets,
+    resolve_sampling,
+    resolve_shots,
+    sample_documents,
+)
+
+__all__ = [
+    "circuits", "family_removals", "family_sets", "function_vectors", "natural_text", "repair",
+    "token_losses", "what_came_out",
+]  # fmt: skip
+
+# Demonstrations and documents of each task that function vectors are taken from.
+_SHOTS, _PROMPTS = 10, 25
+# Tokens of running text, and which of them are early and late; texts.
+_TEXT_TOKENS, _EARLY, _LATE, _TEXTS = 400, slice(40, 60), slice(-100, None), 8
+# Earlier heads that are removed one by one: those that attend to the token before most.
+_EARLIER = 5
+
+
+def function_vectors(run: Any) -> Float[torch.Tensor, "layers heads"]:
+    """Function-vector score of every head, the mean over the tasks that are looked at closely."""
+    found = []
+    for prompts in run.plan.analysis_sets():
+        task, seed, data = prompts.task, run.parameters.seeds[0], run.plan.data(prompts.task)
+        compute = functools.partial(_vectors, run, task, seed, data)
+        of = [task, _SHOTS, _PROMPTS, seed, file_name(data)]
+        found.append(torch.tensor(run.measurement("function vectors", of, compute)))
+    return torch.stack(found).mean(0)
+
+
+def _vectors(run: Any, task: str, seed: int, data: str) -> list[list[float]]:
+    scores = function_vector_scores(
+        run.model, run.tokenizer, tasks=[task], shots=_SHOTS, n_prompts=_PROMPTS, seed=seed,
+        data=data,
+    )  # fmt: skip
+    rounded: list[list[float]] = scores.double().round(decimals=6).tolist()
+    return rounded
+
+
+def family_sets(
+    prefix: Float[torch.Tensor, "layers heads"],
+    vectors: Float[torch.Tensor, "layers heads"],
+    counts: Sequence[int],
+) -> list[ChosenHeads]:
+    """Heads of each family at each number, none of them among the best of the other."""
+    found = []
+    for family, own, other in zip(FAMILIES, (prefix, vectors), (vectors, prefix), strict=True):
+        excluded = set(top_heads(other, EXCLUDED))
+        ranked = [head for head in top_heads(own, 1.0) if head not in excluded]
+        found += [ChosenHeads(tuple(ranked[:count]), family) for count in counts]
+    return found
+
+
+def _sets(run: Any) -> list[ChosenHeads]:
+    counts = doses(len(run.induction_heads()), run.n_heads)
+    return [
+        ChosenHeads((), "none"),
+        *family_sets(run.prefix_scores().mean(0), function_vectors(run), counts),
+    ]
+
+
+def family_removals(run: Any) -> pd.DataFrame:
+    """Measure what removing more and more heads of each family costs.
+
+    Columns as of :func:`icl_helpers.analysis.measured.dose_response`; ``chosen_by`` is a family.
+    """
+    return removals(run, "two families", _sets(run))
+
+
+def token_losses(run: Any) -> pd.DataFrame:
+    """Measure how much better late tokens of a text are predicted than early ones, per set.
+
+    Columns: heads (how many), chosen_by, and ``values``, the difference of each text in nats: mean
+    loss of tokens 40 to 60 less that of the last hundred of 400, or of what the context holds.
+    """
+    p = run.parameters
+    length = min(_TEXT_TOKENS, run.identity["context"], p.positions or _TEXT_TOKENS)
+
+    @functools.cache
+    def samples() -> torch.Tensor:
+        texts = reference_texts(p.model, reference=p.reference)
+        return reference_ids(run.tokenizer, texts, n_samples=_TEXTS, n_positions=length)
+
+    def compute(heads: Sequence[Head]) -> list[float]:
+        edits = [MeanAblation(heads, run.mean_head_outputs())] if heads else []
+        losses = sequence_losses(run.model, samples(), edits)
+        found: list[float] = (losses[:, _EARLY].mean(1) - losses[:, _LATE].mean(1)).tolist()
+        return found
+
+    rows = []
+    for one in tqdm(_sets(run), desc="loss on text", unit="set", leave=False):
+        of = [run.plan.means_parameters(), one.heads, _TEXTS, length]
+        values = run.measurement("token losses", of, functools.partial(compute, one.heads))
+        rows.append((len(one.heads), one.chosen_by, np.array(values)))
+    return pd.DataFrame(rows, columns=["heads", "chosen_by", "values"])
+
+
+def circuits(run: Any) -> pd.DataFrame:
+    """Measure what each induction head of the run does in a circuit, a row a head, best first.
+
+    Columns: layer, head, ``prefix`` (its prefix-matching score), ``vector`` (function-vector
+    score), ``copying``, ``logit`` (direct logit effect on repeats), and how far its prefix score
+    falls: ``alone`` without the one earlier head, ``earlier``, whose removal lowers it most of the
+    five that attend to the token before most; ``together`` without all earlier heads that attend to
+    the token before (score of 0.3 or more, ``n`` of them), and ``control`` without as many others
+    of the same layers. ``composition`` is the largest K-composition from weights with one of those
+    heads, at ``rank`` among all ``of`` earlier heads.
+    """
+    heads = run.induction_heads()
+    kept = run.measurement("circuits", [heads, _EARLIER], functools.partial(_circuits, run, heads))
+    prefix, vectors = run.prefix_scores().mean(0), function_vectors(run)
+    alone, composition = torch.tensor(kept["alone"]), torch.tensor(kept["composition"])
+    rows = []
+    for number, head in enumerate(heads):
+        best = int(alone[:, number].argmax())
+        group = [Head(*one) for one in kept["previous"] if one[0] < head.layer]
+        before = composition[number, : head.layer]
+        largest = max((float(before[one]) for one in group), default=0.0)
+        rows.append(
+            {
+                "layer": head.layer, "head": head.head, "prefix": float(prefix[head]),
+                "vector": float(vectors[head]), "copying": kept["copying"][number],
+                "logit": kept["logit"][number], "earlier": str(Head(*kept["earlier"][best])),
+                "alone": float(alone[best, number]), "together": kept["together"][number],
+                "control": kept["control"][number], "n": len(group), "composition": largest,
+                "rank": int((before > largest).sum()) + 1, "of": before.numel(),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _circuits(run: Any, heads: Sequence[Head]) -> dict[str, Any]:
+    model, sequences = run.model, random_sequences(run.tokenizer)
+    scores = previous_token_scores(model, sequences)
+    earlier = top_heads(scores, 1.0)[:_EARLIER]
+    last = max(head.layer for head in heads)
+    previous = [h for h in top_heads(scores, 1.0) if scores[h] >= SCORE_THRESHOLD]
+    previous = [h for h in previous if h.layer < last and h not in heads]
+    n_layers, n_heads = scores.shape
+    others, _ = layer_matched_heads(
+        previous, n_heads, n_layers, seed=0, exclude=[*previous, *heads]
+    )
+    whole = run.prefix_scores().mean(0)
+    at = [head.layer for head in heads], [head.head for head in heads]
+
+    def fall(removed: Sequence[Head]) -> torch.Tensor:
+        with intervene(model, ZeroAblation(removed)):
+            return (whole - prefix_matching_scores(model, sequences).mean(0))[at]
+
+    values = {
+        "alone": causal_composition(model, sequences, earlier)[:, at[0], at[1]],
+        "together": fall(previous), "control": fall(others),
+        "composition": composition_scores(model)[:, :, at[0], at[1]].permute(2, 0, 1),
+        "copying": copying_scores(model)[at],
+        "logit": direct_logit_effects(model, sequences)[at],
+    }  # fmt: skip
+    rounded = {name: value.double().round(decimals=5).tolist() for name, value in values.items()}
+    return {**rounded, "earlier": earlier, "previous": previous}
+
+
+def natural_text(run: Any) -> pd.DataFrame:
+    """Measure what blocking an induction pattern of any text costs on the text tasks.
+
+    Columns: task, ``pattern`` (of :data:`PATTERNS`, each also as ``..., control`` with as many
+    other earlier positions, or ``none``), ``pairs`` blocked in a prompt in the mean, accuracy
+    (percent) and ``margins`` of the documents in nats.
+    """
+    p, heads = run.parameters, run.induction_heads()
+    rows = []
+    for task in tqdm(run.plan.tasks("nlp_tasks"), desc="text", unit="task", leave=False):
+        most, rule = [max(resolve_shots(task, p.shots))], cast(Any, p.demonstrations)
+        (of,) = prompt_sets(
+            task, "semantic", most, p.seeds[:1], run.plan.data(task), rule, run.plan.sampling(task)
+        )
+        for name in ("none", *(f"{one}{of_}" for one in PATTERNS for of_ in ("", CONTROL))):
+            kept = run.measurement(
+                "natural text", [name, *_decided(run, of), heads],
+                functools.partial(_blocked_margins, run, of, heads, name),
+            )  # fmt: skip
+            margins = np.array(kept["margins"], dtype=np.float64)
+            rows.append(
+                {
+                    "task": task, "pattern": name, "pairs": kept["pairs"],
+                    "accuracy": 100 * np.mean(margins > 0), "margins": margins,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _decided(run: Any, prompts: PromptSet) -> list[Any]:
+    values = prompts._replace(data=file_name(prompts.data) or "")
+    return [*values, run.parameters.analysis_limit, run.parameters.sampling]
+
+
+@functools.lru_cache(maxsize=8)
+def _prompts(of: PromptSet, limit: int, sampling: str | None) -> list[Prompt]:
+    prompts = build_prompts(
+        of.task, shots=of.shots, seed=of.seeds[0], labels=of.labels, data=of.data,
+        demonstrations=of.demonstrations,
+    )  # fmt: skip
+    targets = [prompt.target for prompt in prompts]
+    way = resolve_sampling(of.task, of.data, sampling)
+    return [prompts[place] for place in sample_documents(targets, limit, sampling=way)]
+
+
+def _prompts_of(run: Any, of: PromptSet) -> list[Prompt]:
+    return _prompts(of, run.parameters.analysis_limit, run.parameters.sampling)
+
+
+def _blocked_margins(run: Any, of: PromptSet, heads: Sequence[Head], name: str) -> dict[str, Any]:
+    prompts = _prompts_of(run, of)
+    if name == "none":
+        return {"margins": _margins(run, prompts, lambda _: []), "pairs": 0.0}
+    blocked = [_pattern(run, prompt, name.removesuffix(CONTROL)) for prompt in prompts]
+    if name.endswith(CONTROL):
+        blocked = [control_pattern(one, seed=number) for number, one in enumerate(blocked)]
+    found = _margins(run, prompts, lambda number: [AttentionKnockout(heads, blocked[number])])
+    return {"margins": found, "pairs": float(np.mean([int(one.sum()) for one in blocked]))}
+
+
+def _pattern(run: Any, prompt: Prompt, name: str) -> torch.Tensor:
+    if name == "same word":
+        return repeated_word_pattern(prompt.context, run.tokenizer)
+    ids = run.tokenizer(prompt.context, add_special_tokens=False).input_ids
+    if name == "same token":
+        return repeated_token_pattern(torch.tensor(ids))
+    spans = demonstration_spans(prompt)
+    segments = token_segments(prompt.context, run.tokenizer, spans)
+    return repeated_token_pattern(torch.tensor(ids), segments=segments)
+
+
+def _margins(
+    run: Any, prompts: Sequence[Prompt], edits: Callable[[int], Sequence[Intervention]]
+) -> list[float | None]:
+    scores = score_prompts(run.model, run.tokenizer, prompts, edits)
+    return judged(scores, [prompt.target for prompt in prompts]).margins
+
+
+def repair(run: Any) -> pd.DataFrame:
+    """Measure the removal's direct effect, with later layers as they were, beside its total one.
+
+    A row a task: ``direct`` and ``total``, margins lost by each document, in nats, when the run's
+    induction heads give their means.
+    """
+    heads = run.induction_heads()
+
+    def compute(of: PromptSet) -> dict[str, list[float | None]]:
+        prompts, removal = _prompts_of(run, of), MeanAblation(heads, run.mean_head_outputs())
+        total = _margins(run, prompts, lambda _: [removal])
+        with direct_removal(run.model, removal):
+            direct = _margins(run, prompts, lambda _: [])
+        whole = _margins(run, prompts, lambda _: [])
+        return {"whole": whole, "direct": direct, "total": total}
+
+    rows = []
+    for of in tqdm(run.plan.analysis_sets(), desc="direct effects", unit="task", leave=False):
+        decided = [*_decided(run, of), run.plan.means_parameters(), heads]
+        kept = run.measurement("direct effects", decided, functools.partial(compute, of))
+        whole, direct, total = (
+            np.array(kept[name], dtype=np.float64) for name in ("whole", "direct", "total")
+        )
+        rows.append({"task": of.task, "direct": whole - direct, "total": whole - total})
+    return pd.DataFrame(rows)
+
+
+_PAPER = [
+    "The paper ranks heads by prefix matching alone, and names two limits: no check of the heads' "
+    "mechanism, and no knockout on natural text.",
+    "Yin & Steinhardt (arXiv 2502.14010) report of twelve models that few-shot accuracy depends "
+    "primarily on function-vector heads, and that the two families are largely distinct.",
+]
+
+
+def what_came_out(run: Any) -> str:
+    """Say what came out of the stage, as Markdown; ``run`` is an :class:`icl_helpers.Run`.
+
+    Of an imported run whose bundle lacks a measurement it says that in its place.
+    """
+    said: list[str] = []
+    predictions: list[str] = []
+    missing: list[str] = []
+    removed = len(run.induction_heads())
+
+    def overlap() -> tuple[list[str], list[str]]:
+        scores = run.prefix_scores().mean(0), function_vectors(run)
+        table = overlap_table(*scores, run.plan.fractions)
+        return [overlap_sentence(table)], [overlap_verdict(table)]
+
+    def families() -> tuple[list[str], list[str]]:
+        table = family_table(family_removals(run))
+        return family_sentences(table, removed), [family_verdict(table, removed)]
+
+    def losses() -> tuple[list[str], list[str]]:
+        table = loss_table(token_losses(run))
+        return [loss_sentence(table, removed)], [loss_verdict(table, removed)]
+
+    def mechanism() -> tuple[list[str], list[str]]:
+        table = circuit_table(circuits(run), run.n_heads)
+        return [circuit_sentence(table)], [circuit_verdict(table)]
+
+    def text() -> tuple[list[str], list[str]]:
+        frame = natural_text(run)
+        if frame.empty:
+            return ["No text task is evaluated in this run."], []
+        table = text_table(frame)
+        return text_sentences(table), text_verdicts(table)
+
+    def repaired() -> tuple[list[str], list[str]]:
+        table = repair_table(repair(run))
+        return repair_sentences(table), [repair_verdict(table)]
+
+    parts: list[Callable[[], tuple[list[str], list[str]]]] = [
+        overlap, families, losses, mechanism, text, repaired,
+    ]  # fmt: skip
+    for part in parts:
+        try:
+            sentences, verdicts = part()
+        except NotMeasuredError as error:
+            missing.append(str(error))
+            continue
+        said += sentences
+        predictions += verdicts
+    sure = [
+        f"At most {run.parameters.analysis_limit} documents a task and one demonstration seed: "
+        f"intervals are over documents (or texts) alone. In the comparison of families the best "
+        f"{100 * EXCLUDED:.0f} % of either are kept out of the other.",
+        "Weights show what a head could do: content alone, without positions, and without the MLPs "
+        "between. A head that fails one of these tests may still do induction in another way.",
+    ]
+    return section(_PAPER, said, [*sure, *dict.fromkeys(missing)], predictions=predictions)

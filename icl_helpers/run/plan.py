@@ -92,7 +92,8 @@ class Plan:
 
     def contents(self) -> dict[str, str]:
         """Digests of the user's files, by the task whose rows they hold, or ``reference``."""
-        names = [*(task for group in GROUPS for task in self.tasks(group)), "reference"]
+        tasks = [task for group in GROUPS for task in self.tasks(group)]
+        names = [*tasks, *(self.parameters.analysis_tasks or ()), "reference"]
         return {name: digest for name in names if (digest := self._digest(name)) is not None}
 
     def _digest(self, name: str) -> str | None:

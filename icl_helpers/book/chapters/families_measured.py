@@ -86,7 +86,6 @@ from icl_helpers.tasks.prompts import (
     build_prompts,
     demonstration_spans,
     prompt_sets,
-    resolve_sampling,
     resolve_shots,
     sample_documents,
 )
@@ -276,22 +275,22 @@ def natural_text(run: Any) -> pd.DataFrame:
 
 def _decided(run: Any, prompts: PromptSet) -> list[Any]:
     values = prompts._replace(data=file_name(prompts.data) or "")
-    return [*values, run.parameters.analysis_limit, run.parameters.sampling]
+    return [*values, run.parameters.analysis_limit]
 
 
 @functools.lru_cache(maxsize=8)
-def _prompts(of: PromptSet, limit: int, sampling: str | None) -> list[Prompt]:
+def _prompts(of: PromptSet, limit: int) -> list[Prompt]:
     prompts = build_prompts(
         of.task, shots=of.shots, seed=of.seeds[0], labels=of.labels, data=of.data,
         demonstrations=of.demonstrations,
     )  # fmt: skip
     targets = [prompt.target for prompt in prompts]
-    way = resolve_sampling(of.task, of.data, sampling)
-    return [prompts[place] for place in sample_documents(targets, limit, sampling=way)]
+    places = sample_documents(targets, limit, sampling=of.sampling)
+    return [prompts[place] for place in places]
 
 
 def _prompts_of(run: Any, of: PromptSet) -> list[Prompt]:
-    return _prompts(of, run.parameters.analysis_limit, run.parameters.sampling)
+    return _prompts(of, run.parameters.analysis_limit)
 
 
 def _blocked_margins(run: Any, of: PromptSet, heads: Sequence[Head], name: str) -> dict[str, Any]:

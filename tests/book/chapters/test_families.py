@@ -173,10 +173,10 @@ def test_what_a_bundle_lacks_is_said_once_in_place_of_it():
     def measurement(name, of, compute):
         raise icl.NotMeasuredError("The bundle of this run does not hold it.")
 
-    sets = [PromptSet("repetition", "unrelated", 10, (42,), "synthetic")]
+    sets = [PromptSet("repetition", "unrelated", 10, (42,), "synthetic", None, "balanced")]
     plan = SimpleNamespace(
         analysis_sets=lambda: sets, fractions=[0.05], data=lambda task: "synthetic",
-        tasks=lambda group: ["fact_opinion"], means_parameters=list,
+        tasks=lambda group: ["fact_opinion"], means_parameters=list, sampling=lambda task: "first",
     )  # fmt: skip
     run = SimpleNamespace(
         measurement=measurement, plan=plan, n_heads=64, induction_heads=lambda: [icl.Head(3, 9)],

@@ -45,12 +45,12 @@ __all__ = [
 _STAYS = 0.9
 
 
-def verdict(text: str, tasks: Mapping[str, tuple[bool, str]]) -> str:
-    """Say on which tasks a prediction held, and on which not and what was seen instead."""
+def verdict(text: str, tasks: Mapping[str, tuple[bool, str]], *, of: str = "tasks") -> str:
+    """Say on which tasks (or what ``of``) a prediction held, and on which not and what was seen."""
     failed = [f"{task_name(task)} ({why})" for task, (held, why) in tasks.items() if not held]
     count = len(tasks) - len(failed)
     word = "held" if not failed else "held in part" if count else "did not hold"
-    on = f"on {count} of {len(tasks)} tasks"
+    on = f"on {count} of {len(tasks)} {of}"
     return f"*{text}*: **{word}**, {on}{f'; not on {listed(failed)}' if failed else ''}."
 
 
@@ -110,15 +110,16 @@ def dose_sentences(table: pd.DataFrame) -> list[str]:
             f"({largest['low']:+.1f} to {largest['high']:+.1f}), random sets at most "
             f"{largest['random largest']:+.1f}"
         )
+        counts = list(found["heads"])
+        every = counts == list(part["heads"])[-len(counts) :]
         first = (
-            f"from {found['heads'].min()} on" if len(found) and set(found["heads"]) == set(
-                part.loc[part["heads"] >= found["heads"].min(), "heads"])
-            else f"at {listed([str(count) for count in found['heads']])}" if len(found)
-            else "at no number"
+            "with no number of heads removed" if not counts
+            else f"with {counts[0]} heads removed or more" if every and len(counts) > 1
+            else f"with {listed([str(count) for count in counts])} heads removed"
         )  # fmt: skip
         said.append(
-            f"{_name(task)}: {first} of heads removed do the highest scores cost distinguishably "
-            f"more margin than random sets of the same layers; {ends}."
+            f"{_name(task)}: {first} do the highest scores cost distinguishably more margin than "
+            f"random sets of the same layers; {ends}."
         )
     return said
 
@@ -456,10 +457,12 @@ def effects_verdicts(table: pd.DataFrame) -> list[str]:
     return [
         verdict("Tokens seen for the first time are predicted as well as without random sets",
                 check("loss on random tokens", lambda row: row["low"] <= row["random largest"])
-                | check("loss on text", lambda row: row["low"] <= row["random largest"])),
+                | check("loss on text", lambda row: row["low"] <= row["random largest"]),
+                of="kinds of text"),
         verdict("Copies are predicted worse than without any random set",
                 check("loss on their copies", lambda row: row["low"] > row["random largest"])
-                | check("loss on text read again", lambda row: row["low"] > row["random largest"])),
+                | check("loss on text read again", lambda row: row["low"] > row["random largest"]),
+                of="kinds of text"),
         verdict("The margin without examples does not move",
                 check("margin without examples", lambda row: row["low"] <= 0 <= row["high"])),
         verdict("The gap between true and shuffled labels shrinks",

@@ -644,9 +644,9 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
     return lines
 
 
-def predicted(text: str, tasks: Mapping[str, tuple[bool, str]]) -> str:
-    """Say on which tasks a prediction held, and on which not and what was seen instead."""
+def predicted(text: str, tasks: Mapping[str, tuple[bool, str]], *, of: str = "tasks") -> str:
+    """Say on which tasks (or what ``of``) a prediction held, and on which not and what was seen."""
     failed = [f"{task_name(task)} ({why})" for task, (held, why) in tasks.items() if not held]
     word = verdict([held for held, _ in tasks.values()], [True])
-    on = f"on {len(tasks) - len(failed)} of {len(tasks)} tasks"
+    on = f"on {len(tasks) - len(failed)} of {len(tasks)} {of}"
     return f"*{text}*: **{word}**, {on}{f'; not on {listed(failed)}' if failed else ''}."

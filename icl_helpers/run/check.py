@@ -190,9 +190,10 @@ class _Subject:
     """A model with what it is checked on: three rows of random tokens, and half of its heads.
 
     ``mask`` pads the rows on the right; ``blocked`` are random pairs [row, query, key] before the
-    diagonal, so that every query keeps itself. Many layers make much of one rounding in 16 bits, as
-    another attention kernel or batch does it: there (``coarse``) both sides run over eager
-    attention, and batches and generation are judged by what they change in the full model.
+    diagonal, so that every query keeps itself. Many layers make much of one rounding in 16 bits or
+    with quantised weights, as another kernel or batch does it: there (``coarse``) both sides run
+    over eager attention, and batches and generation are judged by what they change in the full
+    model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -213,7 +214,9 @@ class _Subject:
         ]
         self.heads = [Head(layer, head) for layer, of in enumerate(self.chosen) for head in of]
         self.eps = torch.finfo(model.dtype).eps
-        self.rounding, self.coarse = self.eps**0.5, self.eps > 1e-5
+        self.rounding = self.eps**0.5
+        # Quantised weights are multiplied otherwise for one token than for many.
+        self.coarse = self.eps > 1e-5 or getattr(model, "is_quantized", False)
         self.own: dict[str, float] = {}
 
     def measures(self) -> Iterator[tuple[str, Callable[[], _Measured]]]:
@@ -325,7 +328,7 @@ class _Subject:
         return self.judged("generation", name, _relative(made_logits, whole))
 
     def judged(self, kind: str, name: str, difference: float) -> _Measured:
-        """Give what is done otherwise its bound: rounding, in 16 bits thrice the full model's."""
+        """Give what is done otherwise its bound: rounding, or thrice the full model's."""
         if not self.coarse:
             return difference, self.rounding
         own = self.own.setdefault(kind, difference)

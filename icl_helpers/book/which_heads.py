@@ -101,15 +101,16 @@ def dose_sentences(table: pd.DataFrame) -> list[str]:
             f"({largest['low']:+.1f} to {largest['high']:+.1f}), random sets at most "
             f"{largest['random largest']:+.1f}"
         )
+        counts = list(found["heads"])
+        every = counts == list(part["heads"])[-len(counts) :]
         first = (
-            f"from {found['heads'].min()} on" if len(found) and set(found["heads"]) == set(
-                part.loc[part["heads"] >= found["heads"].min(), "heads"])
-            else f"at {listed([str(count) for count in found['heads']])}" if len(found)
-            else "at no number"
+            "with no number of heads removed" if not counts
+            else f"with {counts[0]} heads removed or more" if every and len(counts) > 1
+            else f"with {listed([str(count) for count in counts])} heads removed"
         )  # fmt: skip
         said.append(
-            f"{_name(task)}: {first} of heads removed do the highest scores cost distinguishably "
-            f"more margin than random sets of the same layers; {ends}."
+            f"{_name(task)}: {first} do the highest scores cost distinguishably more margin than "
+            f"random sets of the same layers; {ends}."
         )
     return said
 
@@ -447,10 +448,12 @@ def effects_verdicts(table: pd.DataFrame) -> list[str]:
     return [
         verdict("Tokens seen for the first time are predicted as well as without random sets",
                 check("loss on random tokens", lambda row: row["low"] <= row["random largest"])
-                | check("loss on text", lambda row: row["low"] <= row["random largest"])),
+                | check("loss on text", lambda row: row["low"] <= row["random largest"]),
+                of="kinds of text"),
         verdict("Copies are predicted worse than without any random set",
                 check("loss on their copies", lambda row: row["low"] > row["random largest"])
-                | check("loss on text read again", lambda row: row["low"] > row["random largest"])),
+                | check("loss on text read again", lambda row: row["low"] > row["random largest"]),
+                of="kinds of text"),
         verdict("The margin without examples does not move",
                 check("margin without examples", lambda row: row["low"] <= 0 <= row["high"])),
         verdict("The gap between true and shuffled labels shrinks",

@@ -516,10 +516,10 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
     return lines
 
 
-def verdict(text: str, tasks: Mapping[str, tuple[bool, str]]) -> str:
-    """Say on which tasks a prediction held, and on which not and what was seen instead."""
+def verdict(text: str, tasks: Mapping[str, tuple[bool, str]], *, of: str = "tasks") -> str:
+    """Say on which tasks (or what ``of``) a prediction held, and on which not and what was seen."""
     failed = [f"{task_name(task)} ({why})" for task, (held, why) in tasks.items() if not held]
     count = len(tasks) - len(failed)
     word = "held" if not failed else "held in part" if count else "did not hold"
-    on = f"on {count} of {len(tasks)} tasks"
+    on = f"on {count} of {len(tasks)} {of}"
     return f"*{text}*: **{word}**, {on}{f'; not on {listed(failed)}' if failed else ''}."

@@ -63,6 +63,8 @@ _BATCH_TOKENS = 65_536
 _SAMPLE = 40
 # Five sequences of 50 tokens four times, with BOS (paper, section 2).
 _SCORE_TOKENS = 5 * 201
+# Passes of stage 9 for the full model, the kinds of removal with their draws, and side effects.
+_KINDS_PASSES = 45
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _closer_tokens(
 ) -> dict[int, int]:
     """Tokens of the stages that look closer, which run each of their prompts many times.
 
-    Text tasks are left out, as are the few passes beside those over prompts.
+    Text tasks are left out, and so are Shapley values, which small models alone get.
     """
     p = plan.parameters.model_copy(update={"limit": plan.parameters.analysis_limit})
     tokens = sum(
@@ -202,7 +204,7 @@ def _closer_tokens(
     # without either family, and the removal's direct effect.
     vectors = 3 * 25 / plan.parameters.analysis_limit
     return {
-        9: round(tokens * (len(counts) * (2 + DRAWS) + n_heads + 2)),
+        9: round(tokens * (len(counts) * (2 + DRAWS) + n_heads + _KINDS_PASSES)),
         10: round(tokens * (2 * len(counts) + 4 + vectors)),
     }
 

@@ -59,8 +59,8 @@ __all__ = [
 _PART = 24
 # Draws of what a kind of removal draws.
 _DRAWS = 4
-# Orders of removal, for models with at most so many heads.
-_ORDERS, _MOST_HEADS = 6, 64
+# Orders of removal for models with at most so many heads, and the documents they are tried on.
+_ORDERS, _MOST_HEADS, _ORDERED_DOCUMENTS = 4, 64, 8
 # Texts that are read twice, and the tokens of each.
 _TEXTS, _TEXT_TOKENS = 8, 64
 
@@ -175,7 +175,8 @@ def shapley(run: Any) -> pd.DataFrame:
     """Measure each head's Shapley value on the first task, over a few orders of removal.
 
     Columns: task, layer, head, prefix-matching score and ``value`` (nats of margin, over all
-    companies that the head can be removed in). Empty for a model with more than 64 heads.
+    companies that the head can be removed in), on eight documents. Empty for a model with more
+    than 64 heads.
     """
     if run.n_heads > _MOST_HEADS:
         return pd.DataFrame(columns=["task", "layer", "head", "score", "value"])
@@ -186,7 +187,8 @@ def shapley(run: Any) -> pd.DataFrame:
         [heads[at] for at in order[:count]] for order in orders for count in range(len(heads) + 1)
     ]
     group = analysis_groups(run, mean_ablated(run, sets))[0]
-    answers = measured_answers(run, "Shapley values", group)
+    few = min(_ORDERED_DOCUMENTS, run.parameters.analysis_limit)
+    answers = measured_answers(run, "Shapley values", replace(group, limit=few))
     margins = np.array([_summed(one)["margin"] for one in answers]).reshape(len(orders), -1)
     return pd.DataFrame(heads).assign(
         task=group.task, score=[float(scores[head]) for head in heads],
@@ -219,9 +221,12 @@ def removal_kinds(run: Any) -> pd.DataFrame:
     """
     rows = []
     heads, random = run.induction_heads(), _random_sets(run, _DRAWS)
+    means = functools.cache(functools.partial(_both_means, run))
     for group in tqdm(_abstract(run), desc="kinds of removal", unit="task", leave=False):
         of = [*_decided(run, group), heads, random, run.parameters.categories]
-        removals = functools.cache(functools.partial(_removals_of, run, group, heads, random))
+        removals = functools.cache(
+            functools.partial(_removals_of, run, group, heads, random, means)
+        )
         for kind in ("none", *KINDS):
             drawn = range(_DRAWS if kind == "resample" or "random" in kind else 1)
             kept = run.measurement(
@@ -240,27 +245,28 @@ def _decided(run: Any, group: CellGroup) -> list[Any]:
 
 
 def _removals_of(
-    run: Any, group: CellGroup, heads: Sequence[Head], random: Sequence[Sequence[Head]]
-) -> Removals:
-    prompts = _prompts(group)
-    longest = max(len(run.tokenizer(p.context + c).input_ids) for p in prompts for c in p.choices)
-    means = {
-        average: run.mean_head_outputs() if average == run.parameters.average
-        else _other_means(run, average, longest)
-        for average in ("attention_input", "head_output")
-    }  # fmt: skip
+    run: Any, group: CellGroup, heads: Sequence[Head], random: Sequence[Sequence[Head]],
+    means: Callable[[], dict[str, torch.Tensor]],
+) -> Removals:  # fmt: skip
     return Removals.of(
-        run.model, run.tokenizer, prompts, heads, random, categories=run.parameters.categories,
-        means_of_inputs=means["attention_input"], means_of_outputs=means["head_output"],
+        run.model, run.tokenizer, _prompts(group), heads, random,
+        categories=run.parameters.categories, means_of_inputs=means()["attention_input"],
+        means_of_outputs=means()["head_output"],
     )  # fmt: skip
 
 
-def _other_means(run: Any, average: Any, positions: int) -> torch.Tensor:
-    """Mean head outputs by the reading that the run does not use, at the first positions."""
+def _both_means(run: Any) -> dict[str, torch.Tensor]:
+    """Mean head outputs by both readings; the one that the run does not use as far as needed."""
     p = run.parameters
-    texts = reference_texts(p.model, reference=p.reference)
-    ids = reference_ids(run.tokenizer, texts, n_samples=PAPER_SAMPLES, n_positions=positions)
-    return mean_head_outputs(run.model, ids, average=average, batch_size=4)
+    texts = [q.context + c for g in _abstract(run) for q in _prompts(g) for c in q.choices]
+    longest = max(map(len, run.tokenizer(texts, add_special_tokens=False).input_ids))
+    other: Any = "head_output" if p.average == "attention_input" else "attention_input"
+    ids = reference_ids(
+        run.tokenizer, reference_texts(p.model, reference=p.reference), n_samples=PAPER_SAMPLES,
+        n_positions=longest,
+    )  # fmt: skip
+    means = mean_head_outputs(run.model, ids, average=other, batch_size=4)
+    return {p.average: run.mean_head_outputs(), other: means}
 
 
 def _kind_answers(
@@ -319,8 +325,8 @@ def side_effects(run: Any) -> pd.DataFrame:
     conditions = mean_ablated(run, [one.heads for one in sets])
     for group in _abstract(run):
         bare = replace(group, shots=0)
-        for measure, of in (("margin without examples", bare), ("margin with examples", group)):
-            found = measured_answers(run, measure, replace(of, conditions=tuple(conditions)))
+        for measure, shown in (("margin without examples", bare), ("margin with examples", group)):
+            found = measured_answers(run, measure, replace(shown, conditions=tuple(conditions)))
             rows += [
                 (measure, group.task, one.chosen_by, one.draw, answers.margins)
                 for one, answers in zip(sets, found, strict=True)
@@ -347,7 +353,7 @@ def _losses(run: Any, heads: Sequence[Head]) -> dict[str, list[float]]:
     ids, start = repeated_ids(run.model, sequences)
     texts = reference_texts(p.model, reference=p.reference)
     once = reference_ids(run.tokenizer, texts, n_samples=_TEXTS, n_positions=_TEXT_TOKENS)
-    found = {}
+    found: dict[str, list[float]] = {}
     length = sequences.shape[1]
     for names, tokens, first in (
         (("loss on random tokens", "loss on their copies"), ids, start + length),

@@ -89,6 +89,7 @@ class Run:
         imported = imported_dir(self.directory)
         self._bundle = None if imported is None else Bundle(imported)
         self._values: dict[str, Any] = {}
+        self._means: torch.Tensor | None = None
         check_same_model(self.info, parameters)
 
     @property
@@ -221,6 +222,12 @@ class Run:
 
     def mean_head_outputs(self) -> torch.Tensor:
         """Mean head outputs, [layers, positions, heads, d_head]; computed once."""
+        # To look whether they are there takes the reference text, and stages ask many times.
+        if self._means is None:
+            self._means = self._mean_head_outputs()
+        return self._means
+
+    def _mean_head_outputs(self) -> torch.Tensor:
         p = self.parameters
         texts = reference_texts(p.model, reference=p.reference)
         positions = min(p.positions or PAPER_POSITIONS, self.identity["context"])
@@ -249,11 +256,10 @@ class Run:
 
     def _with_means(self, found: list[Condition]) -> list[Condition]:
         """The conditions with their means: those of the bundle where it has them."""
-        whole = functools.cache(self.mean_head_outputs)
         filled = []
         for condition in found:
             brought = self._brought_means(condition)
-            outputs, key = brought or (whole(), None)
+            outputs, key = brought or (self.mean_head_outputs(), None)
             filled.append(replace(condition, head_outputs=outputs, means_key=key))
         return filled
 

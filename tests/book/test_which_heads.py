@@ -47,7 +47,7 @@ def test_loss_is_held_against_every_random_set_and_the_heads_themselves():
     assert table["p"].tolist() == pytest.approx([21 / 21, 1 / 21, 1 / 21])
     assert table["distinct sets"].tolist() == [495] * 3
     (said,) = which_heads.dose_sentences(table)
-    assert said.startswith("Repetition: from 2 on of heads removed do the highest scores cost")
+    assert said.startswith("Repetition: with 2 heads removed or more do the highest scores cost")
     assert "4 heads cost +6.0 nats" in said
     assert "**held**, on 1 of 1 tasks." in which_heads.dose_verdict(table, 4)
     assert which_heads.dose_verdict(table, 1).endswith(
@@ -155,7 +155,7 @@ def test_side_effects_of_copying_heads_and_of_others():
     first, copies, without, gap = which_heads.effects_verdicts(
         which_heads.effects_table(effects(other))
     )
-    assert "**held in part**, on 1 of 2 tasks; not on loss on text (+4.00" in first
+    assert "**held in part**, on 1 of 2 kinds of text; not on loss on text (+4.00" in first
     assert "not on loss on text read again (" in copies
     assert "not on repetition (-1.00, random sets" in without
     assert "**did not hold**" in gap

@@ -104,8 +104,8 @@ def test_stages_that_look_closer_are_listed_with_the_tokens_of_their_conditions(
     cost = costs.estimate_cost(parameters, tokenizer=tokenizer)
     prompts = icl.build_prompts("repetition", shots=5, seed=42)[:8]
     tokens = sum(len(tokenizer(p.context, add_special_tokens=False).input_ids) for p in prompts)
-    # 1, 2, 4 and 8 heads: highest, lowest and 20 random sets; each of 64 heads; twice the model.
-    assert cost.closer[9] == pytest.approx(tokens * (4 * 22 + 64 + 2), rel=0.05)
+    # 1, 2, 4 and 8 heads: highest, lowest and 20 random sets; each of 64 heads; kinds of removal.
+    assert cost.closer[9] == pytest.approx(tokens * (4 * 22 + 64 + 45), rel=0.05)
     assert f"stage 9  {cost.closer[9] / 1e6:.1f} million" in str(cost)
 
 

@@ -262,7 +262,7 @@ def export_run(run: Any, out: str | os.PathLike[str]) -> Path:
         raise InputError(f"{target} exists; give a directory that does not, or remove it first")
     imported = imported_dir(run.directory)
     if imported is not None:
-        return _with_measurements(open_bundle(imported), run.measurements(), target)
+        return _with_measurements(run, open_bundle(imported), target)
     run.prefix_scores()
     means = run.mean_head_outputs()
     cells = _table_rows(run.directory, _cells(run, means))
@@ -283,15 +283,19 @@ def export_run(run: Any, out: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _with_measurements(bundle: Bundle, measured: Mapping[str, Any], target: Path) -> Path:
+def _with_measurements(run: Any, bundle: Bundle, target: Path) -> Path:
     """Write a bundle again, with what was measured in the run that was imported from it."""
+    measured = run.measurements()
     if not measured:
-        run = bundle.folder.parent
-        raise InputError(f"{run} was imported; pass on its bundle, {bundle.folder}")
-    manifest, shown = bundle.json(_MANIFEST), bundle.shown
+        raise InputError(f"{run.directory} was imported; pass on its bundle, {bundle.folder}")
+    manifest, shown, info = bundle.json(_MANIFEST), bundle.shown, bundle.json("run.json")
+    # What was looked at is what the bundle's runs will look for.
+    for name in ("analysis_tasks", "analysis_limit"):
+        info["parameters"][name] = getattr(run.parameters, name)
     with atomic_directory(target) as folder:
         for name in _FILES:
             (folder / name).write_bytes((bundle.folder / name).read_bytes())
+        write_json(folder / "run.json", info)
         write_json(folder / "shown.json", shown | {"values": {**shown["values"], **measured}})
         check_leaks(folder)
         write_json(folder / _MANIFEST, manifest | {"files": _file_facts(folder)})

@@ -303,16 +303,18 @@ def test_measurements_travel_and_are_made_in_an_imported_run_only_if_asked_for(m
     assert asked == [1, 3]
     with pytest.raises(icl.InputError, match="was imported"):
         export_run(imported, tmp_path / "again")
-    measuring = icl.Run(imported.parameters.model_copy(update={"measure": True}))
+    closer = {"measure": True, "analysis_tasks": ["repetition"], "analysis_limit": 2}
+    measuring = icl.Run(imported.parameters.model_copy(update=closer))
     assert measuring.measurement("a loss", [5], compute(6)) == {"loss": [6, 0.5]}
     # What is there needs nobody's leave, and goes out with the bundle's own.
     assert imported.measurement("a loss", [5], compute(7)) == {"loss": [6, 0.5]}
-    export_run(imported, tmp_path / "longer")
+    export_run(measuring, tmp_path / "longer")
     before, after = (open_bundle(tmp_path / name) for name in ("bundle", "longer"))
     assert len(after.shown["values"]) == len(before.shown["values"]) + 1
     last = run_at(import_bundle(tmp_path / "longer", tmp_path / "last"))
     assert [last.measurement("a loss", [n], compute(8))["loss"][0] for n in (1, 2, 5)] == [1, 3, 6]
-    assert not last.parameters.measure
+    given = last.parameters
+    assert (given.measure, given.analysis_tasks, given.analysis_limit) == (False, ["repetition"], 2)
     # A damaged file is set aside and measured again.
     (path,) = (measuring.directory / "measurements").rglob("*.json")
     path.write_text(path.read_text().replace("0.5", "0.6"))

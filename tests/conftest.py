@@ -125,7 +125,7 @@ def offline_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command = [
             sys.executable, "-m", "icl_helpers.cli", "run", "--limit", "4", "--tasks",
             "repetition,wordseq1_binary", "--shots", "0,5", "--seeds", "42", "--ablation-seeds",
-            "42", "--analysis-limit", "2", "--run-dir", str(folder / "runs" / "icl-tiny"),
+            "42", "--analysis-limit", "2", "--analysis-tasks", "repetition", "--run-dir", str(folder / "runs" / "icl-tiny"),
         ]  # fmt: skip
         environment = offline(folder)
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)

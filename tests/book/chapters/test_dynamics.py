@@ -18,7 +18,7 @@ from icl_helpers.results.outcomes import read_measurements
 from synthetic.training.batches import repeat_batch
 from synthetic.training.recipe import Recipe
 
-NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "training_dynamics.ipynb"
+NOTEBOOK = Path(__file__).parents[3] / "notebooks" / "training_dynamics.ipynb"
 
 
 def counts(**models: list[tuple[int | None, int, float]]) -> pd.DataFrame:

@@ -116,9 +116,10 @@ def composition_scores(
     """How much of what each later head reads could be what each earlier head writes, from weights.
 
     [layer, head, later layer, head]; zero unless the second layer is later. With vectors as rows,
-    and the earlier head's W_V W_O called OV (Elhage et al. 2021): |OV W_K W_Q^T| / (|OV| |W_K
-    W_Q^T|) for ``"K"``, |OV W_Q W_K^T| / (|OV| |W_Q W_K^T|) for ``"Q"``, |OV W_V W_O| / (|OV| |W_V
-    W_O|) for ``"V"``, where |.| is the Frobenius norm. In [0, 1]; nothing is subtracted, and random
+    and the earlier head's W_V W_O called OV (Elhage et al. 2021):
+    ``|OV W_K W_Q^T| / (|OV| |W_K W_Q^T|)`` for ``"K"``,
+    ``|OV W_Q W_K^T| / (|OV| |W_Q W_K^T|)`` for ``"Q"``, ``|OV W_V W_O| / (|OV| |W_V W_O|)`` for
+    ``"V"``, where ``|.|`` is the Frobenius norm. In [0, 1]; nothing is subtracted, and random
     weights do not give zero but about 1 / sqrt(hidden size).
 
     Queries and keys are those of position 0, where rotary embeddings turn nothing: the content

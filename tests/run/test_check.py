@@ -110,10 +110,10 @@ def test_an_ablation_that_does_nothing(model, monkeypatch):
 def test_means_of_the_position_beside(model, monkeypatch):
     def beside(edit, call):
         output = call.output.clone()
-        output[:, :, edit.heads] = edit.means.roll(1, 0)[call.positions[0]].to(output)
+        output[:, :, edit.heads] = edit.outputs.roll(1, 0)[call.positions[0]].to(output)
         return output
 
-    monkeypatch.setattr(interventions._MeanEdit, "__call__", beside)
+    monkeypatch.setattr(interventions._GivenEdit, "__call__", beside)
     assert failed(model) == ["mean ablation"]
 
 

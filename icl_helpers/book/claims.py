@@ -315,7 +315,7 @@ def _removed_and_zero_shot(evidence: Evidence) -> list[tuple[str, pd.DataFrame, 
 
 def _level_claim(
     condition: str, holds: Callable[[TaskOutcome], bool], *, shots: str = "most",
-    learnt: bool = True,
+    learnt: bool = True, against: Callable[[TaskOutcome], bool] = lambda _: True,
 ) -> Callable[[Evidence], Finding]:  # fmt: skip
     """Judge a claim about the accuracy of one condition beside chance."""
 
@@ -329,7 +329,7 @@ def _level_claim(
                 (f"{_name(it)}: {it.accuracy.mean:.0f} % ({it.accuracy.low:.0f} to "
                  f"{it.accuracy.high:.0f}; chance {it.chance:.0f}"
                  f"{', one label for nearly all documents' if it.level == 'one label' else ''})",
-                 holds(it), not holds(it))
+                 holds(it), against(it) and not holds(it))
                 for it in found
             ]
         )  # fmt: skip
@@ -450,7 +450,10 @@ _JUDGES: Mapping[str, tuple[Callable[[Evidence], Finding], Callable[[], str] | N
         _level_claim("full", _near_chance, shots="none", learnt=False), None,
     ),
     "few-shot": (
-        _level_claim("full", lambda task: task.level == "above chance", learnt=False),
+        _level_claim(
+            "full", lambda task: task.level == "above chance", learnt=False,
+            against=lambda task: task.accuracy.high <= task.chance + SMALL,
+        ),
         _published_level("full"),
     ),
     "more-examples": (

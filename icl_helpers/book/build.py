@@ -461,8 +461,8 @@ def _as_part(article: str, name: str, names: Sequence[str]) -> str:
     start, end = article.split(">", 1)
     end = re.sub(r'\b(id|for|aria-[a-z]+by|aria-controls)="([^"]+)"', own, end)
     # The theme's script lets the keyboard scroll wide tables; here it does not run.
-    scrolls = 'class="pst-scrollable-table-container"'
-    end = end.replace(scrolls, f'{scrolls} tabindex="0"')
+    for scrolls in ('class="pst-scrollable-table-container"', 'class="output text_html"'):
+        end = end.replace(scrolls, f'{scrolls} tabindex="0"')
     end = re.sub(r'\b(href|src|srcset)="(?![a-z]+:|//)([^"]+)"', place, end)
     return f"{start}>{end}"
 

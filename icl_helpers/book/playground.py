@@ -11,6 +11,8 @@ Example
 from __future__ import annotations
 
 import base64
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -56,7 +58,9 @@ def playground_data(*, prompts: int = 3) -> dict[str, Any]:
     8-bit model, ``induction`` (the larger share of heads), ``control`` (as many others of the same
     layers) and ``prompts``, that many of each task with its most examples.
     """
-    model, tokenizer = load_model(MODEL)
+    # transformers draws a bar for every model that it loads; who builds a book has asked for none.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model, tokenizer = load_model(MODEL)
     tensors = {}
     for name, weight in model.named_parameters():
         tensors[name] = {"values": _base64(weight.data)}

@@ -79,7 +79,7 @@ class BookError(ICLError, RuntimeError):
 
 
 def prepare_shipped(
-    bundles: str | os.PathLike[str], runs: str | os.PathLike[str], *, seconds: float = 60
+    bundles: str | os.PathLike[str], runs: str | os.PathLike[str], *, seconds: float = 40
 ) -> list[Path]:
     """Import every bundle below ``bundles``, execute its stages, and verify a sample of it.
 

@@ -99,7 +99,8 @@ def dose_sentences(table: pd.DataFrame) -> list[str]:
         ends = (
             f"{largest['heads']} heads cost {largest['loss']:+.1f} nats "
             f"({largest['low']:+.1f} to {largest['high']:+.1f}), random sets at most "
-            f"{largest['random largest']:+.1f}"
+            f"{largest['random largest']:+.1f}, the {largest['heads']} of lowest score, which may "
+            f"lie in other layers, {largest['lowest']:+.1f}"
         )
         counts = list(found["heads"])
         every = counts == list(part["heads"])[-len(counts) :]

@@ -49,6 +49,8 @@ def test_loss_is_held_against_every_random_set_and_the_heads_themselves():
     (said,) = which_heads.dose_sentences(table)
     assert said.startswith("Repetition: with 2 heads removed or more do the highest scores cost")
     assert "4 heads cost +6.0 nats" in said
+    assert "the 4 of lowest score, which may lie in other layers, " in said
+    assert said.endswith(f"{table['lowest'].iloc[-1]:+.1f}.")
     assert "**held**, on 1 of 1 tasks." in which_heads.dose_verdict(table, 4)
     assert which_heads.dose_verdict(table, 1).endswith(
         "**did not hold**, on 0 of 1 tasks; not on repetition (p = 1.00, +0.1 nats)."

@@ -273,7 +273,7 @@ def _stage_chapters(staged: Path) -> Iterator[str]:
         (path, staged / path.name, {}) for path in pages.chapter_notebooks()
     ]
     try:
-        execute_notebooks(jobs, at_once=os.cpu_count() or 1, progress=False)
+        execute_notebooks(jobs, progress=False)
     except StageError as error:
         raise BookError(str(error)) from None
     for path, target, _ in jobs:

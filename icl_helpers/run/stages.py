@@ -12,7 +12,6 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +97,7 @@ def execute_stages(
         number = _stage_number(notebook)
         used = {name: values[name] for name, *_, declared in about() if number in declared.stages}
         jobs.append((notebook, run_dir / "notebooks" / notebook.name, used))
-    # Stages read what earlier ones wrote, and each loads the model; an imported run has it all.
-    at_once = 1 if imported_dir(run_dir) is None else os.cpu_count() or 1
-    return execute_notebooks(jobs, at_once=at_once, progress=progress)
+    return execute_notebooks(jobs, progress=progress)
 
 
 def _stage_number(notebook: Path) -> int:
@@ -108,28 +105,14 @@ def _stage_number(notebook: Path) -> int:
 
 
 def execute_notebooks(
-    jobs: Sequence[tuple[Path, Path, dict[str, Any]]], *, at_once: int, progress: bool = True
+    jobs: Sequence[tuple[Path, Path, dict[str, Any]]], *, progress: bool = True
 ) -> list[Path]:
-    """:func:`execute_notebook` for several, at most ``at_once`` at a time; return their targets.
+    """:func:`execute_notebook` for several, in order; return their targets; raises as that does.
 
-    Raises as that does, once those that have begun are through.
+    One at a time: papermill changes the working directory of the whole process.
     """
-    bar = tqdm(total=len(jobs), desc="stages", unit="notebook", disable=not progress)
-    with bar, ThreadPoolExecutor(max_workers=at_once) as pool:
-        if at_once == 1:
-            # In the main thread, where an interrupt reaches the kernel.
-            for job in jobs:
-                execute_notebook(*job)
-                bar.update()
-            return [target for _, target, _ in jobs]
-        begun = [pool.submit(execute_notebook, *job) for job in jobs]
-        try:
-            for done in as_completed(begun):
-                done.result()
-                bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return [target for _, target, _ in jobs]
+    bar = tqdm(jobs, desc="stages", unit="notebook", disable=not progress)
+    return [execute_notebook(*job) for job in bar]
 
 
 def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:

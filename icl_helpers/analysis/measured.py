@@ -47,12 +47,12 @@ from icl_helpers.evaluation.cells import CellGroup, build
 from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.files import content_key
 from icl_helpers.models.reference_text import PAPER_SAMPLES, reference_ids, reference_texts
-from icl_helpers.tasks.prompts import Prompt, shuffled_labels
+from icl_helpers.tasks.prompts import Prompt, PromptSet, shuffled_labels
 from icl_helpers.tasks.specs import TaskSpec, get_task_spec
 
 __all__ = [
-    "analysis_groups", "attention_moved", "dose_response", "measured_answers", "removal_kinds",
-    "removals", "shapley", "side_effects", "single_heads",
+    "analysis_group", "analysis_groups", "attention_moved", "dose_response", "measured_answers",
+    "prompts_of", "removal_kinds", "removals", "shapley", "side_effects", "single_heads",
 ]  # fmt: skip
 
 # Conditions of a part: what is lost where a stage is interrupted.
@@ -65,15 +65,17 @@ _ORDERS, _MOST_HEADS, _ORDERED_DOCUMENTS = 4, 64, 8
 _TEXTS, _TEXT_TOKENS = 8, 64
 
 
+def analysis_group(run: Any, s: PromptSet, conditions: Sequence[Condition] = ()) -> CellGroup:
+    """The prompts of a set that are looked at closely, to be scored under conditions."""
+    return CellGroup(
+        s.task, s.labels, s.shots, s.seeds[0], run.parameters.analysis_limit, s.sampling, s.data,
+        tuple(conditions), s.demonstrations,
+    )  # fmt: skip
+
+
 def analysis_groups(run: Any, conditions: Sequence[Condition] = ()) -> list[CellGroup]:
-    """The prompts that are looked at closely, a group a task, to be scored under conditions."""
-    return [
-        CellGroup(
-            s.task, s.labels, s.shots, s.seeds[0], run.parameters.analysis_limit, s.sampling,
-            s.data, tuple(conditions), s.demonstrations,
-        )
-        for s in run.plan.analysis_sets()
-    ]  # fmt: skip
+    """Those of every task that is looked at closely."""
+    return [analysis_group(run, prompts, conditions) for prompts in run.plan.analysis_sets()]
 
 
 def mean_ablated(run: Any, sets: Sequence[Sequence[Head]]) -> list[Condition]:
@@ -199,7 +201,7 @@ def _abstract(run: Any) -> list[CellGroup]:
     return [g for g in analysis_groups(run) if isinstance(get_task_spec(g.task), TaskSpec)]
 
 
-def _prompts(group: CellGroup) -> list[Prompt]:
+def prompts_of(group: CellGroup) -> list[Prompt]:
     """The prompts of the documents that a group has."""
     built = build(group)
     documents = dict.fromkeys(instance.doc["doc_id"] for instance in built.task.instances)
@@ -222,14 +224,14 @@ def removal_kinds(run: Any) -> pd.DataFrame:
     means = functools.cache(functools.partial(_both_means, run))
     for group in tqdm(_abstract(run), desc="kinds of removal", unit="task", leave=False):
         of = [*_decided(run, group), heads, random, run.parameters.categories]
-        removals = functools.cache(
+        of_group = functools.cache(
             functools.partial(_removals_of, run, group, heads, random, means)
         )
         for kind in ("none", *KINDS):
             drawn = range(_DRAWS if kind == "resample" or "random" in kind else 1)
             kept = run.measurement(
                 "kinds of removal", [kind, len(drawn), *of],
-                functools.partial(_kind_answers, removals, kind, drawn),
+                functools.partial(_kind_answers, of_group, kind, drawn),
             )  # fmt: skip
             rows += [
                 {"task": group.task, "kind": kind, "draw": draw, **_summed(_unpacked(one))}
@@ -247,7 +249,7 @@ def _removals_of(
     means: Callable[[], dict[str, torch.Tensor]],
 ) -> Removals:  # fmt: skip
     return Removals.of(
-        run.model, run.tokenizer, _prompts(group), heads, random,
+        run.model, run.tokenizer, prompts_of(group), heads, random,
         categories=run.parameters.categories, means_of_inputs=means()["attention_input"],
         means_of_outputs=means()["head_output"],
     )  # fmt: skip
@@ -256,7 +258,7 @@ def _removals_of(
 def _both_means(run: Any) -> dict[str, torch.Tensor]:
     """Mean head outputs by both readings; the one that the run does not use as far as needed."""
     p = run.parameters
-    texts = [q.context + c for g in _abstract(run) for q in _prompts(g) for c in q.choices]
+    texts = [q.context + c for g in _abstract(run) for q in prompts_of(g) for c in q.choices]
     longest = max(map(len, run.tokenizer(texts, add_special_tokens=False).input_ids))
     other: Any = "head_output" if p.average == "attention_input" else "attention_input"
     ids = reference_ids(
@@ -291,7 +293,7 @@ def attention_moved(run: Any) -> pd.DataFrame:
     heads, categories = run.induction_heads(), run.parameters.categories
 
     def compute(group: CellGroup) -> dict[str, float]:
-        prompts = _prompts(group)
+        prompts = prompts_of(group)
         contexts = [prompt.context for prompt in prompts]
         patterns = induction_patterns(contexts, run.tokenizer, categories=categories)
         return blocked_attention(run.model, run.tokenizer, prompts, heads, patterns)
@@ -369,7 +371,7 @@ def _losses(run: Any, heads: Sequence[Head]) -> dict[str, list[float]]:
 
 
 def _shuffled(run: Any, group: CellGroup, heads: Sequence[Head]) -> dict[str, Any]:
-    prompts = [shuffled_labels(prompt, seed=group.seed) for prompt in _prompts(group)]
+    prompts = [shuffled_labels(prompt, seed=group.seed) for prompt in prompts_of(group)]
     edits = _ablation(run, heads)
     scores = score_prompts(run.model, run.tokenizer, prompts, lambda number: edits)
     return _packed(judged(scores, [prompt.target for prompt in prompts]))

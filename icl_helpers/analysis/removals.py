@@ -14,7 +14,7 @@ Example
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -116,6 +116,7 @@ class Removals:
     means_of_inputs: torch.Tensor
     means_of_outputs: torch.Tensor
     patterns: Sequence[Bool[torch.Tensor, "tokens tokens"]]
+    _kept: dict[int, torch.Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
@@ -154,13 +155,18 @@ class Removals:
     def _other_outputs(self, number: int, draw: int) -> torch.Tensor:
         """Head outputs on another of the prompts: the one ``draw + 1`` places further on."""
         steps = 1 + draw % (len(self.prompts) - 1)
-        other = self.prompts[(number + steps) % len(self.prompts)]
-        ids = torch.tensor([_ids(self.tokenizer, other.context)])
+        outputs = self._outputs((number + steps) % len(self.prompts))
         prompt = self.prompts[number]
         length = len(_ids(self.tokenizer, prompt.context))
         longest = max(len(_ids(self.tokenizer, prompt.context + c)) for c in prompt.choices)
-        outputs = prompt_head_outputs(self.model, ids)[0]
         return aligned_outputs(outputs, length, more=longest - length)
+
+    def _outputs(self, number: int) -> torch.Tensor:
+        """Head outputs on a prompt, which every draw needs, of another one."""
+        if number not in self._kept:
+            ids = torch.tensor([_ids(self.tokenizer, self.prompts[number].context)])
+            self._kept[number] = prompt_head_outputs(self.model, ids)[0]
+        return self._kept[number]
 
 
 def blocked_attention(

@@ -62,7 +62,7 @@ from icl_helpers.run.stages import (
     RESULTS,
     StageError,
     check_book_extra,
-    execute_notebooks,
+    execute_notebook,
     execute_stages,
     stage_notebooks,
 )
@@ -269,14 +269,12 @@ def _stage_chapters(staged: Path) -> Iterator[str]:
     """
     import nbformat  # of the extra 'book'
 
-    jobs: list[tuple[Path, Path, dict[str, Any]]] = [
-        (path, staged / path.name, {}) for path in pages.chapter_notebooks()
-    ]
-    try:
-        execute_notebooks(jobs, progress=False)
-    except StageError as error:
-        raise BookError(str(error)) from None
-    for path, target, _ in jobs:
+    for path in pages.chapter_notebooks():
+        target = staged / path.name
+        try:
+            execute_notebook(path, target, {})
+        except StageError as error:
+            raise BookError(str(error)) from None
         notebook = nbformat.read(target, as_version=4)
         _check_outputs(notebook, path)
         _make_static(notebook, "", staged)
@@ -421,10 +419,7 @@ def _write_print_view(html: Path, names: Sequence[str]) -> None:
     for name in names:
         text = (html / f"{name}.html").read_text(encoding="utf-8")
         article = text[text.index('<article class="bd-article">') : text.rindex("</article>")]
-        article = re.sub(
-            r'<section class="icl-(viewer|playground)".*?</section>', "", article, flags=re.DOTALL
-        )
-        article = re.sub(r"<script.*?</script>", "", article, flags=re.DOTALL)
+        article = _NOT_ON_PAPER.sub("", article)
         articles.append(_as_part(article, name, names) + "</article>")
     head = (html / "index.html").read_text(encoding="utf-8").partition("</head>")[0]
     styles = re.findall(r'<link [^>]*rel="stylesheet"[^>]*>', head)

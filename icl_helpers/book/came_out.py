@@ -19,7 +19,8 @@ import pandas as pd
 import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, heads_in_words, top_heads
-from icl_helpers.book.claims import Evidence, judged_lines
+from icl_helpers.book.claims import Evidence, judged_lines, published_gaps, range_of_gaps
+from icl_helpers.errors import NotMeasuredError
 from icl_helpers.results.outcomes import (
     KindOutcome,
     Span,
@@ -36,7 +37,7 @@ from icl_helpers.results.outcomes import (
 from icl_helpers.results.tables import published_accuracy
 from icl_helpers.results.viewer import PromptView, looks_in_words, query_followers, query_word
 
-__all__ = ["in_short", "section", "what_came_out"]
+__all__ = ["in_short", "measured_section", "section", "what_came_out"]
 
 
 class _Parts(NamedTuple):
@@ -78,6 +79,29 @@ def section(
     return "\n\n".join(blocks)
 
 
+def measured_section(
+    paper: Sequence[str], parts: Sequence[Callable[[], tuple[list[str], list[str]]]],
+    sure: Sequence[str],
+) -> str:  # fmt: skip
+    """Write the section of a stage whose parts were measured one by one.
+
+    A part gives what was found and what became of its predictions. Of an imported run whose bundle
+    lacks a part's measurement the section says that in its place.
+    """
+    said: list[str] = []
+    predictions: list[str] = []
+    missing: list[str] = []
+    for part in parts:
+        try:
+            sentences, verdicts = part()
+        except NotMeasuredError as error:
+            missing.append(str(error))
+            continue
+        said += sentences
+        predictions += verdicts
+    return section(paper, said, [*sure, *dict.fromkeys(missing)], predictions=predictions)
+
+
 def in_short(run: Any) -> str:
     """Say of a whole run what came out, as Markdown: doubts, the headline, and each kind."""
     found = _result_parts(run)
@@ -86,21 +110,12 @@ def in_short(run: Any) -> str:
 
 def _published(number: int, conditions: Mapping[str, str]) -> list[str]:
     """Word the paper's changes on Llama-3-8B at the most examples and 3 % of the heads, by kind."""
-    rows = published_accuracy().query("model == 'Llama-3-8B' and table == @number")
-    key = ["task", "labels"]
-    rows = rows[rows["shots"] == rows.groupby(key)["shots"].transform("max")]
-    full = rows[rows["condition"] == "full"].set_index(key)["accuracy"].rename("whole")
-    rows = rows[rows["fraction"] == rows["fraction"].max()].join(full, on=key)
-    rows["kind"] = [task_kind(*pair) for pair in zip(rows["task"], rows["labels"], strict=True)]
     said = []
     for condition, name in conditions.items():
-        part = rows[rows["condition"] == condition]
-        changes = (part["accuracy"] - part["whole"]).groupby(part["kind"], sort=False)
-        ranges = [
-            f"{kind} {low or 0:+.0f} to {high or 0:+.0f}"
-            for kind, (low, high) in changes.agg(["min", "max"]).round().T.items()
-        ]
-        said.append(f"{name}: {'; '.join(ranges)} points")
+        gaps = published_gaps(number, condition).query("model == 'Llama-3-8B'")
+        kinds = gaps.apply(lambda row: task_kind(row["task"], row["labels"]), axis="columns")
+        ranges = range_of_gaps(gaps["gap"], kinds).items()
+        said.append(f"{name}: {'; '.join(f'{kind} {of}' for kind, of in ranges)} points")
     return [
         f"Llama-3-8B with the most examples, change to the full model with 3 % of the heads "
         f"(Table {number}, published, not measured here). {'. '.join(said)}."
@@ -286,7 +301,7 @@ def pattern_parts(view: PromptView) -> _Parts:
     for category, what in _FOLLOWERS.items():
         shares = [100 * share for share in followers[category]]
         if not shares:
-            said.append(f"This prompt has no {what}.")
+            said.append(f"No number for {what}: the prompt has none.")
             continue
         count = sum(share > 50 for share in shares)
         said.append(

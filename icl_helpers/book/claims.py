@@ -46,7 +46,10 @@ from icl_helpers.results.statistics import (
 from icl_helpers.results.tables import published_accuracy
 from icl_helpers.run.plan import run_info, run_table
 
-__all__ = ["VERDICTS", "Claim", "Evidence", "Finding", "claims", "judged_lines"]
+__all__ = [
+    "VERDICTS", "Claim", "Evidence", "Finding", "claims", "judged_lines", "published_gaps",
+    "range_of_gaps",
+]  # fmt: skip
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "undecided", "not testable here")
 _JUDGED = dict(
@@ -386,32 +389,41 @@ def _benefit(evidence: Evidence) -> Finding:
     )  # fmt: skip
 
 
+def published_gaps(
+    number: int, condition: str, *, fraction: float = 0.03, against: str = "full",
+    shots: str = "most",
+) -> pd.DataFrame:  # fmt: skip
+    """Return what a published table says of a condition beside another one of the same row.
+
+    Columns: model, task, labels, shots (each task's ``most``, or ``none``) and gap, in points.
+    """
+    rows, key = published_accuracy().query("table == @number"), ["model", "task", "labels"]
+    most = rows.groupby(key)["shots"].transform("max")
+    rows = rows[rows["shots"] == (most if shots == "most" else 0)]
+    value = rows[(rows["condition"] == condition) & (rows["fraction"] == fraction)]
+    rival = rows[(rows["condition"] == against) & rows["fraction"].isin([fraction, 0])]
+    both = value.merge(rival, on=[*key, "shots"], suffixes=("", "_against"))
+    return both[[*key, "shots"]].assign(gap=both["accuracy"] - both["accuracy_against"])
+
+
+def range_of_gaps(gaps: pd.Series, by: pd.Series) -> dict[str, str]:
+    """Word the range of differences, in points, by a key in the order of its appearance."""
+    bounds = gaps.groupby(by, sort=False).agg(["min", "max"]).round()
+    return {
+        str(name): f"{low or 0:+.0f} to {high or 0:+.0f}" for name, low, high in bounds.itertuples()
+    }
+
+
 def _published(
-    tables: Sequence[int], condition: str = "induction_heads", *, fraction: float = 0.03,
-    against: str = "full", shots: str = "most", labels: str | None = None,
-) -> Callable[[], str]:  # fmt: skip
-    """Word the published differences of a condition, in points, as a range over tasks."""
+    number: int, condition: str = "induction_heads", *, labels: str | None = None, **options: Any
+) -> Callable[[], str]:
+    """Word the published differences of a condition as a range over tasks, by model."""
 
     def say() -> str:
-        said = []
-        for number in tables:
-            rows = published_accuracy().query("table == @number")
-            if labels is not None:
-                rows = rows[rows["labels"] == labels]
-            key = ["model", "task", "labels"]
-            most = rows.groupby(key)["shots"].transform("max")
-            rows = rows[rows["shots"] == (most if shots == "most" else 0)]
-            value = rows[(rows["condition"] == condition) & (rows["fraction"].isin([fraction, 0]))]
-            rival = rows[rows["condition"] == against]
-            if against != "full":
-                rival = rival[rival["fraction"] == fraction]
-            both = value.merge(rival, on=[*key, "shots"], suffixes=("", "_against"))
-            gaps = (both["accuracy"] - both["accuracy_against"]).groupby(both["model"])
-            said += [
-                f"{model} {low or 0:+.0f} to {high or 0:+.0f} points (Table {number})"
-                for model, (low, high) in gaps.agg(["min", "max"]).round().T.items()
-            ]
-        return "; ".join(said) or "no number is published"
+        gaps = published_gaps(number, condition, **options)
+        gaps = gaps[gaps["labels"] == labels] if labels else gaps
+        ranges = sorted(range_of_gaps(gaps["gap"], gaps["model"]).items())
+        return "; ".join(f"{model} {of} points (Table {number})" for model, of in ranges)
 
     return say
 
@@ -460,43 +472,43 @@ _JUDGES: Mapping[str, tuple[Callable[[Evidence], Finding], Callable[[], str] | N
         _pairs_claim(_more_examples, lambda it: it.sign > 0, lambda it: it.sign < 0),
         _published_more,
     ),
-    "one-percent": (_falls("full", share="smaller"), _published([1], fraction=0.01)),
-    "three-percent": (_falls("full"), _published([1])),
+    "one-percent": (_falls("full", share="smaller"), _published(1, fraction=0.01)),
+    "three-percent": (_falls("full"), _published(1)),
     "more-heads": (
         _pairs_claim(_shares, lambda it: it.sign < 0, lambda it: it.sign > 0),
-        lambda: f"1 %: {_published([1], fraction=0.01)()}; 3 %: {_published([1])()}",
+        lambda: f"1 %: {_published(1, fraction=0.01)()}; 3 %: {_published(1)()}",
     ),
     "random-control": (
-        _falls("random_heads", control="published"), _published([1], against="random_heads"),
+        _falls("random_heads", control="published"), _published(1, against="random_heads"),
     ),
     "strict-control": (_falls("random_heads", control="strict"), None),
     "near-chance": (
         _level_claim("induction_heads", lambda task: _near_chance(task, CLOSE)),
         _published_level("induction_heads", fraction=0.03),
     ),
-    "zero-shot-unmoved": (_unmoved, _published([3], shots="none")),
+    "zero-shot-unmoved": (_unmoved, _published(3, shots="none")),
     "knockout": (
-        _falls("full", condition="induction_pattern"), _published([1], "induction_pattern"),
+        _falls("full", condition="induction_pattern"), _published(1, "induction_pattern"),
     ),
     "knockout-as-removal": (
         _pairs_claim(_blocked_and_removed, _is_small, _is_large),
-        _published([1], "induction_pattern", against="induction_heads"),
+        _published(1, "induction_pattern", against="induction_heads"),
     ),
-    "zero-ablation": (_falls("full", ablation="zero"), _published([4])),
+    "zero-ablation": (_falls("full", ablation="zero"), _published(4)),
     "zero-as-mean": (
         _pairs_claim(_zero_and_mean, _is_small, _is_large),
-        lambda: f"mean: {_published([1])()}; zero: {_published([4])()}",
+        lambda: f"mean: {_published(1)()}; zero: {_published(4)()}",
     ),
     "text-removal": (
         _falls("random_heads", text=True),
-        _published([3], against="random_heads"),
+        _published(3, against="random_heads"),
     ),
     "text-benefit": (_benefit, None),
     "text-zero-shot": (_pairs_claim(_removed_and_zero_shot, _is_small, _is_large), None),
     "unrelated-labels": (
-        _falls("full", text=True, labels="unrelated"), _published([3], labels="unrelated"),
+        _falls("full", text=True, labels="unrelated"), _published(3, labels="unrelated"),
     ),
-    "text-zero-ablation": (_falls("full", text=True, ablation="zero"), _published([5])),
+    "text-zero-ablation": (_falls("full", text=True, ablation="zero"), _published(5)),
     "looks-at-labels": (_looks("colons"), None),
     "looks-at-followers": (_looks("words"), None),
 }  # fmt: skip

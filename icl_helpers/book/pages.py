@@ -99,7 +99,6 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
     """Every claim of the paper with each run's verdict; and the count of verdicts in a line."""
     titles = run_titles(runs)
     evidence = {run: Evidence.of_run(run) for run in runs}
-    stages = {int(path.name[:2]): path.stem for path in stage_notebooks()}
     judged = [(claim, {run: claim.judge(evidence[run]) for run in runs}) for claim in claims()]
     rows = [
         [f"[{claim.text}](#claim-{claim.name})", *(found[run].verdict for run in runs)]
@@ -110,12 +109,16 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
         verdicts = [found[run].verdict for _, found in judged]
         counts[run] = listed([f"{verdicts.count(it)} {it}" for it in VERDICTS if it in verdicts])
     page = _page(
-        "claims", judged=judged, runs=runs, titles=titles, counts=counts, stages=stages,
+        "claims", judged=judged, runs=runs, titles=titles, counts=counts, stages=_stage_pages(),
         slugs={run: run_slug(run) for run in runs},
-        models={run: shown_name(run_info(run)["model"]) for run in runs},
         table=markdown_table(["claim", *titles.values()], rows),
     )  # fmt: skip
     return page, f"Of {len(judged)} claims of the paper, {titles[runs[0]]}: {counts[runs[0]]}"
+
+
+def _stage_pages() -> dict[int, str]:
+    """The name of each stage's page, by its number."""
+    return {int(path.name[:2]): path.stem for path in stage_notebooks()}
 
 
 def report_page(runs: Sequence[Path], verdicts: str) -> str:
@@ -123,7 +126,7 @@ def report_page(runs: Sequence[Path], verdicts: str) -> str:
     infos, titles = {run: run_info(run) for run in runs}, run_titles(runs)
     first = infos[runs[0]]
     tokens = stage_tokens(Plan.of_run(first).parameters)
-    pages = {int(path.name[:2]): path.stem for path in stage_notebooks()}
+    pages = _stage_pages()
     rows = [
         {
             "text": claim.text, "name": claim.name, "place": claim.place, "stage": claim.stage,

@@ -232,9 +232,7 @@ def show_answers(rows: pd.DataFrame, directory: Path, *, n_heads: int, name: str
     words = [_label(*row) for row in rows[["task", "labels", "said"]].itertuples(index=False)]
     shown = pd.DataFrame(
         {
-            "condition": named_conditions(rows)["condition"].str.cat(
-                rows["ablation"].map({"mean": ", mean", "zero": ", zero"}), na_rep=""
-            ),
+            "condition": _conditions(rows),
             **columns,
             "said most": words + rows["share"].map(" {:.0f} %".format),
             "detectable": rows["detectable"].map("{:.0f} points".format, na_action="ignore"),
@@ -243,6 +241,12 @@ def show_answers(rows: pd.DataFrame, directory: Path, *, n_heads: int, name: str
     shown = shown.fillna("").set_axis(pd.MultiIndex.from_frame(rows[ROW]), axis="index")
     _show_html(_labelled(_narrow(shown)), label)
     _offer(name_heads(rows.round(2), n_heads), label, directory, name)
+
+
+def _conditions(rows: pd.DataFrame) -> pd.Series:
+    """Name each row's condition, with the kind of removal where there are two."""
+    kinds = rows["ablation"].map({"mean": ", mean", "zero": ", zero"})
+    return named_conditions(rows)["condition"].str.cat(kinds, na_rep="")
 
 
 def _label(task: str, labels: str, number: int) -> str:
@@ -355,9 +359,7 @@ def show_benefit_table(changes: pd.DataFrame, *, n_heads: int, directory: Path) 
     change = changes["relative_change"].map("{:+.0f}".format) + bounds
     shown = pd.DataFrame(
         {
-            "condition": named_conditions(changes)["condition"].str.cat(
-                changes["ablation"].map({"mean": ", mean", "zero": ", zero"}), na_rep=""
-            ),
+            "condition": _conditions(changes),
             "heads": name_heads(changes, n_heads)["heads"],
             **{name: changes[name].map("{:.1f}".format) for name in ("zero_shot", "few_shot")},
             "benefit": changes["benefit"].map("{:+.1f}".format),

@@ -37,8 +37,7 @@ __all__ = [
     "Difference", "KindOutcome", "Span", "TaskOutcome", "Verdict", "doubts", "findings",
     "headline", "kind_lines", "kind_outcomes", "listed", "outcome_sentence", "predicted",
     "range_in_words", "read_measurements", "removal_caption", "seed_doubts", "task_kind",
-    "task_name",
-    "task_outcomes", "tasks_under", "training_seed_doubts", "verdict",
+    "task_name", "task_outcomes", "tasks_under", "training_seed_doubts", "verdict",
 ]  # fmt: skip
 
 # Percent of documents from which on an answer is called that of all documents.
@@ -509,7 +508,10 @@ def doubts(outcome: KindOutcome) -> list[str]:
 
 
 def _condition(outcome: KindOutcome) -> str:
-    return " ".join(filter(None, [outcome.condition.replace("_", " "), outcome.control]))
+    # A stage that removes heads in both ways says both; the paper's own is the mean.
+    kind = ", zero ablation" if outcome.ablation == "zero" else ""
+    name = " ".join(filter(None, [outcome.condition.replace("_", " "), outcome.control]))
+    return f"{name}{kind}"
 
 
 _NAMES = {
@@ -587,6 +589,7 @@ def seed_doubts(
 
 
 def tasks_under(outcomes: Iterable[KindOutcome], condition: str) -> list[TaskOutcome]:
+    """The tasks of all kinds, under one condition."""
     return [task for it in outcomes if it.condition == condition for task in it.tasks]
 
 

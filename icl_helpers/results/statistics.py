@@ -35,9 +35,8 @@ from icl_helpers.tasks.specs import get_task_spec
 __all__ = [
     "Interval", "accuracy_interval", "accuracy_intervals", "benefit_changes", "cohens_g",
     "compare_documents", "comparisons", "coverage_table", "difference_interval", "filled_keys",
-    "holm", "icl_benefit", "is_distinguishable", "left_out_tasks", "mean_interval",
-    "paired_difference", "paired_test",
-    "simulate_coverage",
+    "finite_interval", "holm", "icl_benefit", "is_distinguishable", "left_out_tasks",
+    "mean_interval", "paired_difference", "paired_test", "simulate_coverage",
 ]  # fmt: skip
 
 LEVEL = 0.95
@@ -93,6 +92,11 @@ def difference_interval(
     low = _score_bound(wins, losses, n, quantile)
     found = spread.widened(low, -_score_bound(losses, wins, n, quantile), drawn=drawn)
     return Interval(found.mean, max(-1.0, found.low), min(1.0, found.high))
+
+
+def finite_interval(gaps: np.ndarray) -> Interval:
+    """Compute the interval of the mean over documents, of the values that are finite."""
+    return mean_interval(gaps[np.isfinite(gaps)])
 
 
 def mean_interval(values: np.ndarray, *, level: float = LEVEL, drawn: bool = False) -> Interval:
@@ -279,9 +283,8 @@ def comparisons(
             pair = _aligned(first_answers, answers[rival])
             first, second = (_once(array, key) for array in pair)
             drawn = over_draws and (_is_drawn(key) or _is_drawn(rival))
-            interval = difference_interval(first, second, level=level, drawn=drawn)
-            tests = paired_test(first, second), cohens_g(first, second)
-            rows.append((*key, rival[3], rival[-1], *(100 * bound for bound in interval), *tests))
+            interval, p = _compared(first, second, level=level, drawn=drawn)
+            rows.append((*key, rival[3], rival[-1], *interval, p, cohens_g(first, second)))
     columns = [*CELL, "against", "against_control", "difference", "low", "high", "p", "cohens_g"]
     frame = pd.DataFrame(rows, columns=columns)
     frame["p_holm"] = frame.groupby(frame["shots"] == 0)["p"].transform(holm)
@@ -305,9 +308,7 @@ def paired_difference(
     pair = _aligned(answers, against)
     if one[2] == other[2] == 0:
         pair = [array[:, :1] for array in pair]
-    drawn = _is_drawn(one) or _is_drawn(other)
-    interval = difference_interval(pair[0], pair[1], level=level, drawn=drawn)
-    return Interval(*(100 * bound for bound in interval)), paired_test(pair[0], pair[1])
+    return _compared(*pair, level=level, drawn=_is_drawn(one) or _is_drawn(other))
 
 
 def compare_documents(
@@ -330,10 +331,9 @@ def compare_documents(
     rows = []
     for key in sides[0]:
         one, other = (_once(_array(side[key]), key) for side in sides)
-        interval = difference_interval(other, one, level=level, drawn=_is_drawn(key))
+        interval, p = _compared(other, one, level=level, drawn=_is_drawn(key))
         means = 100 * one.mean(), 100 * other.mean()
-        bounds = [100 * bound for bound in interval]
-        rows.append((*key, len(one), one[0].size, *means, *bounds, paired_test(other, one)))
+        rows.append((*key, len(one), one[0].size, *means, *interval, p))
     if not rows:
         raise InputError(
             "the two share no cell (task, labels, shots, condition, heads, seeds) of two documents"
@@ -343,6 +343,14 @@ def compare_documents(
     frame["p_holm"] = holm(frame["p"].to_list())
     found = is_distinguishable(frame["p_holm"], frame["low"], frame["high"], level=level)
     return _fraction_of_some(frame).assign(distinguishable=found)
+
+
+def _compared(
+    first: np.ndarray, second: np.ndarray, *, level: float, drawn: bool
+) -> tuple[Interval, float]:
+    """Return the difference of two aligned cells in points, first minus second, and its exact p."""
+    interval = difference_interval(first, second, level=level, drawn=drawn)
+    return Interval(*(100 * bound for bound in interval)), paired_test(first, second)
 
 
 def _is_drawn(key: tuple[Any, ...]) -> bool:

@@ -24,8 +24,7 @@ from icl_helpers.tasks.specs import task_names
 __all__ = [
     "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results", "annotated_table",
     "cell_frame", "markdown_table", "name_heads", "published_accuracy",
-    "read_published",
-    "table_rows", "write_table",
+    "read_published", "table_rows", "write_table",
 ]  # fmt: skip
 
 # In the paper's order of columns.

@@ -89,6 +89,7 @@ class Run:
         self._bundle = None if imported is None else Bundle(imported)
         self._values: dict[str, Any] = {}
         self._means: torch.Tensor | None = None
+        self._views: dict[bool, dict[str, PromptView]] = {}
         check_same_model(self.info, parameters)
         self.plan = Plan(parameters, None if imported is None else self.info.get("contents", {}))
 
@@ -428,6 +429,11 @@ class Run:
         The prompts are of the first word-sequence task and the three first others. Blocked are the
         five best together.
         """
+        if every not in self._views:
+            self._views[every] = self._computed_views(every=every)
+        return self._views[every]
+
+    def _computed_views(self, *, every: bool) -> dict[str, PromptView]:
         if self._bundle is not None and self._bundle.shown["viewed"] == self._viewed():
             return self._bundle.views()
         p, scores = self.parameters, self.prefix_scores()

@@ -24,8 +24,7 @@ from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
 
 __all__ = [
-    "RESULTS", "StageError", "check_book_extra", "execute_notebook", "execute_notebooks",
-    "execute_stages",
+    "RESULTS", "StageError", "check_book_extra", "execute_notebook", "execute_stages",
     "stage_notebooks",
 ]  # fmt: skip
 
@@ -92,27 +91,16 @@ def execute_stages(
             and user_path(given).exists()
         ):
             values[name] = os.path.abspath(user_path(given))
-    jobs = []
-    for notebook in chosen:
+    executed = []
+    for notebook in tqdm(chosen, desc="stages", unit="notebook", disable=not progress):
         number = _stage_number(notebook)
         used = {name: values[name] for name, *_, declared in about() if number in declared.stages}
-        jobs.append((notebook, run_dir / "notebooks" / notebook.name, used))
-    return execute_notebooks(jobs, progress=progress)
+        executed.append(execute_notebook(notebook, run_dir / "notebooks" / notebook.name, used))
+    return executed
 
 
 def _stage_number(notebook: Path) -> int:
     return int(notebook.name.split("_")[0])
-
-
-def execute_notebooks(
-    jobs: Sequence[tuple[Path, Path, dict[str, Any]]], *, progress: bool = True
-) -> list[Path]:
-    """:func:`execute_notebook` for several, in order; return their targets; raises as that does.
-
-    One at a time: papermill changes the working directory of the whole process.
-    """
-    bar = tqdm(jobs, desc="stages", unit="notebook", disable=not progress)
-    return [execute_notebook(*job) for job in bar]
 
 
 def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:

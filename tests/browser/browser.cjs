@@ -52,5 +52,28 @@ module.exports = (settings) => {
     await tab.close();
   }
 
-  return { address, checked, launch, opened };
+  // Every page named at each width and in both themes, then what `more` does; the report is printed.
+  function reported(pages, more) {
+    const report = { console: [], foreign: [], wide: [], violations: [] };
+    const whole = async () => {
+      const browser = await launch();
+      try {
+        for (const page of pages) {
+          for (const width of settings.widths) {
+            for (const theme of ["light", "dark"]) await checked(browser, page, width, theme, report);
+          }
+        }
+        await more(browser, report);
+      } finally {
+        await browser.close();
+      }
+      console.log(JSON.stringify(report));
+    };
+    whole().catch((error) => {
+      console.error(error);
+      process.exit(1);
+    });
+  }
+
+  return { address, opened, reported };
 };

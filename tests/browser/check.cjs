@@ -4,7 +4,7 @@
 // package.json beside it.
 "use strict";
 const settings = JSON.parse(process.argv[2]);
-const { address, checked, launch, opened } = require("./browser.cjs")(settings);
+const { address, opened, reported } = require("./browser.cjs")(settings);
 
 function state() {
   const root = document.querySelector(".icl-viewer");
@@ -82,22 +82,7 @@ async function fallenBack(browser) {
   return { withoutScripts: await seen(false, "screen"), printed: await seen(true, "print") };
 }
 
-(async () => {
-  const report = { console: [], foreign: [], wide: [], violations: [], viewer: null };
-  const browser = await launch();
-  try {
-    for (const page of settings.pages) {
-      for (const width of settings.widths) {
-        for (const theme of ["light", "dark"]) await checked(browser, page, width, theme, report);
-      }
-    }
-    report.viewer = await operated(browser, report);
-    report.fallback = await fallenBack(browser);
-  } finally {
-    await browser.close();
-  }
-  console.log(JSON.stringify(report));
-})().catch((error) => {
-  console.error(error);
-  process.exit(1);
+reported(settings.pages, async (browser, report) => {
+  report.viewer = await operated(browser, report);
+  report.fallback = await fallenBack(browser);
 });

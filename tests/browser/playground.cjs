@@ -4,7 +4,7 @@
 // (to be tokenised), `patterns` (prompts) and `cases` (context, labels, heads, blocked).
 "use strict";
 const settings = JSON.parse(require("fs").readFileSync(process.argv[2], "utf-8"));
-const { checked, launch, opened } = require("./browser.cjs")(settings);
+const { opened, reported } = require("./browser.cjs")(settings);
 
 function computed({ texts, patterns, cases }) {
   const { encode, inductionPattern, score, forward } = window.iclTiny;
@@ -115,19 +115,6 @@ async function operated(browser, report) {
   return steps;
 }
 
-(async () => {
-  const report = { console: [], foreign: [], wide: [], violations: [] };
-  const browser = await launch();
-  try {
-    for (const width of settings.widths) {
-      for (const theme of ["light", "dark"]) await checked(browser, settings.page, width, theme, report);
-    }
-    report.steps = await operated(browser, report);
-  } finally {
-    await browser.close();
-  }
-  console.log(JSON.stringify(report));
-})().catch((error) => {
-  console.error(error);
-  process.exit(1);
+reported([settings.page], async (browser, report) => {
+  report.steps = await operated(browser, report);
 });

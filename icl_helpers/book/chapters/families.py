@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, head_count, top_heads
-from icl_helpers.results.outcomes import listed, predicted, task_name
-from icl_helpers.results.statistics import LEVEL, Interval, mean_interval
+from icl_helpers.results.outcomes import listed, predicted, task_name, verdict
+from icl_helpers.results.statistics import Interval, finite_interval
 
 __all__ = [
     "CONTROL", "EXCLUDED", "FAMILIES", "PATTERNS",
@@ -33,11 +33,6 @@ CONTROL = ", control"
 # What counts as copying, and as composing: more than half of the eigenvalues are positive, and
 # without the earlier heads that attend to the token before half of the prefix score is gone.
 _COPIES, _COMPOSES = 0.5, 0.5
-
-
-def _interval(gaps: np.ndarray) -> Interval:
-    """Mean of the gaps that are finite, with its interval over documents."""
-    return mean_interval(gaps[np.isfinite(gaps)], level=LEVEL)
 
 
 def _bounds(interval: Interval) -> str:
@@ -106,8 +101,8 @@ def family_table(frame: pd.DataFrame) -> pd.DataFrame:
         whole = part.loc[part["chosen_by"] == "none", "margins"].item()
         for heads, dose in part[part["heads"] > 0].groupby("heads"):
             left = {row["chosen_by"]: row["margins"] for row in dose.to_dict("records")}
-            induction, vectors = (_interval(whole - left[family]) for family in FAMILIES)
-            more = _interval(left[FAMILIES[0]] - left[FAMILIES[1]])
+            induction, vectors = (finite_interval(whole - left[family]) for family in FAMILIES)
+            more = finite_interval(left[FAMILIES[0]] - left[FAMILIES[1]])
             rows.append(
                 {"task": task, "heads": heads, FAMILIES[0]: induction, FAMILIES[1]: vectors,
                  "difference": more}
@@ -155,8 +150,9 @@ def loss_table(frame: pd.DataFrame) -> pd.DataFrame:
     """
     whole = frame.loc[frame["chosen_by"] == "none", "values"].item()
     rows = [
-        {"heads": heads, "full model": _interval(whole),
-         **{row["chosen_by"]: _interval(whole - row["values"]) for row in part.to_dict("records")}}
+        {"heads": heads, "full model": finite_interval(whole),
+         **{family: finite_interval(whole - values)
+            for family, values in part[["chosen_by", "values"]].itertuples(index=False)}}
         for heads, part in frame[frame["heads"] > 0].groupby("heads")
     ]  # fmt: skip
     return pd.DataFrame(rows)
@@ -234,7 +230,7 @@ def circuit_verdict(table: pd.DataFrame) -> str:
     best = table[table["behaves"]]
     failed = [str(Head(*row)) for row in best.loc[~best["both"], ["layer", "head"]].to_numpy()]
     count = len(best) - len(failed)
-    word = "held" if best.size and not failed else "held in part" if count else "did not hold"
+    word = verdict(best["both"].tolist() or [False], [True])
     but = f"; not of {listed(failed)}" if failed else ""
     return (
         f"*Heads that score 0.3 or more copy, by weights and by logits, and lose half of their "
@@ -257,8 +253,8 @@ def text_table(frame: pd.DataFrame) -> pd.DataFrame:
             own, control = of.loc[pattern, "margins"], of.loc[pattern + CONTROL, "margins"]
             rows.append(
                 {"task": task, "pattern": pattern, "pairs": of.loc[pattern, "pairs"],
-                 "loss": _interval(whole - own), "control": _interval(whole - control),
-                 "more": _interval(control - own), "accuracy": of.loc[pattern, "accuracy"],
+                 "loss": finite_interval(whole - own), "control": finite_interval(whole - control),
+                 "more": finite_interval(control - own), "accuracy": of.loc[pattern, "accuracy"],
                  "full model": of.loc["none", "accuracy"]}
             )  # fmt: skip
     return pd.DataFrame(rows)
@@ -297,9 +293,9 @@ def repair_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Direct and total effects of the removal, a row a task, and what later layers add."""
     rows = [
         {
-            "task": row["task"], "direct": _interval(row["direct"]),
-            "total": _interval(row["total"]),
-            "later layers": _interval(row["total"] - row["direct"]),
+            "task": row["task"], "direct": finite_interval(row["direct"]),
+            "total": finite_interval(row["total"]),
+            "later layers": finite_interval(row["total"] - row["direct"]),
         }
         for row in frame.to_dict("records")
     ]  # fmt: skip

@@ -29,7 +29,12 @@ from icl_helpers.analysis.circuits import (
 )
 from icl_helpers.analysis.dose_response import ChosenHeads, judged
 from icl_helpers.analysis.function_vectors import function_vector_scores
-from icl_helpers.analysis.measured import removals
+from icl_helpers.analysis.measured import (
+    analysis_group,
+    analysis_groups,
+    prompts_of,
+    removals,
+)
 from icl_helpers.analysis.removals import score_prompts, sequence_losses
 from icl_helpers.attention.heads import (
     SCORE_THRESHOLD,
@@ -52,7 +57,7 @@ from icl_helpers.attention.interventions import (
     intervene,
 )
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
-from icl_helpers.book.came_out import section
+from icl_helpers.book.came_out import measured_section
 from icl_helpers.book.chapters.families import (
     CONTROL,
     EXCLUDED,
@@ -77,18 +82,10 @@ from icl_helpers.book.chapters.families import (
     text_table,
     text_verdicts,
 )
-from icl_helpers.errors import NotMeasuredError
+from icl_helpers.evaluation.cells import CellGroup
 from icl_helpers.files import file_name
 from icl_helpers.models.reference_text import reference_ids, reference_texts
-from icl_helpers.tasks.prompts import (
-    Prompt,
-    PromptSet,
-    build_prompts,
-    demonstration_spans,
-    prompt_sets,
-    resolve_shots,
-    sample_documents,
-)
+from icl_helpers.tasks.prompts import Prompt, demonstration_spans, prompt_sets, resolve_shots
 
 __all__ = [
     "circuits", "family_removals", "family_sets", "function_vectors", "natural_text", "repair",
@@ -255,13 +252,14 @@ def natural_text(run: Any) -> pd.DataFrame:
     rows = []
     for task in tqdm(run.plan.tasks("nlp_tasks"), desc="text", unit="task", leave=False):
         most, rule = [max(resolve_shots(task, p.shots))], cast(Any, p.demonstrations)
-        (of,) = prompt_sets(
+        (prompts,) = prompt_sets(
             task, "semantic", most, p.seeds[:1], run.plan.data(task), rule, run.plan.sampling(task)
         )
+        group = analysis_group(run, prompts)
         for name in ("none", *(f"{one}{of_}" for one in PATTERNS for of_ in ("", CONTROL))):
             kept = run.measurement(
-                "natural text", [name, *_decided(run, of), heads],
-                functools.partial(_blocked_margins, run, of, heads, name),
+                "natural text", [name, group.spec(), group.seed, heads],
+                functools.partial(_blocked_margins, run, group, heads, name),
             )  # fmt: skip
             margins = np.array(kept["margins"], dtype=np.float64)
             rows.append(
@@ -273,28 +271,10 @@ def natural_text(run: Any) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _decided(run: Any, prompts: PromptSet) -> list[Any]:
-    values = prompts._replace(data=file_name(prompts.data) or "")
-    return [*values, run.parameters.analysis_limit]
-
-
-@functools.lru_cache(maxsize=8)
-def _prompts(of: PromptSet, limit: int) -> list[Prompt]:
-    prompts = build_prompts(
-        of.task, shots=of.shots, seed=of.seeds[0], labels=of.labels, data=of.data,
-        demonstrations=of.demonstrations,
-    )  # fmt: skip
-    targets = [prompt.target for prompt in prompts]
-    places = sample_documents(targets, limit, sampling=of.sampling)
-    return [prompts[place] for place in places]
-
-
-def _prompts_of(run: Any, of: PromptSet) -> list[Prompt]:
-    return _prompts(of, run.parameters.analysis_limit)
-
-
-def _blocked_margins(run: Any, of: PromptSet, heads: Sequence[Head], name: str) -> dict[str, Any]:
-    prompts = _prompts_of(run, of)
+def _blocked_margins(
+    run: Any, group: CellGroup, heads: Sequence[Head], name: str
+) -> dict[str, Any]:
+    prompts = prompts_of(group)
     if name == "none":
         return {"margins": _margins(run, prompts, lambda _: []), "pairs": 0.0}
     blocked = [_pattern(run, prompt, name.removesuffix(CONTROL)) for prompt in prompts]
@@ -330,8 +310,8 @@ def repair(run: Any) -> pd.DataFrame:
     """
     heads = run.induction_heads()
 
-    def compute(of: PromptSet) -> dict[str, list[float | None]]:
-        prompts, removal = _prompts_of(run, of), MeanAblation(heads, run.mean_head_outputs())
+    def compute(group: CellGroup) -> dict[str, list[float | None]]:
+        prompts, removal = prompts_of(group), MeanAblation(heads, run.mean_head_outputs())
         total = _margins(run, prompts, lambda _: [removal])
         with direct_removal(run.model, removal):
             direct = _margins(run, prompts, lambda _: [])
@@ -339,13 +319,13 @@ def repair(run: Any) -> pd.DataFrame:
         return {"whole": whole, "direct": direct, "total": total}
 
     rows = []
-    for of in tqdm(run.plan.analysis_sets(), desc="direct effects", unit="task", leave=False):
-        decided = [*_decided(run, of), run.plan.means_parameters(), heads]
-        kept = run.measurement("direct effects", decided, functools.partial(compute, of))
+    for group in tqdm(analysis_groups(run), desc="direct effects", unit="task", leave=False):
+        decided = [group.spec(), group.seed, run.plan.means_parameters(), heads]
+        kept = run.measurement("direct effects", decided, functools.partial(compute, group))
         whole, direct, total = (
             np.array(kept[name], dtype=np.float64) for name in ("whole", "direct", "total")
         )
-        rows.append({"task": of.task, "direct": whole - direct, "total": whole - total})
+        rows.append({"task": group.task, "direct": whole - direct, "total": whole - total})
     return pd.DataFrame(rows)
 
 
@@ -362,9 +342,6 @@ def what_came_out(run: Any) -> str:
 
     Of an imported run whose bundle lacks a measurement it says that in its place.
     """
-    said: list[str] = []
-    predictions: list[str] = []
-    missing: list[str] = []
     removed = len(run.induction_heads())
 
     def overlap() -> tuple[list[str], list[str]]:
@@ -395,17 +372,6 @@ def what_came_out(run: Any) -> str:
         table = repair_table(repair(run))
         return repair_sentences(table), [repair_verdict(table)]
 
-    parts: list[Callable[[], tuple[list[str], list[str]]]] = [
-        overlap, families, losses, mechanism, text, repaired,
-    ]  # fmt: skip
-    for part in parts:
-        try:
-            sentences, verdicts = part()
-        except NotMeasuredError as error:
-            missing.append(str(error))
-            continue
-        said += sentences
-        predictions += verdicts
     sure = [
         f"At most {run.parameters.analysis_limit} documents a task and one demonstration seed: "
         f"intervals are over documents (or texts) alone. In the comparison of families the best "
@@ -413,4 +379,5 @@ def what_came_out(run: Any) -> str:
         "Weights show what a head could do: content alone, without positions, and without the MLPs "
         "between. A head that fails one of these tests may still do induction in another way.",
     ]
-    return section(_PAPER, said, [*sure, *dict.fromkeys(missing)], predictions=predictions)
+    parts = (overlap, families, losses, mechanism, text, repaired)
+    return measured_section(_PAPER, parts, sure)

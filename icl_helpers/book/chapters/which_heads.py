@@ -11,6 +11,7 @@ Example
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,10 +28,9 @@ from icl_helpers.analysis.measured import (
     single_heads,
 )
 from icl_helpers.attention.heads import Head, heads_in_words
-from icl_helpers.book.came_out import section
-from icl_helpers.errors import NotMeasuredError
-from icl_helpers.results.outcomes import listed, predicted, task_name
-from icl_helpers.results.statistics import LEVEL, Interval, mean_interval
+from icl_helpers.book.came_out import measured_section
+from icl_helpers.results.outcomes import listed, predicted, task_name, verdict
+from icl_helpers.results.statistics import LEVEL, Interval, finite_interval
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
@@ -61,7 +61,7 @@ def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
                 dose[dose["chosen_by"] == way].iloc[0] for way in ("highest", "lowest")
             )
             draws = dose[dose["chosen_by"] == "random"]
-            loss = _losses(whole, highest)
+            loss = finite_interval(whole["margins"] - highest["margins"])
             random = whole["margin"] - draws["margin"]
             fell = whole["accuracy"] - draws["accuracy"]
             rows.append(
@@ -78,16 +78,6 @@ def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def _losses(whole: pd.Series, without: pd.Series) -> Interval:
-    """Mean loss of margin over the documents whose numbers are finite, with its interval."""
-    return _interval(whole["margins"] - without["margins"])
-
-
-def _interval(gaps: np.ndarray) -> Interval:
-    """Mean of the gaps of documents that are finite, with its interval over documents."""
-    return mean_interval(gaps[np.isfinite(gaps)], level=LEVEL)
 
 
 def dose_sentences(table: pd.DataFrame) -> list[str]:
@@ -221,11 +211,10 @@ def stability_sentence(table: pd.DataFrame) -> str:
 
 def stability_verdict(table: pd.DataFrame) -> str:
     """Say whether the sets stay much the same, in the mean of the draws."""
-    held = [heads for heads, row in table.iterrows() if row["mean"] >= _STAYS]
-    word = "held" if len(held) == len(table) else "held in part" if held else "did not hold"
+    held = [bool(mean >= _STAYS) for mean in table["mean"]]
     return (
-        f"*The index is {_STAYS} or more, in the mean of the draws*: **{word}**, for {len(held)} "
-        f"of {len(table)} sets."
+        f"*The index is {_STAYS} or more, in the mean of the draws*: "
+        f"**{verdict(held, [True])}**, for {sum(held)} of {len(table)} sets."
     )
 
 
@@ -234,31 +223,13 @@ def what_came_out(run: Any) -> str:
 
     Of an imported run whose bundle lacks a measurement it says that in its place.
     """
-    said: list[str] = []
-    predictions: list[str] = []
-    missing: list[str] = []
-    parts: list[Callable[[Any], tuple[list[str], list[str]]]] = [
-        _dose_part,
-        _proxy_part,
-        _kinds_part,
-        _effects_part,
-        _bias_part,
-        _stability_part,
-    ]
-    for part in parts:
-        try:
-            sentences, verdicts = part(run)
-        except NotMeasuredError as error:
-            missing.append(str(error))
-            continue
-        said += sentences
-        predictions += verdicts
     sure = [
         f"At most {run.parameters.analysis_limit} documents of each of "
         f"{len(run.plan.analysis_sets())} tasks and one demonstration seed: intervals are over "
         f"documents alone, and other demonstrations are not tried here."
     ]
-    return section([_PAPER], said, [*sure, *dict.fromkeys(missing)], predictions=predictions)
+    parts = (_dose_part, _proxy_part, _kinds_part, _effects_part, _bias_part, _stability_part)
+    return measured_section([_PAPER], [functools.partial(part, run) for part in parts], sure)
 
 
 _PAPER = (
@@ -332,13 +303,13 @@ def kinds_table(frame: pd.DataFrame) -> pd.DataFrame:
         accuracy = part.groupby("kind")["accuracy"].mean()
         whole = margins.pop("none")
         for kind, own in margins.items():
-            loss = _interval(whole - own)
+            loss = finite_interval(whole - own)
             row = {
                 "task": task, "kind": kind, "loss": loss.mean, "low": loss.low, "high": loss.high,
                 "accuracy": accuracy[kind], "costs": _costs(loss), _HEADS: "", _POSITIONS: "",
             }  # fmt: skip
             for column, control in _CONTROLS.get(str(kind), {}).items():
-                row[column] = _costs(_interval(margins[control] - own))
+                row[column] = _costs(finite_interval(margins[control] - own))
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -406,7 +377,7 @@ def effects_table(frame: pd.DataFrame) -> pd.DataFrame:
         values = {key: one["values"].iloc[0] for key, one in
                   part.groupby(["condition", part["draw"].fillna(-1)], sort=False)}  # fmt: skip
         whole = values[("none", -1)]
-        change = _interval(values[("highest", -1)] - whole)
+        change = finite_interval(values[("highest", -1)] - whole)
         random = [float(np.nanmean(one - whole)) for (way, _), one in values.items()
                   if way == "random"]  # fmt: skip
         rows.append(

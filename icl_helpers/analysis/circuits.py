@@ -33,7 +33,7 @@ from icl_helpers.attention.hook import (
 )
 from icl_helpers.attention.interventions import Intervention, ZeroAblation, intervene
 from icl_helpers.attention.means import prompt_head_outputs
-from icl_helpers.attention.passes import check_ids
+from icl_helpers.attention.passes import check_ids, measuring
 from icl_helpers.attention.scores import mean_attention, prefix_matching_scores, repeated_ids
 from icl_helpers.errors import InputError
 
@@ -184,7 +184,7 @@ def causal_composition(
     return falls
 
 
-@torch.no_grad()
+@measuring
 def direct_logit_effects(
     model: PreTrainedModel,
     sequences: Int[torch.Tensor, "n_sequences length"],

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl_helpers.attention.hook import AttentionCall, attention_layout, edited_attention
 from icl_helpers.attention.means import prompt_head_outputs
-from icl_helpers.attention.passes import one_angle_length
+from icl_helpers.attention.passes import measuring, one_angle_length
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.evaluation.shared_work import SharedStart, scored_logits, shares_start
@@ -32,7 +32,7 @@ from icl_helpers.tasks.prompts import Prompt, build_prompts, sample_documents, s
 __all__ = ["function_vector_scores"]
 
 
-@torch.no_grad()
+@measuring
 def function_vector_scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

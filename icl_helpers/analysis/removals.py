@@ -31,6 +31,7 @@ from icl_helpers.attention.interventions import (
     intervene,
 )
 from icl_helpers.attention.means import prompt_head_outputs
+from icl_helpers.attention.passes import measuring
 from icl_helpers.attention.scores import attention_patterns
 from icl_helpers.errors import InputError
 from icl_helpers.tasks.prompts import Prompt
@@ -47,7 +48,7 @@ KINDS = (
 )  # fmt: skip
 
 
-@torch.no_grad()
+@measuring
 def score_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -204,7 +205,7 @@ def blocked_attention(
     return {name: value / max(count, 1) for name, value in totals.items()}
 
 
-@torch.no_grad()
+@measuring
 def sequence_losses(
     model: PreTrainedModel,
     input_ids: Int[torch.Tensor, "sequences tokens"],

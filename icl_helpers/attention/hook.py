@@ -40,6 +40,7 @@ from icl_helpers.attention.passes import (
     branching_mask,
     check_usable,
     learned_positions,
+    measuring,
     rope_switch,
 )
 from icl_helpers.errors import InputError, InterventionError, UnsupportedArchitectureError
@@ -234,7 +235,7 @@ def _refuse(model: torch.nn.Module, why: str) -> UnsupportedArchitectureError:
     )
 
 
-@torch.no_grad()
+@measuring
 def _probe(model: PreTrainedModel) -> AttentionLayout:
     check_usable(model)
     if not model._can_set_attn_implementation():
@@ -243,23 +244,18 @@ def _probe(model: PreTrainedModel) -> AttentionLayout:
     ids = _probe_ids(model, min(8, max_positions or 8))
     exact = model.config._attn_implementation in ("sdpa", "eager")
     calls: list[AttentionCall] = []
-    training = model.training
-    model.eval()
-    try:
-        plain = model(input_ids=ids, use_cache=False).logits
-        with _installed(model, model.modules(), Passes()) as passes:
-            # Which modules hold attention is not known yet: the record waits at all of them.
-            passes.edits = {module: [_Record(calls)] for module in model.modules()}
-            hooked = model(input_ids=ids, use_cache=False).logits
-            layout = _layout_of(model, calls)
-            same = torch.equal if exact else functools.partial(torch.allclose, atol=0.1, rtol=0.1)
-            if not same(plain, hooked) and not plain.isnan().any():
-                raise _refuse(model, "its logits change when the hook is installed without edits")
-            _check_causal(model, [plain, *(call.output for call in calls)])
-            _check_removal(model, layout, passes, ids)
-            cacheable = _cache_holds(model, calls[0], passes, ids)
-    finally:
-        model.train(training)
+    plain = model(input_ids=ids, use_cache=False).logits
+    with _installed(model, model.modules(), Passes()) as passes:
+        # Which modules hold attention is not known yet: the record waits at all of them.
+        passes.edits = {module: [_Record(calls)] for module in model.modules()}
+        hooked = model(input_ids=ids, use_cache=False).logits
+        layout = _layout_of(model, calls)
+        same = torch.equal if exact else functools.partial(torch.allclose, atol=0.1, rtol=0.1)
+        if not same(plain, hooked) and not plain.isnan().any():
+            raise _refuse(model, "its logits change when the hook is installed without edits")
+        _check_causal(model, [plain, *(call.output for call in calls)])
+        _check_removal(model, layout, passes, ids)
+        cacheable = _cache_holds(model, calls[0], passes, ids)
     return replace(
         layout, cacheable=cacheable, max_positions=max_positions, rope_switch=rope_switch(model)
     )

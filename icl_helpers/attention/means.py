@@ -28,13 +28,13 @@ from icl_helpers.attention.hook import (
     attention_layout,
     edited_attention,
 )
-from icl_helpers.attention.passes import check_ids, forget_lengths, one_angle_length
+from icl_helpers.attention.passes import check_ids, forget_lengths, measuring, one_angle_length
 from icl_helpers.errors import InputError, UnsupportedArchitectureError
 
 __all__ = ["input_hooks", "mean_head_outputs", "prompt_head_outputs", "replaced_inputs"]
 
 
-@torch.no_grad()
+@measuring
 def mean_head_outputs(
     model: PreTrainedModel,
     input_ids: Int[torch.Tensor, "samples positions"],
@@ -74,7 +74,7 @@ def mean_head_outputs(
     return _replay(model, layout, input_ids[:1], means)
 
 
-@torch.no_grad()
+@measuring
 def prompt_head_outputs(
     model: PreTrainedModel,
     input_ids: Int[torch.Tensor, "batch tokens"],

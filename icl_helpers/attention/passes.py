@@ -15,6 +15,7 @@ a model takes it is found out by :func:`icl_helpers.evaluation.shared_work.share
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,8 +35,35 @@ from icl_helpers.errors import InputError, InterventionError, UnsupportedArchite
 __all__ = [
     "SUPPORTED_ARCHITECTURES", "AttentionCall", "Branches", "Passes", "attention_probabilities",
     "branching_mask", "check_ids", "check_tokens", "check_usable", "context_length",
-    "forget_lengths", "learned_positions", "one_angle_length", "position_limit", "rope_switch",
+    "forget_lengths", "learned_positions", "measuring", "one_angle_length", "position_limit",
+    "rope_switch",
 ]  # fmt: skip
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def measuring(measure: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorate what measures a model, its first argument: no gradients and no dropout.
+
+    The model's modules that were in training mode are so again afterwards.
+    """
+
+    @functools.wraps(measure)
+    @torch.no_grad()
+    def measured(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        model: Any = args[0] if args else kwargs.get("model")
+        modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+        in_training = [module for module in modules if module.training]
+        for module in in_training:
+            module.training = False
+        try:
+            return measure(*args, **kwargs)
+        finally:
+            for module in in_training:
+                module.training = True
+
+    return measured
 
 
 class Passes:

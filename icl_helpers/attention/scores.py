@@ -28,7 +28,7 @@ from icl_helpers.attention.hook import (
     check_heads,
     edited_attention,
 )
-from icl_helpers.attention.passes import check_ids
+from icl_helpers.attention.passes import check_ids, measuring
 from icl_helpers.errors import InputError
 
 __all__ = [
@@ -122,7 +122,7 @@ def _followers(
     return same
 
 
-@torch.no_grad()
+@measuring
 def prefix_matching_scores(
     model: PreTrainedModel,
     sequences: Int[torch.Tensor, "n_sequences length"],
@@ -188,7 +188,7 @@ def repeated_ids(
     return ids, int(bos is not None)
 
 
-@torch.no_grad()
+@measuring
 def mean_attention(
     model: PreTrainedModel,
     input_ids: Int[torch.Tensor, "batch tokens"],
@@ -228,7 +228,7 @@ class _ScoreEdit:
         return call.output
 
 
-@torch.no_grad()
+@measuring
 def attention_patterns(
     model: PreTrainedModel,
     input_ids: Int[torch.Tensor, "batch tokens"],

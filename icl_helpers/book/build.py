@@ -62,7 +62,7 @@ from icl_helpers.run.stages import (
     RESULTS,
     StageError,
     check_book_extra,
-    execute_notebook,
+    execute_notebooks,
     execute_stages,
     stage_notebooks,
 )
@@ -269,12 +269,14 @@ def _stage_chapters(staged: Path) -> Iterator[str]:
     """
     import nbformat  # of the extra 'book'
 
-    for path in pages.chapter_notebooks():
-        target = staged / path.name
-        try:
-            execute_notebook(path, target, {})
-        except StageError as error:
-            raise BookError(str(error)) from None
+    jobs: list[tuple[Path, Path, dict[str, Any]]] = [
+        (path, staged / path.name, {}) for path in pages.chapter_notebooks()
+    ]
+    try:
+        execute_notebooks(jobs, at_once=os.cpu_count() or 1, progress=False)
+    except StageError as error:
+        raise BookError(str(error)) from None
+    for path, target, _ in jobs:
         notebook = nbformat.read(target, as_version=4)
         _check_outputs(notebook, path)
         _make_static(notebook, "", staged)

@@ -43,6 +43,7 @@ from icl_helpers.attention.induction_pattern import (
     word_categories,
 )
 from icl_helpers.attention.interventions import intervene
+from icl_helpers.attention.passes import measuring
 from icl_helpers.attention.scores import prefix_matching_scores
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.conditions import FULL, Condition
@@ -83,7 +84,7 @@ class Answers:
 Asked = Callable[[Sequence[Prompt]], Answers]
 
 
-@torch.no_grad()
+@measuring
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

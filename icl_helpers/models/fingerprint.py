@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import cached_file
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
 import icl_helpers
 from icl_helpers.errors import InputError, MissingArtefactError
@@ -126,7 +127,21 @@ def model_key(
         "dtype": str(model.dtype),
         "tokenizer": hashlib.sha256(_tokenizer_content(tokenizer)).hexdigest()[:16],
         "version": icl_helpers.__version__,
+        **_remote_code(model),
     }
+
+
+def _remote_code(model: PreTrainedModel) -> dict[str, str]:
+    """Hash of the code that came with the checkpoint; nothing where it is transformers' own."""
+    modules = {type(module).__module__ for module in model.modules()}
+    files = {
+        file
+        for name in modules
+        if name.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+        for file in Path(sys.modules[name].__file__ or "").parent.glob("*.py")
+    }
+    code = b"".join(file.read_bytes() for file in sorted(files))
+    return {"code": hashlib.sha256(code).hexdigest()[:16]} if files else {}
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:

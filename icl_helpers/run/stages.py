@@ -12,6 +12,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
 
 __all__ = [
-    "RESULTS", "StageError", "check_book_extra", "execute_notebook", "execute_stages",
-    "stage_notebooks",
+    "RESULTS", "StageError", "check_book_extra", "execute_notebook", "execute_notebooks",
+    "execute_stages", "stage_notebooks",
 ]  # fmt: skip
 
 # The stage that sums up the ones before it.
@@ -91,16 +92,43 @@ def execute_stages(
             and user_path(given).exists()
         ):
             values[name] = os.path.abspath(user_path(given))
-    executed = []
-    for notebook in tqdm(chosen, desc="stages", unit="notebook", disable=not progress):
+    jobs = []
+    for notebook in chosen:
         number = _stage_number(notebook)
         used = {name: values[name] for name, *_, declared in about() if number in declared.stages}
-        executed.append(execute_notebook(notebook, run_dir / "notebooks" / notebook.name, used))
-    return executed
+        jobs.append((notebook, run_dir / "notebooks" / notebook.name, used))
+    # Stages read what earlier ones wrote, and each loads the model; an imported run has it all.
+    at_once = 1 if imported_dir(run_dir) is None else os.cpu_count() or 1
+    return execute_notebooks(jobs, at_once=at_once, progress=progress)
 
 
 def _stage_number(notebook: Path) -> int:
     return int(notebook.name.split("_")[0])
+
+
+def execute_notebooks(
+    jobs: Sequence[tuple[Path, Path, dict[str, Any]]], *, at_once: int, progress: bool = True
+) -> list[Path]:
+    """:func:`execute_notebook` for several, at most ``at_once`` at a time; return their targets.
+
+    Raises as that does, once those that have begun are through.
+    """
+    bar = tqdm(total=len(jobs), desc="stages", unit="notebook", disable=not progress)
+    with bar, ThreadPoolExecutor(max_workers=at_once) as pool:
+        if at_once == 1:
+            # In the main thread, where an interrupt reaches the kernel.
+            for job in jobs:
+                execute_notebook(*job)
+                bar.update()
+            return [target for _, target, _ in jobs]
+        begun = [pool.submit(execute_notebook, *job) for job in jobs]
+        try:
+            for done in as_completed(begun):
+                done.result()
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return [target for _, target, _ in jobs]
 
 
 def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:
@@ -120,7 +148,9 @@ def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Pa
         try:
             papermill.execute_notebook(
                 str(notebook), str(output), parameters=values, kernel_name="python3",
-                progress_bar=False, cwd=str(notebook.parent), **_kernel_settings(scratch),
+                progress_bar=False, **_kernel_settings(scratch),
+                # As papermill's cwd, which would move the whole process and notebooks beside it.
+                resources={"metadata": {"path": str(notebook.parent)}},
             )  # fmt: skip
         except PapermillExecutionError as error:
             failed = target.with_suffix(".failed.ipynb")

@@ -531,3 +531,34 @@ def test_a_head_is_cut_before_a_norm_in_front_of_the_projection():
     assert torch.allclose(found, cut("attn_sub_norm"), atol=1e-5)
     assert not torch.allclose(found, cut("o_proj"), atol=1e-3)
     assert not torch.allclose(found, plain, atol=1e-3)
+
+
+# --- models that are not in evaluation mode
+
+
+MEASURES = {
+    "prefix_matching_scores": lambda model, ids: icl.prefix_matching_scores(model, ids),
+    "mean_head_outputs": lambda model, ids: icl.mean_head_outputs(model, ids),
+    "prompt_head_outputs": lambda model, ids: icl.prompt_head_outputs(model, ids),
+    "attention_patterns": lambda model, ids: icl.attention_patterns(model, ids, HEADS),
+    "previous_token_scores": lambda model, ids: icl.previous_token_scores(model, ids),
+    "direct_logit_effects": lambda model, ids: icl.direct_logit_effects(model, ids),
+    "causal_composition": lambda model, ids: icl.causal_composition(model, ids, HEADS[:1]),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_of_a_model_in_training_mode_are_those_without_dropout(name):
+    config = GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, attn_pdrop=0.5,
+        resid_pdrop=0.5, embd_pdrop=0.5, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    expected = MEASURES[name](model, some_ids())
+    model.train()
+    model.transformer.h[1].eval()
+    found = MEASURES[name](model, some_ids())
+    torch.testing.assert_close(found, expected)
+    assert model.training and model.transformer.h[0].training
+    assert not model.transformer.h[1].training

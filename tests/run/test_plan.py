@@ -162,6 +162,69 @@ def test_every_file_of_a_checkpoint_is_computed_anew_or_makes_no_difference(
         assert before.equals(numbers(fresh)) != matters
 
 
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "of_my_own"
+
+class Mine(LlamaForCausalLM):
+    config_class = Config
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * SIGN
+        return outputs
+"""
+REMOTE = {
+    "model_type": "of_my_own", "architectures": ["Mine"],
+    "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Mine"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["code", "permission"])
+def test_remote_code_belongs_to_a_result(change, checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    rewrite(folder / "config.json", lambda config: config.update(REMOTE))
+    (folder / "mine.py").write_text(CODE.replace("SIGN", "1"))
+    asked = {**checkpoint, "trust_remote_code": True}
+    first = run(tmp_path / "used", **asked)
+    first.evaluate("full")
+    before = numbers(first)
+    if change == "code":
+        (folder / "mine.py").write_text(CODE.replace("SIGN", "-1"))
+    else:
+        rewrite(folder / "config.json", lambda config: config.update(model_type="llama"))
+        asked["trust_remote_code"] = False
+    second, fresh = (run(tmp_path / where, **asked) for where in ("used", "fresh"))
+    for each in (second, fresh):
+        each.evaluate("full")
+    pd.testing.assert_frame_equal(numbers(second), numbers(fresh))
+    assert first.identity["key"] != fresh.identity["key"]
+    if change == "code":
+        assert (before["margin"] == -numbers(fresh)["margin"]).all()
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_quantised_weights_are_another_model_in_the_same_directory(kind, checkpoint, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the optional extra 'quantized' is not installed")
+    # Rows of a weight are quantised in blocks of 64.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    make_llama(**sizes).save_pretrained(tmp_path / "model")
+    asked = {**checkpoint, "device": "cpu", "dtype": "float32"}
+    first = run(tmp_path / "used", **asked)
+    first.evaluate("full", "zero")
+    before = numbers(first)
+    asked["quantization"] = kind
+    second, fresh = (run(tmp_path / where, **asked) for where in ("used", "fresh"))
+    with pytest.raises(icl.InputError, match="holds no results of this model"):
+        second.results()
+    for each in (second, fresh):
+        each.evaluate("full", "zero")
+    pd.testing.assert_frame_equal(numbers(second), numbers(fresh))
+    assert not before.equals(numbers(fresh))
+
+
 def write_rows(folder, marker: str) -> dict[str, str]:
     """Rows of an abstract and of a text task, and a reference text, all of the same names."""
     (folder / "texts" / "sst2").mkdir(parents=True, exist_ok=True)

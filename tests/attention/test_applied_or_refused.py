@@ -560,5 +560,6 @@ def test_measures_of_a_model_in_training_mode_are_those_without_dropout(name):
     model.transformer.h[1].eval()
     found = MEASURES[name](model, some_ids())
     torch.testing.assert_close(found, expected)
-    assert model.training and model.transformer.h[0].training
+    assert model.training
+    assert model.transformer.h[0].training
     assert not model.transformer.h[1].training

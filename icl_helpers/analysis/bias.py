@@ -13,7 +13,7 @@ array([1.])
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,10 @@ from scipy import special, stats
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import CELL, keyed
 
-__all__ = ["answer_measures", "answer_table", "at_most", "smallest_detectable"]
+__all__ = [
+    "SkillChange", "answer_measures", "answer_table", "at_most", "skill_change",
+    "smallest_detectable",
+]  # fmt: skip
 
 # Of a two-sided test at 5 %, and of a difference that it is to find in four of five cases.
 _QUANTILES = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
@@ -119,30 +122,16 @@ def answer_table(
     ``share``, how often, in percent; ``detectable``, :func:`smallest_detectable` beside the full
     model, in points (NaN for that itself). Rows without kept log-probabilities are left out.
     """
-    rows = keyed(documents)
-    if "log_probabilities" not in rows:
-        rows = rows.iloc[:0].assign(log_probabilities=None)
-    rows = rows[rows["valid"].astype(bool) & rows["log_probabilities"].notna()]
+    rows = _with_log_probabilities(documents)
     rows = rows.assign(fraction=rows["fraction"].fillna(0.0))
     found = []
     right: dict[tuple[Any, ...], pd.Series] = {}
     for key, cell in rows.groupby(CELL, sort=False):
-        runs = [
-            run for _, run in cell.groupby(["ablation_seed", "demonstration_seed"], dropna=False)
-        ]
-        shared = set.intersection(*(set(run["doc_id"]) for run in runs))
+        shared = _documents_of_every_run(cell)
         if len(shared) < 2:
             continue
-        sampled = np.random.default_rng(seed).multinomial(
-            len(shared), [1 / len(shared)] * len(shared), size=resamples
-        )
-        weights = np.concatenate([np.ones((1, len(shared))), sampled])
-        measured = []
-        for run in runs:
-            own = run[run["doc_id"].isin(shared)].sort_values("doc_id")
-            scores = np.stack(own["log_probabilities"].to_list()).astype(np.float64)
-            measured.append(answer_measures(scores, own["target"].to_numpy(np.int64), weights))
-        right[key] = cell.groupby("doc_id")["correct"].mean().loc[sorted(shared)]
+        measured = _measures(cell, shared, _samples(len(shared), resamples, seed))
+        right[key] = cell.groupby("doc_id")["correct"].mean().loc[shared]
         found.append(dict(zip(CELL, key, strict=True)) | _row(measured, level))
     detectable = []
     for key, own in right.items():
@@ -163,3 +152,117 @@ def _row(measured: list[dict[str, np.ndarray]], level: float) -> dict[str, Any]:
         values |= dict(zip((name, f"{name}_low", f"{name}_high"), (mean[0], *bounds), strict=True))
     shares = np.mean([run["shares"][0] for run in measured], axis=0)
     return values | {"said": int(shares.argmax()), "share": 100 * float(shares.max())}
+
+
+def _with_log_probabilities(documents: pd.DataFrame) -> pd.DataFrame:
+    rows = keyed(documents)
+    if "log_probabilities" not in rows:
+        return rows.iloc[:0].assign(log_probabilities=None)
+    return rows[rows["valid"].astype(bool) & rows["log_probabilities"].notna()]
+
+
+def _runs(cell: pd.DataFrame) -> list[pd.DataFrame]:
+    seeds = cell.groupby(["ablation_seed", "demonstration_seed"], dropna=False)
+    return [run for _, run in seeds]
+
+
+def _documents_of_every_run(*cells: pd.DataFrame) -> list[Any]:
+    return sorted(set.intersection(*(set(run["doc_id"]) for cell in cells for run in _runs(cell))))
+
+
+def _samples(documents: int, resamples: int, seed: int) -> Float[np.ndarray, "samples documents"]:
+    """How often each document is in a sample: first all of them once, then resampled."""
+    shares = [1 / documents] * documents
+    sampled = np.random.default_rng(seed).multinomial(documents, shares, size=resamples)
+    return np.concatenate([np.ones((1, documents)), sampled])
+
+
+def _measures(
+    cell: pd.DataFrame, shared: list[Any], weights: Float[np.ndarray, "samples documents"]
+) -> list[dict[str, np.ndarray]]:
+    """:func:`answer_measures` of every seed and draw of a cell, on documents that all have."""
+    measures = []
+    for run in _runs(cell):
+        rows = run[run["doc_id"].isin(shared)].sort_values("doc_id")
+        scores = np.stack(rows["log_probabilities"].to_list()).astype(np.float64)
+        measures.append(answer_measures(scores, rows["target"].to_numpy(np.int64), weights))
+    return measures
+
+
+class SkillChange(NamedTuple):
+    """How well labels are told apart under one condition and under another, in percent.
+
+    ``measure`` is ``AUC``, or ``calibrated accuracy`` unless there are two labels. ``low`` and
+    ``high`` bound the change, over documents that both have.
+    """
+
+    measure: str
+    chance: float
+    before: float
+    before_low: float
+    after: float
+    after_low: float
+    after_high: float
+    low: float
+    high: float
+
+    @property
+    def lost(self) -> bool:
+        """Whether labels are told apart distinguishably worse, on whichever side of chance."""
+        return self.high < 0 and not self.turned
+
+    @property
+    def turned(self) -> bool:
+        """Whether labels are still told apart, with the wrong one preferred."""
+        return self.measure == "AUC" and self.after_high < self.chance
+
+    @property
+    def in_words(self) -> str:
+        """What became of the skill."""
+        if self.before_low <= self.chance:
+            what = "there was no skill to lose"
+        elif self.turned:
+            what = "the labels are still told apart, the other way round"
+        elif not self.lost:
+            what = "no loss of skill is distinguishable"
+        elif self.after_high < self.chance:
+            what = "the right label is chosen less often than by chance"
+        else:
+            left = self.after_low > self.chance
+            what = f"skill is lost, {'in part' if left else 'and none is shown to be left'}"
+        return f"{what} ({self.measure} {self.before:.0f} to {self.after:.0f})"
+
+
+def skill_change(
+    before: pd.DataFrame, after: pd.DataFrame, *, resamples: int = 400, seed: int = 0,
+    level: float = 0.95,
+) -> SkillChange | None:  # fmt: skip
+    """Compare how well two cells of a task tell its labels apart, whatever label they prefer.
+
+    Each frame has the rows of one cell of :func:`icl_helpers.document_results`. The measure is a
+    mean over seeds and draws; intervals are over resampled documents, the same on both sides. None
+    without log-probabilities of two documents or more.
+    """
+    cells = [_with_log_probabilities(rows) for rows in (before, after)]
+    shared = _documents_of_every_run(*cells) if all(map(len, cells)) else []
+    if len(shared) < 2:
+        return None
+    weights = _samples(len(shared), resamples, seed)
+    labels = len(cells[0]["log_probabilities"].iloc[0])
+    name = "auc" if labels == 2 else "calibrated"
+    values = [
+        100 * np.mean([run[name] for run in _measures(cell, shared, weights)], axis=0)
+        for cell in cells
+    ]
+    if any(np.isnan(value[0]) for value in values):
+        return None
+
+    def bounds(samples: np.ndarray) -> list[float]:
+        return np.nanquantile(samples[1:], [(1 - level) / 2, (1 + level) / 2]).tolist()
+
+    first, second = values
+    return SkillChange(
+        "AUC" if name == "auc" else "calibrated accuracy", 100 / labels,
+        float(first[0]), bounds(first)[0], float(second[0]), *bounds(second),
+        *bounds(second - first),
+    )  # fmt: skip

@@ -19,7 +19,8 @@ import pandas as pd
 import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, heads_in_words, top_heads
-from icl_helpers.book.claims import Evidence, judged_lines, published_gaps, range_of_gaps
+from icl_helpers.book.claims import Evidence, judged_lines
+from icl_helpers.book.published import published_gaps, range_of_gaps
 from icl_helpers.errors import NotMeasuredError
 from icl_helpers.results.outcomes import (
     KindOutcome,
@@ -349,7 +350,7 @@ def _scored(run: Any) -> Evidence:
 
 
 def _looked(run: Any) -> Evidence:
-    return Evidence(followers=query_followers(run.first_view()))
+    return Evidence(followers=run.followers())
 
 
 # Of each stage what its section says, and what its claims are judged by.

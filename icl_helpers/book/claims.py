@@ -23,15 +23,16 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from icl_helpers.analysis.bias import skill_change
 from icl_helpers.attention.heads import SCORE_THRESHOLD, heads_in_words
+from icl_helpers.book.published import published_levels, published_more, published_ranges
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import CELL, accuracies
 from icl_helpers.files import assets_dir
 from icl_helpers.results.outcomes import (
     Difference,
-    Span,
     TaskOutcome,
-    range_in_words,
+    listed,
     task_name,
     task_outcomes,
     verdict,
@@ -43,13 +44,10 @@ from icl_helpers.results.statistics import (
     is_distinguishable,
     paired_difference,
 )
-from icl_helpers.results.tables import published_accuracy
 from icl_helpers.run.plan import run_info, run_table
+from icl_helpers.tasks.specs import STAND_IN_TASKS
 
-__all__ = [
-    "VERDICTS", "Claim", "Evidence", "Finding", "claims", "judged_lines", "published_gaps",
-    "range_of_gaps",
-]  # fmt: skip
+__all__ = ["VERDICTS", "Claim", "Evidence", "Finding", "claims", "judged_lines"]
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "undecided", "not testable here")
 _JUDGED = dict(
@@ -65,11 +63,15 @@ CLOSE = 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """A verdict, one of ``VERDICTS``; what it rests on, a line a task; and where it fails."""
+    """A verdict, one of ``VERDICTS``; what it rests on, a line a task; and where it fails.
+
+    ``reason`` says why a claim is not testable, or why it was not judged by some of the tasks.
+    """
 
     verdict: str
     effects: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,14 +79,14 @@ class Evidence:
     """What a run has to say: its documents on abstract tasks and on text, and its heads' scores.
 
     ``scores`` are those of the heads, [layers, heads]; ``followers`` the shares of attention that
-    the best heads pay, from the query of one prompt, to what followed earlier elements
-    (:func:`icl_helpers.results.viewer.query_followers`). Each may be missing.
+    the best heads pay, from the query of each of a few prompts, to what followed earlier elements
+    (:meth:`icl_helpers.Run.followers`). Each may be missing.
     """
 
     abstract: pd.DataFrame = field(default_factory=pd.DataFrame)
     text: pd.DataFrame = field(default_factory=pd.DataFrame)
     scores: np.ndarray | None = None
-    followers: Mapping[str, Sequence[float]] | None = None
+    followers: Mapping[str, Mapping[str, Sequence[float]]] | None = None
 
     @classmethod
     def of_run(cls, run_dir: str | os.PathLike[str]) -> Evidence:
@@ -120,10 +122,31 @@ class Evidence:
             task_outcomes(rows, ablation=ablation, fraction=fraction, shots=shots, levels=False)
         )
 
+    @property
+    def size(self) -> str:
+        """How many documents, seeds and draws of random heads there are at most."""
+        rows = pd.concat([self.abstract, self.text], ignore_index=True)
+        if rows.empty:
+            return "no documents"
+        documents = rows.groupby(["task", "labels"], dropna=False)["doc_id"].nunique().max()
+        counts = {
+            "document": documents, "demonstration seed": rows["demonstration_seed"].nunique(),
+            "draw": rows["ablation_seed"].nunique(),
+        }  # fmt: skip
+        said = [f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items()]
+        return f"{said[0]} of a task at most, {said[1]} and {said[2]} of random heads"
+
     def learnt(self, text: bool = False) -> set[tuple[str, str]]:
-        """Tasks (with labels) on which the full model is above chance with the most examples."""
+        """Tasks (with labels) on which the full model is above chance with the most examples.
+
+        Text made from templates says nothing about the paper's tasks.
+        """
         full = (it for it in self.outcomes(text, "mean") if it.condition == "full")
-        return {(it.task, it.labels) for it in full if it.level == "above chance"}
+        return {
+            (it.task, it.labels)
+            for it in full
+            if it.level == "above chance" and it.task not in STAND_IN_TASKS
+        }
 
     def cell(self, task: TaskOutcome, text: bool = False, **other: Any) -> pd.DataFrame:
         """The documents of a task's cell, or of the one that differs from it in some keys."""
@@ -155,14 +178,18 @@ class Claim:
 
 # One task's share in a claim: its name, whether the claim holds of it, whether it contradicts it.
 _Seen = tuple[str, bool, bool]
+# Two cells that are compared, with the name of their task.
+_Pair = tuple[str, pd.DataFrame, pd.DataFrame]
+
+_FULL = {"condition": "full", "ablation": "none", "fraction": 0.0, "control": ""}
 
 
-def _finding(seen: Sequence[_Seen]) -> Finding:
+def _finding(seen: Sequence[_Seen], reason: str = "") -> Finding:
     if not seen:
-        return Finding("not testable here")
+        return Finding("not testable here", reason=reason)
     judged = verdict([holds for _, holds, _ in seen], [against for *_, against in seen])
     failed = tuple(text for text, holds, _ in seen if not holds)
-    return Finding(_JUDGED[judged], tuple(text for text, *_ in seen), failed)
+    return Finding(_JUDGED[judged], tuple(text for text, *_ in seen), failed, reason)
 
 
 def _tasks(
@@ -180,12 +207,39 @@ def _tasks(
     ]
 
 
+_NAMES = {"induction_pattern": "the knockout", "random_heads": "this control"}
+
+
+def _why_none(
+    evidence: Evidence, condition: str = "induction_heads", *, text: bool = False,
+    ablation: str = "mean", share: str = "larger", shots: str = "most", labels: str | None = None,
+) -> str:  # fmt: skip
+    """Say why :func:`_tasks` has none."""
+    rows = evidence.documents(text)
+    if rows.empty:
+        return f"no {'text' if text else 'abstract'} task was run"
+    if text and set(rows["task"]) <= set(STAND_IN_TASKS):
+        return "the run's texts are made from templates, in place of the paper's"
+    if labels is not None and labels not in set(rows["labels"]):
+        return f"no task with {labels} labels was run"
+    if not evidence.learnt(text):
+        return "the full model is above chance on none of the tasks"
+    if share == "smaller" and len(evidence.fractions(text)) < 2:
+        return "one number of heads was removed"
+    if shots == "none" and not (rows["shots"] == 0).any():
+        return "nothing was run without examples"
+    return f"{_NAMES.get(condition, f'{ablation} ablation')} was not run"
+
+
 def _name(task: TaskOutcome, text: bool = False) -> str:
     return f"{task_name(task.task)}{f' ({task.labels} labels)' if text else ''}"
 
 
 def _points(name: str, found: Difference) -> str:
-    doubt = "" if found.distinguishable else ", not distinguishable"
+    doubt = ""
+    if not found.distinguishable:
+        apart = found.low > 0 or found.high < 0
+        doubt = f", not distinguishable{' by the corrected test' if apart else ''}"
     return (
         f"{name}: {round(found.points):+d} points "
         f"({round(found.low):+d} to {round(found.high):+d}{doubt})"
@@ -204,31 +258,49 @@ def _falls(
             rivals = (it for it in task.differences if it.against == against)
             found = next((it for it in rivals if it.control in ("", control or it.control)), None)
             if found is not None:
-                seen.append(_seen_difference(_name(task, text), found, -1))
-        return _finding(seen)
+                skill = _skill(evidence, task, text) if against == "full" and found.sign < 0 else ""
+                effect = _points(_name(task, text), found)
+                seen.append((effect + skill, found.sign < 0, found.sign > 0))
+        missing = against if _tasks(evidence, condition, text=text, **options) else condition
+        return _finding(seen, "" if seen else _why_none(evidence, missing, text=text, **options))
 
     return judge
 
 
-def _seen_difference(name: str, found: Difference, sign: int) -> _Seen:
-    return _points(name, found), found.sign == sign, found.sign == -sign
+def _skill(evidence: Evidence, task: TaskOutcome, text: bool) -> str:
+    """Say whether what was lost is the skill to tell labels apart, or a matter of bias."""
+    full = evidence.cell(task, text, **_FULL)
+    change = skill_change(full, evidence.cell(task, text)) if len(full) else None
+    return "" if change is None else f"; {change.in_words}"
 
 
 def _unmoved(evidence: Evidence) -> Finding:
     """Without examples, removal changes little: the whole interval is small."""
-    seen = []
+    seen, stuck = [], []
     for text in (False, True):
+        one_label = {
+            (it.task, it.labels)
+            for it in evidence.outcomes(text, "mean", shots="none")
+            if it.condition == "full" and it.level == "one label"
+        }
         for task in _tasks(evidence, "induction_heads", text=text, shots="none"):
             found = task.to_full
-            if found is not None:
+            if found is None:
+                continue
+            if task.level == "one label" and (task.task, task.labels) in one_label:
+                stuck.append(_name(task, text))
+            else:
                 effect = _points(_name(task, text), found)
                 seen.append((effect, _is_small(found), _is_large(found)))
-    return _finding(seen)
+    why = "" if seen or stuck else _why_none(evidence, shots="none")
+    return _finding(seen, why or _left_out(stuck, "one label with the heads and without them"))
 
 
-def _paired(
-    evidence: Evidence, pairs: Sequence[tuple[str, pd.DataFrame, pd.DataFrame]]
-) -> list[Difference]:
+def _left_out(names: Sequence[str], why: str) -> str:
+    return f"left out: {listed(names)} ({why})" if names else ""
+
+
+def _paired(evidence: Evidence, pairs: Sequence[_Pair]) -> list[Difference]:
     """Differences of pairs of cells, with the tests corrected over the pairs."""
     found = [paired_difference(first, second) for _, first, second in pairs]
     if not found:
@@ -242,18 +314,20 @@ def _paired(
 
 
 def _pairs_claim(
-    pairs: Callable[[Evidence], list[tuple[str, pd.DataFrame, pd.DataFrame]]],
+    pairs: Callable[[Evidence], tuple[list[_Pair], str]],
     holds: Callable[[Difference], bool], against: Callable[[Difference], bool],
 ) -> Callable[[Evidence], Finding]:  # fmt: skip
     """Judge a claim about differences between cells that no table compares."""
 
     def judge(evidence: Evidence) -> Finding:
-        wanted = [pair for pair in pairs(evidence) if len(pair[1]) and len(pair[2])]
+        every, reason = pairs(evidence)
+        wanted = [pair for pair in every if len(pair[1]) and len(pair[2])]
         return _finding(
             [
                 (_points(name, it), holds(it), against(it))
                 for (name, *_), it in zip(wanted, _paired(evidence, wanted), strict=True)
-            ]
+            ],
+            reason,
         )
 
     return judge
@@ -267,81 +341,128 @@ def _is_large(found: Difference) -> bool:
     return found.low > SMALL or found.high < -SMALL
 
 
-def _shares(evidence: Evidence) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
+def _costs(task: TaskOutcome) -> bool:
+    return task.to_full is not None and task.to_full.sign < 0
+
+
+def _where_one_costs(
+    evidence: Evidence, firsts: Sequence[TaskOutcome], seconds: Sequence[TaskOutcome],
+    second: Callable[[TaskOutcome], Mapping[str, Any]],
+) -> tuple[list[_Pair], str]:  # fmt: skip
+    """Pair two removals of the same tasks: where neither costs anything there is no telling."""
+    costly = {(it.task, it.labels) for it in (*firsts, *seconds) if _costs(it)}
+    both = {(it.task, it.labels) for it in seconds}
+    firsts = [it for it in firsts if (it.task, it.labels) in both]
+    left = [_name(it) for it in firsts if (it.task, it.labels) not in costly]
+    pairs = [
+        (_name(it), evidence.cell(it), evidence.cell(it, **second(it)))
+        for it in firsts
+        if (it.task, it.labels) in costly
+    ]
+    return pairs, _left_out(left, "neither costs distinguishably")
+
+
+def _shares(evidence: Evidence) -> tuple[list[_Pair], str]:
     """The larger share of heads removed, and the smaller."""
-    fractions = evidence.fractions()
-    if len(fractions) < 2:
-        return []
-    return [
-        (_name(it), evidence.cell(it), evidence.cell(it, fraction=fractions[0]))
-        for it in _tasks(evidence, "induction_heads")
-    ]
+    larger = _tasks(evidence, "induction_heads")
+    smaller = _tasks(evidence, "induction_heads", share="smaller")
+    if not smaller:
+        return [], _why_none(evidence, share="smaller")
+    fraction = evidence.fractions()[0]
+    return _where_one_costs(evidence, larger, smaller, lambda _: {"fraction": fraction})
 
 
-def _blocked_and_removed(evidence: Evidence) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    return [
-        (
-            _name(it),
-            evidence.cell(it),
-            evidence.cell(it, condition="induction_heads", ablation="mean"),
-        )
-        for it in _tasks(evidence, "induction_pattern")
-    ]
+def _blocked_and_removed(evidence: Evidence) -> tuple[list[_Pair], str]:
+    blocked = _tasks(evidence, "induction_pattern")
+    removed = _tasks(evidence, "induction_heads")
+    if not blocked or not removed:
+        return [], _why_none(evidence, "induction_pattern" if removed else "induction_heads")
+    other = {"condition": "induction_heads", "ablation": "mean"}
+    return _where_one_costs(evidence, blocked, removed, lambda _: other)
 
 
-def _zero_and_mean(evidence: Evidence) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    return [
-        (_name(it), evidence.cell(it), evidence.cell(it, ablation="mean"))
-        for it in _tasks(evidence, "induction_heads", ablation="zero")
-    ]
+def _zero_and_mean(evidence: Evidence) -> tuple[list[_Pair], str]:
+    zero = _tasks(evidence, "induction_heads", ablation="zero")
+    mean = _tasks(evidence, "induction_heads")
+    if not zero or not mean:
+        return [], _why_none(evidence, ablation="zero" if mean else "mean")
+    return _where_one_costs(evidence, zero, mean, lambda _: {"ablation": "mean"})
 
 
-def _more_examples(evidence: Evidence) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
+def _more_examples(evidence: Evidence) -> tuple[list[_Pair], str]:
     """The full model with the most examples and with fewer, but some."""
-    pairs = []
-    for task in _tasks(evidence, "full"):
+    pairs, tasks = [], _tasks(evidence, "full")
+    for task in tasks:
         rows = evidence.abstract[evidence.abstract["task"] == task.task]
         fewer = sorted(set(rows["shots"]) - {0, task.shots})
         if fewer:
             pairs.append((_name(task), evidence.cell(task), evidence.cell(task, shots=fewer[-1])))
-    return pairs
+    why = "one number of examples was run" if tasks else _why_none(evidence, "full")
+    return pairs, "" if pairs else why
 
 
-def _removed_and_zero_shot(evidence: Evidence) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """On text, with examples and without the heads, beside the full model without examples."""
-    full = {"shots": 0, "condition": "full", "ablation": "none", "fraction": 0.0, "control": ""}
-    return [
-        (_name(it, True), evidence.cell(it, True), evidence.cell(it, True, **full))
-        for it in _tasks(evidence, "induction_heads", text=True)
-    ]
+def _removed_and_zero_shot(evidence: Evidence) -> tuple[list[_Pair], str]:
+    """On text where examples help: without the heads, beside the full model without examples."""
+    pairs, left = [], []
+    tasks = _tasks(evidence, "induction_heads", text=True)
+    for it in tasks:
+        with_examples = evidence.cell(it, True, **_FULL)
+        without = evidence.cell(it, True, **_FULL, shots=0)
+        if not len(with_examples) or not len(without):
+            continue
+        if paired_difference(with_examples, without)[0].low > 0:
+            pairs.append((_name(it, True), evidence.cell(it, True), without))
+        else:
+            left.append(_name(it, True))
+    if not tasks:
+        return [], _why_none(evidence, text=True)
+    return pairs, _left_out(left, "examples do not help the full model")
 
 
 def _level_claim(
     condition: str, holds: Callable[[TaskOutcome], bool], *, shots: str = "most",
-    learnt: bool = True, against: Callable[[TaskOutcome], bool] = lambda _: True,
+    against: Callable[[TaskOutcome], bool] = lambda _: True,
 ) -> Callable[[Evidence], Finding]:  # fmt: skip
-    """Judge a claim about the accuracy of one condition beside chance."""
+    """Judge a claim about the accuracy of one condition beside chance, on every abstract task."""
 
     def judge(evidence: Evidence) -> Finding:
-        found = _tasks(evidence, condition, shots=shots) if learnt else [
-            it for it in evidence.outcomes(False, "mean", "larger", shots)
-            if it.condition == condition
-        ]  # fmt: skip
+        outcomes = evidence.outcomes(False, "mean", "larger", shots)
+        found = [it for it in outcomes if it.condition == condition]
         return _finding(
-            [
-                (f"{_name(it)}: {it.accuracy.mean:.0f} % ({it.accuracy.low:.0f} to "
-                 f"{it.accuracy.high:.0f}; chance {it.chance:.0f}"
-                 f"{', one label for nearly all documents' if it.level == 'one label' else ''})",
-                 holds(it), against(it) and not holds(it))
-                for it in found
-            ]
-        )  # fmt: skip
+            [(_level(it), holds(it), against(it) and not holds(it)) for it in found],
+            "" if found else "no abstract task was run so",
+        )
 
     return judge
 
 
+def _level(task: TaskOutcome) -> str:
+    same = ", one label for nearly all documents" if task.level == "one label" else ""
+    return (
+        f"{_name(task)}: {task.accuracy.mean:.0f} % ({task.accuracy.low:.0f} to "
+        f"{task.accuracy.high:.0f}; chance {task.chance:.0f}{same})"
+    )
+
+
 def _near_chance(task: TaskOutcome, margin: float = 0.0) -> bool:
     return task.accuracy.low - margin <= task.chance <= task.accuracy.high + margin
+
+
+def _falls_to_chance(evidence: Evidence) -> Finding:
+    """Without the heads accuracy is close to chance, and it was not before."""
+    seen, left = [], []
+    tasks = _tasks(evidence, "induction_heads")
+    for task in tasks:
+        near = _near_chance(task, CLOSE)
+        if near and not _costs(task):
+            left.append(_name(task))
+        else:
+            seen.append((_level(task), near, not near))
+    why = "" if tasks else _why_none(evidence)
+    return _finding(
+        seen,
+        why or _left_out(left, "close to chance, but not distinguishably below the full model"),
+    )
 
 
 def _few_heads(evidence: Evidence) -> Finding:
@@ -363,11 +484,14 @@ def _best_head(evidence: Evidence) -> Finding:
 
 def _looks(category: str) -> Callable[[Evidence], Finding]:
     def judge(evidence: Evidence) -> Finding:
-        shares = (evidence.followers or {}).get(category, [])
-        return _finding(
-            [(f"best head: {100 * share:.0f} % of its attention, on one prompt", share > 0.5, True)
-             for share in shares[:1]]
-        )  # fmt: skip
+        seen = []
+        for prompt, shares in (evidence.followers or {}).items():
+            heads = shares.get(category)
+            if heads and (category != "words" or prompt.startswith("wordseq")):
+                count = sum(share > 0.5 for share in heads)
+                said = f"{prompt}: best head {100 * heads[0]:.0f} %, {count} of {len(heads)} heads"
+                seen.append((f"{said} more than half", heads[0] > 0.5, heads[0] <= 0.5))
+        return _finding(seen, "" if seen else "no prompt that was looked at has such places")
 
     return judge
 
@@ -375,8 +499,9 @@ def _looks(category: str) -> Callable[[Evidence], Finding]:
 def _benefit(evidence: Evidence) -> Finding:
     """On text, what examples add is smaller without the heads."""
     rows = evidence.text
+    rows = rows if rows.empty else rows[~rows["task"].isin(list(STAND_IN_TASKS))]
     if rows.empty or not evidence.fractions(True) or rows["shots"].nunique() < 2:
-        return _finding([])
+        return _finding([], _why_none(evidence, text=True, shots="none"))
     changes = benefit_changes(accuracies(rows), rows)
     chosen = changes[
         (changes["condition"] == "induction_heads") & (changes["ablation"] == "mean")
@@ -385,130 +510,64 @@ def _benefit(evidence: Evidence) -> Finding:
     return _finding(
         [(f"{task_name(it.task)} ({it.labels} labels): {it.relative_change:+.0f} % of the "
           f"benefit ({it.low:+.0f} to {it.high:+.0f})", it.high < 0, it.low > 0)
-         for it in chosen.itertuples()]
+         for it in chosen.itertuples()],
+        "" if len(chosen) else "examples add nothing on any of the tasks, or they are at chance",
     )  # fmt: skip
-
-
-def published_gaps(
-    number: int, condition: str, *, fraction: float = 0.03, against: str = "full",
-    shots: str = "most",
-) -> pd.DataFrame:  # fmt: skip
-    """Return what a published table says of a condition beside another one of the same row.
-
-    Columns: model, task, labels, shots (each task's ``most``, or ``none``) and gap, in points.
-    """
-    rows, key = published_accuracy().query("table == @number"), ["model", "task", "labels"]
-    most = rows.groupby(key)["shots"].transform("max")
-    rows = rows[rows["shots"] == (most if shots == "most" else 0)]
-    value = rows[(rows["condition"] == condition) & (rows["fraction"] == fraction)]
-    rival = rows[(rows["condition"] == against) & rows["fraction"].isin([fraction, 0])]
-    both = value.merge(rival, on=[*key, "shots"], suffixes=("", "_against"))
-    return both[[*key, "shots"]].assign(gap=both["accuracy"] - both["accuracy_against"])
-
-
-def range_of_gaps(gaps: pd.Series, by: pd.Series) -> dict[str, str]:
-    """Word the range of differences, in points, by a key in the order of its appearance."""
-    bounds = gaps.groupby(by, sort=False).agg(["min", "max"]).round()
-    return {
-        str(name): f"{low or 0:+.0f} to {high or 0:+.0f}" for name, low, high in bounds.itertuples()
-    }
-
-
-def _published(
-    number: int, condition: str = "induction_heads", *, labels: str | None = None, **options: Any
-) -> Callable[[], str]:
-    """Word the published differences of a condition as a range over tasks, by model."""
-
-    def say() -> str:
-        gaps = published_gaps(number, condition, **options)
-        gaps = gaps[gaps["labels"] == labels] if labels else gaps
-        ranges = sorted(range_of_gaps(gaps["gap"], gaps["model"]).items())
-        return "; ".join(f"{model} {of} points (Table {number})" for model, of in ranges)
-
-    return say
-
-
-def _published_level(
-    condition: str, *, shots: str = "most", fraction: float = 0.0
-) -> Callable[[], str]:
-    """Word the published accuracies of a condition on the abstract tasks, by number of labels."""
-
-    def say() -> str:
-        rows = published_accuracy().query("table == 1")
-        most = rows.groupby(["model", "task"])["shots"].transform("max")
-        rows = rows[rows["shots"] == (most if shots == "most" else 0)]
-        rows = rows[(rows["condition"] == condition) & (rows["fraction"] == fraction)]
-        said = []
-        for (model, four), part in rows.groupby(["model", rows["task"].str.contains("4way")]):
-            span = Span.of(list(part["accuracy"]))
-            said.append(f"{model}, {'four' if four else 'two'} labels, {range_in_words(span)} %")
-        return f"{'; '.join(said)} (Table 1)" if said else "no number is published"
-
-    return say
-
-
-def _published_more() -> str:
-    rows = published_accuracy().query("table == 1 and condition == 'full' and shots in (5, 10)")
-    wide = rows.pivot(index=["model", "task"], columns="shots", values="accuracy").dropna()
-    gaps = (wide[10] - wide[5]).groupby("model").agg(["min", "max"]).round()
-    said = [f"{model} {low:+.0f} to {high:+.0f} points" for model, (low, high) in gaps.T.items()]
-    return f"{'; '.join(said)} from 5 to 10 examples (Table 1)"
 
 
 _JUDGES: Mapping[str, tuple[Callable[[Evidence], Finding], Callable[[], str] | None]] = {
     "few-heads": (_few_heads, None),
     "best-head": (_best_head, None),
     "zero-shot-chance": (
-        _level_claim("full", _near_chance, shots="none", learnt=False), None,
+        _level_claim("full", _near_chance, shots="none"), None,
     ),
     "few-shot": (
         _level_claim(
-            "full", lambda task: task.level == "above chance", learnt=False,
+            "full", lambda task: task.level == "above chance",
             against=lambda task: task.accuracy.high <= task.chance + SMALL,
         ),
-        _published_level("full"),
+        published_levels("full"),
     ),
     "more-examples": (
         _pairs_claim(_more_examples, lambda it: it.sign > 0, lambda it: it.sign < 0),
-        _published_more,
+        published_more,
     ),
-    "one-percent": (_falls("full", share="smaller"), _published(1, fraction=0.01)),
-    "three-percent": (_falls("full"), _published(1)),
+    "one-percent": (_falls("full", share="smaller"), published_ranges(1, fraction=0.01)),
+    "three-percent": (_falls("full"), published_ranges(1)),
     "more-heads": (
         _pairs_claim(_shares, lambda it: it.sign < 0, lambda it: it.sign > 0),
-        lambda: f"1 %: {_published(1, fraction=0.01)()}; 3 %: {_published(1)()}",
+        lambda: f"1 %: {published_ranges(1, fraction=0.01)()}; 3 %: {published_ranges(1)()}",
     ),
     "random-control": (
-        _falls("random_heads", control="published"), _published(1, against="random_heads"),
+        _falls("random_heads", control="published"), published_ranges(1, against="random_heads"),
     ),
     "strict-control": (_falls("random_heads", control="strict"), None),
     "near-chance": (
-        _level_claim("induction_heads", lambda task: _near_chance(task, CLOSE)),
-        _published_level("induction_heads", fraction=0.03),
+        _falls_to_chance, published_levels("induction_heads", fraction=0.03, close=CLOSE),
     ),
-    "zero-shot-unmoved": (_unmoved, _published(3, shots="none")),
+    "zero-shot-unmoved": (_unmoved, published_ranges(3, shots="none")),
     "knockout": (
-        _falls("full", condition="induction_pattern"), _published(1, "induction_pattern"),
+        _falls("full", condition="induction_pattern"), published_ranges(1, "induction_pattern"),
     ),
     "knockout-as-removal": (
         _pairs_claim(_blocked_and_removed, _is_small, _is_large),
-        _published(1, "induction_pattern", against="induction_heads"),
+        published_ranges(1, "induction_pattern", against="induction_heads", small=SMALL),
     ),
-    "zero-ablation": (_falls("full", ablation="zero"), _published(4)),
+    "zero-ablation": (_falls("full", ablation="zero"), published_ranges(4)),
     "zero-as-mean": (
         _pairs_claim(_zero_and_mean, _is_small, _is_large),
-        lambda: f"mean: {_published(1)()}; zero: {_published(4)()}",
+        lambda: f"mean: {published_ranges(1)()}; zero: {published_ranges(4)()}",
     ),
     "text-removal": (
         _falls("random_heads", text=True),
-        _published(3, against="random_heads"),
+        published_ranges(3, against="random_heads"),
     ),
     "text-benefit": (_benefit, None),
     "text-zero-shot": (_pairs_claim(_removed_and_zero_shot, _is_small, _is_large), None),
     "unrelated-labels": (
-        _falls("full", text=True, labels="unrelated"), _published(3, labels="unrelated"),
+        _falls("full", text=True, labels="unrelated"), published_ranges(3, labels="unrelated"),
     ),
-    "text-zero-ablation": (_falls("full", text=True, ablation="zero"), _published(5)),
+    "text-zero-ablation": (_falls("full", text=True, ablation="zero"), published_ranges(5)),
     "looks-at-labels": (_looks("colons"), None),
     "looks-at-followers": (_looks("words"), None),
 }  # fmt: skip
@@ -551,9 +610,9 @@ def judged_lines(evidence: Evidence, stages: Sequence[int]) -> list[str]:
             continue
         found = claim.judge(evidence)
         count, held = len(found.effects), len(found.effects) - len(found.failed)
-        on = f"; it holds {held} of {count} times, not for {'; '.join(found.failed)}"
-        every = f" ({'; '.join(found.effects)})" if found.effects else ""
-        lines.append(
-            f"*{claim.text}* **{found.verdict.capitalize()}**{on if found.failed else every}."
-        )
+        said = [f"holds in {held} of {count}"] if count > 1 else []
+        said += [f"not in {'; '.join(found.failed)}"] if 0 < held < count else found.effects
+        said += [found.reason] if found.reason else []
+        because = f" ({'; '.join(said)})" if said else ""
+        lines.append(f"*{claim.text}* **{found.verdict.capitalize()}**{because}.")
     return lines

@@ -110,6 +110,7 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
         counts[run] = listed([f"{verdicts.count(it)} {it}" for it in VERDICTS if it in verdicts])
     page = _page(
         "claims", judged=judged, runs=runs, titles=titles, counts=counts, stages=_stage_pages(),
+        sizes={run: evidence[run].size for run in runs},
         slugs={run: run_slug(run) for run in runs},
         table=markdown_table(["claim", *titles.values()], rows),
     )  # fmt: skip

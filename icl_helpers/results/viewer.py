@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
     "PromptView", "attention_in_words", "attention_viewer", "follower_shares", "looks_in_words",
-    "prompt_view", "query_followers", "query_word", "view_data", "viewer_data", "viewer_html",
-    "viewer_prompts",
+    "prompt_view", "query_followers", "query_word", "view_data", "view_name", "viewer_data",
+    "viewer_html", "viewer_prompts",
 ]  # fmt: skip
 
 # Shares of attention are whole thousandths in the page: short, and exact enough to be read.
@@ -76,9 +77,14 @@ def viewer_prompts(
     prompts = {}
     for task in tasks:
         built = build_prompts(task, shots=shots, seed=seed, data=data)
-        name = f"{get_task_spec(task).name.replace('_', ' ')}, {shots} examples"
-        prompts[name] = next((prompt for prompt in built if prompt.target == 0), built[0])
+        first = next((prompt for prompt in built if prompt.target == 0), built[0])
+        prompts[view_name(task, shots=shots)] = first
     return prompts
+
+
+def view_name(task: str, *, shots: int = 5) -> str:
+    """Name a task's prompt in the viewer."""
+    return f"{get_task_spec(task).name.replace('_', ' ')}, {shots} examples"
 
 
 def viewer_data(
@@ -218,7 +224,7 @@ def follower_shares(view: PromptView, position: int, category: str) -> list[floa
 
 def query_followers(view: PromptView) -> dict[str, list[float]]:
     """:func:`follower_shares` from the prompt's last token (``colons``: earlier labels), and from
-    the query's first word (``words``)."""
+    the end of the query's first word (``words``)."""
     return {
         category: follower_shares(view, position, category)
         for category, position in (("colons", len(view.spans) - 1), ("words", query_word(view)))
@@ -226,9 +232,10 @@ def query_followers(view: PromptView) -> dict[str, list[float]]:
 
 
 def query_word(view: PromptView) -> int:
-    """Position of the query's first word."""
+    """Position of the last token of the query's first word: before it the word is not known."""
     begin = view.text.rindex("\n\n") + 2
-    return next(index for index, (_, end) in enumerate(view.spans) if end > begin)
+    end = begin + len(re.split(r"[\s:]", view.text[begin:], maxsplit=1)[0])
+    return max(index for index, (start, _) in enumerate(view.spans) if start < end)
 
 
 def viewer_html(data: Mapping[str, Any]) -> str:

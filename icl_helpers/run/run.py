@@ -64,7 +64,13 @@ from icl_helpers.models.reference_text import (
     samples_key,
 )
 from icl_helpers.parameters import StageParameters
-from icl_helpers.results.viewer import PromptView, prompt_view, query_followers, viewer_prompts
+from icl_helpers.results.viewer import (
+    PromptView,
+    prompt_view,
+    query_followers,
+    view_name,
+    viewer_prompts,
+)
 from icl_helpers.run.bundle import Bundle
 from icl_helpers.run.plan import KINDS, Group, Plan, check_same_model, run_info, stated_parameters
 from icl_helpers.tasks.prompts import Prompt, build_prompts
@@ -435,7 +441,8 @@ class Run:
 
     def _computed_views(self, *, every: bool) -> dict[str, PromptView]:
         if self._bundle is not None and self._bundle.shown["viewed"] == self._viewed():
-            return self._bundle.views()
+            views = self._bundle.views()
+            return {name: views[name] for name in map(view_name, self._viewed_tasks())}
         p, scores = self.parameters, self.prefix_scores()
         also = [Head(*head) for head in np.ndindex(*scores.shape[1:])] if every else []
         return {
@@ -450,14 +457,18 @@ class Run:
         }  # fmt: skip
 
     def first_view(self) -> PromptView:
-        """The first of :meth:`views`; ``run.json`` notes where its heads look from the query.
+        """The first of :meth:`views`."""
+        return next(iter(self.views().values()))
 
-        That is, by category, what each pays to what followed earlier elements (``followers``), for
-        whoever reads the run without its model.
+    def followers(self) -> dict[str, dict[str, list[float]]]:
+        """What the heads pay to followers in each of :meth:`views`.
+
+        As :func:`icl_helpers.results.viewer.query_followers`. ``run.json`` notes it, for whoever
+        reads the run without its model.
         """
-        view = next(iter(self.views().values()))
-        self._record(followers=query_followers(view))
-        return view
+        found = {name: query_followers(view) for name, view in self.views().items()}
+        self._record(followers=found)
+        return found
 
     def _viewed_heads(self) -> list[Head]:
         return self.induction_heads()[:5]

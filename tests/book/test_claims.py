@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from icl_helpers.book.claims import VERDICTS, Evidence, claims
+from icl_helpers.book.claims import VERDICTS, Evidence, Finding, claims
 from icl_helpers.files import assets_dir
 from icl_helpers.results.statistics import holm, paired_difference, paired_test
 from tests.results.test_outcomes import LETTERS, WORDS, rows
@@ -50,8 +50,7 @@ def test_no_verdict_is_typed():
 def test_a_run_like_the_papers_reproduces_its_claims():
     found = verdicts(evidence(made_up(dict.fromkeys(TASKS, (90, 51, 51, 88)))))
     for name in ("few-heads", "best-head", "zero-shot-chance", "few-shot", "three-percent",
-                 "random-control", "near-chance", "zero-shot-unmoved", "knockout",
-                 "knockout-as-removal"):  # fmt: skip
+                 "random-control", "near-chance", "knockout", "knockout-as-removal"):  # fmt: skip
         assert found[name] == "reproduced", name
     # One share of heads, one kind of removal, one number of examples, no text, no attention.
     for name in ("one-percent", "more-heads", "more-examples", "zero-ablation", "zero-as-mean",
@@ -73,7 +72,7 @@ def test_tasks_that_behave_in_opposite_ways_are_partly():
     assert "-85 points" in effects[3]
     # Far below chance is not close to it, and blocking is far from removing there.
     assert verdicts(found)["near-chance"] == "not reproduced"
-    assert verdicts(found)["knockout-as-removal"] == "partly"
+    assert verdicts(found)["knockout-as-removal"] == "not reproduced"
 
 
 def test_nothing_learnt_cannot_test_what_examples_teach():
@@ -110,9 +109,61 @@ def test_scores_decide_the_claims_about_heads(scores, few, best):
 
 def test_attention_decides_the_claims_about_where_heads_look():
     run = made_up({"repetition": (90, 50, 50, 90)})
-    found = verdicts(evidence(run, followers={"colons": [0.9, 0.1], "words": [0.4, 0.9]}))
-    assert found["looks-at-labels"] == "reproduced"
-    assert found["looks-at-followers"] == "not reproduced"
+    prompts = {
+        "repetition, 5 examples": {"colons": [0.9, 0.1], "words": [0.9, 0.9]},
+        "wordseq1 binary, 5 examples": {"colons": [0.8, 0.6], "words": [0.4, 0.9]},
+    }
+    found = judged(evidence(run, followers=prompts))
+    assert found["looks-at-labels"].verdict == "reproduced"
+    # A letter is no word.
+    assert found["looks-at-followers"].verdict == "not reproduced"
+    (said,) = found["looks-at-followers"].effects
+    assert "best head 40 %, 1 of 2 heads" in said
+    prompts["wordseq2 binary, 5 examples"] = {"colons": [0.3, 0.6], "words": [0.7, 0.9]}
+    found = judged(evidence(run, followers=prompts))
+    assert found["looks-at-labels"].verdict == "partly"
+    assert found["looks-at-followers"].verdict == "partly"
+
+
+def judged(of: Evidence) -> dict[str, Finding]:
+    return {claim.name: claim.judge(of) for claim in claims()}
+
+
+def test_what_cannot_fail_is_not_reproduced():
+    # The full model gives one label without examples, and so it does without the heads.
+    found = judged(evidence(made_up(dict.fromkeys(TASKS, (90, 51, 51, 88)))))
+    assert found["zero-shot-unmoved"].verdict == "not testable here"
+    assert "one label" in found["zero-shot-unmoved"].reason
+    # Heads that cost nothing: accuracy near chance before and after says nothing of them.
+    found = judged(evidence(made_up(dict.fromkeys(TASKS, (64, 60, 60, 64)))))
+    for name in ("near-chance", "knockout-as-removal"):
+        assert found[name].verdict == "not testable here", name
+        assert "left out: repetition" in found[name].reason, name
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("one-percent", "one number of heads was removed"),
+        ("more-examples", "one number of examples was run"),
+        ("strict-control", "this control was not run"),
+        ("zero-ablation", "zero ablation was not run"),
+        ("text-removal", "no text task was run"),
+        ("looks-at-labels", "no prompt that was looked at has such places"),
+    ],
+)
+def test_a_claim_that_is_not_testable_says_why(name, why):
+    found = judged(evidence(made_up(dict.fromkeys(TASKS, (90, 51, 51, 88)))))[name]
+    assert (found.verdict, found.reason) == ("not testable here", why)
+
+
+def test_text_from_templates_says_nothing_about_the_papers_text():
+    run = made_up({"review_sentiment": (90, 51, 51, 88)})
+    found = judged(Evidence(text=run))
+    for claim in claims():
+        if claim.stage == 6:
+            assert found[claim.name].verdict == "not testable here", claim.name
+            assert "templates" in found[claim.name].reason
 
 
 def test_paired_difference_is_that_of_the_answers():

@@ -87,9 +87,7 @@ def _auc(normalised: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.
     first, second = (labels[:, label] > 0 for label in (0, 1))
     wins = (odds[second][:, None] > odds[first]) + 0.5 * (odds[second][:, None] == odds[first])
     pairs = weights[:, second].sum(axis=1) * weights[:, first].sum(axis=1)
-    won = ((weights[:, second] @ wins) * weights[:, first]).sum(axis=1)
-    result: np.ndarray = won / pairs
-    return result
+    return np.asarray(((weights[:, second] @ wins) * weights[:, first]).sum(axis=1) / pairs)
 
 
 def smallest_detectable(gaps: Float[np.ndarray, " documents"]) -> float:
@@ -124,7 +122,7 @@ def answer_table(
     """
     rows = _with_log_probabilities(documents)
     rows = rows.assign(fraction=rows["fraction"].fillna(0.0))
-    found = []
+    table = []
     right: dict[tuple[Any, ...], pd.Series] = {}
     for key, cell in rows.groupby(CELL, sort=False):
         shared = _documents_of_every_run(cell)
@@ -132,26 +130,23 @@ def answer_table(
             continue
         measured = _measures(cell, shared, _samples(len(shared), resamples, seed))
         right[key] = cell.groupby("doc_id")["correct"].mean().loc[shared]
-        found.append(dict(zip(CELL, key, strict=True)) | _row(measured, level))
+        values: dict[str, Any] = dict(zip(CELL, key, strict=True))
+        for name in ("accuracy", "balanced", "calibrated", "auc"):
+            # The first sample is all documents, the others are resampled.
+            mean = 100 * np.mean([run[name] for run in measured], axis=0)
+            values[name] = mean[0]
+            bounds = np.nanquantile(mean[1:], [(1 - level) / 2, (1 + level) / 2])
+            values[f"{name}_low"], values[f"{name}_high"] = bounds
+        shares = np.mean([run["shares"][0] for run in measured], axis=0)
+        table.append(values | {"said": int(shares.argmax()), "share": 100 * float(shares.max())})
     detectable = []
-    for key, own in right.items():
+    for key, answers in right.items():
         whole = right.get((*key[:3], "full", "none", 0.0, ""))
-        gaps = np.array([]) if whole is None else (own - whole).dropna().to_numpy(np.float64)
+        gaps = np.array([]) if whole is None else (answers - whole).dropna().to_numpy(np.float64)
         known = key[3] != "full" and len(gaps) > 1
         detectable.append(100 * smallest_detectable(gaps) if known else np.nan)
-    frame = pd.DataFrame(found, columns=None if found else CELL).assign(detectable=detectable)
+    frame = pd.DataFrame(table, columns=None if table else CELL).assign(detectable=detectable)
     return frame.assign(fraction=frame["fraction"].where(frame["fraction"] > 0))
-
-
-def _row(measured: list[dict[str, np.ndarray]], level: float) -> dict[str, Any]:
-    """Sum up the runs of a cell: the first sample is all documents, the others are resampled."""
-    values: dict[str, Any] = {}
-    for name in ("accuracy", "balanced", "calibrated", "auc"):
-        mean = 100 * np.mean([run[name] for run in measured], axis=0)
-        bounds = np.nanquantile(mean[1:], [(1 - level) / 2, (1 + level) / 2])
-        values |= dict(zip((name, f"{name}_low", f"{name}_high"), (mean[0], *bounds), strict=True))
-    shares = np.mean([run["shares"][0] for run in measured], axis=0)
-    return values | {"said": int(shares.argmax()), "share": 100 * float(shares.max())}
 
 
 def _with_log_probabilities(documents: pd.DataFrame) -> pd.DataFrame:

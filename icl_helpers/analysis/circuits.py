@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from transformers import PreTrainedModel
 
-from icl_helpers.analysis.weights import HeadWeights, Norm, head_weights, model_norms
+from icl_helpers.analysis.weights import Norm, head_weights, model_norms
 from icl_helpers.attention.heads import Head
 from icl_helpers.attention.hook import (
     AttentionCall,
@@ -132,9 +132,11 @@ def composition_scores(
     if kind not in ("Q", "K", "V"):
         raise InputError(f"kind must be 'Q', 'K' or 'V', got {kind!r}")
     weights = head_weights(model)
+    query, key = weights.query.flatten(0, 1), weights.key.flatten(0, 1)
+    value, written = weights.value.flatten(0, 1), weights.output.flatten(0, 1)
     # A later head reads by the first of these, and the second takes it from there.
-    reads, goes_on = _later_circuit(weights, kind)
-    written, value = weights.output.flatten(0, 1), weights.value.flatten(0, 1)
+    circuits = {"K": (key, query.mT), "Q": (query, key.mT), "V": (value, written)}
+    reads, goes_on = circuits[kind]
     # |A B C|^2 is the trace of (A^T A) B (C C^T) B^T, and the two outer ones are small.
     inner, outer = value.mT @ value, goes_on @ goes_on.mT
     size = (inner * (written @ written.mT)).sum((-2, -1)).sqrt()
@@ -148,14 +150,6 @@ def composition_scores(
         scores[head, later] = squares.clamp(min=0).sqrt() / (size[head] * size_later[later])
     # A head without weights composes with none.
     return scores.nan_to_num(0.0).view(n_layers, n_heads, n_layers, n_heads)
-
-
-def _later_circuit(weights: HeadWeights, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """[heads, hidden, d] and [heads, d, hidden]: what a later head does with what it reads."""
-    query, key = weights.query.flatten(0, 1), weights.key.flatten(0, 1)
-    value, output = weights.value.flatten(0, 1), weights.output.flatten(0, 1)
-    circuits = {"K": (key, query.mT), "Q": (query, key.mT), "V": (value, output)}
-    return circuits[kind]
 
 
 def causal_composition(
@@ -173,12 +167,12 @@ def causal_composition(
     :func:`composition_scores` with ``"K"`` suggests from weights, measured. The options are those
     of :func:`icl_helpers.prefix_matching_scores`.
     """
-    chosen = [Head(*head) for head in heads]
-    check_heads(chosen, attention_layout(model))
+    zeroed = [Head(*head) for head in heads]
+    check_heads(zeroed, attention_layout(model))
     options: dict[str, Any] = {"repeats": repeats, "bos_token_id": bos_token_id}
     whole = prefix_matching_scores(model, sequences, **options).mean(0)
-    falls = torch.zeros(len(chosen), *whole.shape)
-    for index, head in enumerate(chosen):
+    falls = torch.zeros(len(zeroed), *whole.shape)
+    for index, head in enumerate(zeroed):
         with intervene(model, ZeroAblation([head])):
             falls[index] = whole - prefix_matching_scores(model, sequences, **options).mean(0)
     return falls

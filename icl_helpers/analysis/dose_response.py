@@ -61,13 +61,13 @@ def dose_sets(
 ) -> list[ChosenHeads]:
     """Sets of heads for every dose: the highest scores, the lowest, and the random sets."""
     ranked = top_heads(scores, 1.0)
-    found = []
+    sets = []
     for count in counts:
         highest, lowest = tuple(ranked[:count]), tuple(reversed(ranked[-count:]))
-        found += [ChosenHeads(highest, "highest"), ChosenHeads(lowest, "lowest")]
-        sets, distinct = strict_sets(highest, *scores.shape, draws=draws)
-        found += [ChosenHeads(one, "random", draw, distinct) for draw, one in enumerate(sets)]
-    return found
+        sets += [ChosenHeads(highest, "highest"), ChosenHeads(lowest, "lowest")]
+        drawn, distinct = strict_sets(highest, *scores.shape, draws=draws)
+        sets += [ChosenHeads(heads, "random", draw, distinct) for draw, heads in enumerate(drawn)]
+    return sets
 
 
 def group_answers(lm: Scorer, group: CellGroup) -> list[Answers]:
@@ -120,11 +120,15 @@ def rank_correlation(
     n = effects.shape[1]
     counts = rng.multinomial(n, [1 / n] * n, size=resamples)
     means = np.concatenate([effects.mean(axis=1)[None], counts @ effects.T / n])
-    found = _correlations(stats.rankdata(scores), stats.rankdata(means, axis=1))
-    if np.isnan(found[0]):
+    # Pearson's correlation of the ranks of the scores with those of each row of means.
+    ranks, rows = stats.rankdata(scores), stats.rankdata(means, axis=1)
+    ranks, rows = ranks - ranks.mean(), rows - rows.mean(axis=1, keepdims=True)
+    scale = np.sqrt((ranks**2).sum() * (rows**2).sum(axis=1))
+    correlations = np.divide(rows @ ranks, scale, out=np.full(len(rows), np.nan), where=scale > 0)
+    if np.isnan(correlations[0]):
         return (float("nan"),) * 3
-    low, high = np.nanquantile(found[1:], [(1 - level) / 2, (1 + level) / 2])
-    return float(found[0]), float(low), float(high)
+    low, high = np.nanquantile(correlations[1:], [(1 - level) / 2, (1 + level) / 2])
+    return float(correlations[0]), float(low), float(high)
 
 
 def shapley_orders(n_heads: int, n_orders: int, *, seed: int = 0) -> list[list[int]]:
@@ -134,7 +138,7 @@ def shapley_orders(n_heads: int, n_orders: int, *, seed: int = 0) -> list[list[i
     """
     rng = np.random.default_rng(seed)
     drawn = (rng.permutation(n_heads).tolist() for _ in range((n_orders + 1) // 2))
-    return [order for one in drawn for order in (one, one[::-1])][:n_orders]
+    return [order for there in drawn for order in (there, there[::-1])][:n_orders]
 
 
 def shapley_values(
@@ -172,17 +176,10 @@ def set_stability(
     if n < 2:
         raise InputError(f"the sequences' scores must be of at least 2 sequences, got {n}")
     rng = np.random.default_rng(seed)
-    chosen = set(top_heads(scores.mean(0), fraction))
-    found = []
+    heads = set(top_heads(scores.mean(0), fraction))
+    indices = []
     for drawn in rng.integers(0, n, (resamples, n)):
         again = set(top_heads(scores[torch.from_numpy(drawn)].mean(0), fraction))
-        found.append(len(chosen & again) / len(chosen | again))
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return float(np.mean(found)), float(low), float(high)
-
-
-def _correlations(first: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of a vector with each row."""
-    first, rows = first - first.mean(), rows - rows.mean(axis=1, keepdims=True)
-    scale = np.sqrt((first**2).sum() * (rows**2).sum(axis=1))
-    return np.divide(rows @ first, scale, out=np.full(len(rows), np.nan), where=scale > 0)
+        indices.append(len(heads & again) / len(heads | again))
+    low, high = np.quantile(indices, [(1 - level) / 2, (1 + level) / 2])
+    return float(np.mean(indices)), float(low), float(high)

@@ -13,7 +13,7 @@ Example
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,10 +67,7 @@ _TEXTS, _TEXT_TOKENS = 8, 64
 
 def analysis_group(run: Any, s: PromptSet, conditions: Sequence[Condition] = ()) -> CellGroup:
     """The prompts of a set that are looked at closely, to be scored under conditions."""
-    return CellGroup(
-        s.task, s.labels, s.shots, s.seeds[0], run.parameters.analysis_limit, s.sampling, s.data,
-        tuple(conditions), s.demonstrations,
-    )  # fmt: skip
+    return CellGroup.of_set(s, run.parameters.analysis_limit, conditions)
 
 
 def analysis_groups(run: Any, conditions: Sequence[Condition] = ()) -> list[CellGroup]:
@@ -96,31 +93,27 @@ def measured_answers(run: Any, name: str, group: CellGroup) -> list[Answers]:
 
     Raises :class:`icl_helpers.NotMeasuredError` as :meth:`icl_helpers.Run.measurement` does.
     """
-    found: list[Answers] = []
+
+    def compute(part: CellGroup) -> list[dict[str, Any]]:
+        needed = any(condition.ablation == "mean" for condition in part.conditions)
+        means = run.mean_head_outputs() if needed else None
+        filled = tuple(replace(condition, head_outputs=means) for condition in part.conditions)
+        return list(map(_packed, group_answers(run.scorer(), replace(part, conditions=filled))))
+
+    answers: list[Answers] = []
     parts = group.split(_PART)
     for part in tqdm(parts, desc=f"{name}, {group.task}", unit="part", leave=False):
         of = [part.spec(), part.seed, [c.identity() for c in part.conditions]]
-        kept = run.measurement(name, of, functools.partial(_answers, run, part))
-        found += [_unpacked(one) for one in kept]
-    return found
-
-
-def _answers(run: Any, group: CellGroup) -> list[dict[str, Any]]:
-    means = run.mean_head_outputs() if any(c.ablation == "mean" for c in group.conditions) else None
-    filled = tuple(replace(c, head_outputs=means) for c in group.conditions)
-    answers = group_answers(run.scorer(), replace(group, conditions=filled))
-    return [_packed(one) for one in answers]
+        answers += map(_unpacked, run.measurement(name, of, functools.partial(compute, part)))
+    return answers
 
 
 def _packed(answers: Answers) -> dict[str, Any]:
-    return {
-        "margins": answers.margins,
-        "right": "".join(str(int(hit)) for hit in answers.right),
-    }
+    return {"margins": answers.margins, "right": "".join(str(int(hit)) for hit in answers.right)}
 
 
-def _unpacked(kept: dict[str, Any]) -> Answers:
-    return Answers(kept["margins"], [mark == "1" for mark in kept["right"]])
+def _unpacked(packed: dict[str, Any]) -> Answers:
+    return Answers(packed["margins"], [mark == "1" for mark in packed["right"]])
 
 
 def dose_response(run: Any) -> pd.DataFrame:
@@ -131,8 +124,8 @@ def dose_response(run: Any) -> pd.DataFrame:
     (nats) and accuracy (percent), means over the documents, and of each document ``margins``.
     """
     scores = run.prefix_scores().mean(0)
-    chosen = dose_sets(scores, doses(len(run.induction_heads()), run.n_heads))
-    return removals(run, "dose and response", [ChosenHeads((), "none"), *chosen])
+    sets = dose_sets(scores, doses(len(run.induction_heads()), run.n_heads))
+    return removals(run, "dose and response", [ChosenHeads((), "none"), *sets])
 
 
 def single_heads(run: Any) -> pd.DataFrame:
@@ -143,24 +136,21 @@ def single_heads(run: Any) -> pd.DataFrame:
     scores = run.prefix_scores().mean(0)
     heads = [Head(*head) for head in np.ndindex(*scores.shape)]
     sets = [ChosenHeads((), "none"), *(ChosenHeads((head,), "alone") for head in heads)]
-    found = removals(run, "each head alone", sets)
-    own = [None, *heads] * (len(found) // len(sets))
-    places = pd.DataFrame([head or (None, None) for head in own], columns=["layer", "head"])
-    score = [float("nan") if head is None else float(scores[head]) for head in own]
-    return found.join(places.astype("Int64")).assign(score=score)
+    frame = removals(run, "each head alone", sets)
+    removed = [None, *heads] * (len(frame) // len(sets))
+    places = pd.DataFrame([head or (None, None) for head in removed], columns=["layer", "head"])
+    score = [float("nan") if head is None else float(scores[head]) for head in removed]
+    return frame.join(places.astype("Int64")).assign(score=score)
 
 
 def removals(run: Any, name: str, sets: Sequence[ChosenHeads]) -> pd.DataFrame:
     """Measure what mean ablation of each set costs: rows as of :func:`dose_response`."""
-    conditions = mean_ablated(run, [one.heads for one in sets])
+    conditions = mean_ablated(run, [chosen.heads for chosen in sets])
     rows = [
-        {
-            "task": group.task, "heads": len(one.heads), "chosen_by": one.chosen_by,
-            "draw": one.draw, "distinct": one.distinct, **_summed(answers),
-        }
+        {"task": group.task, **chosen._asdict(), "heads": len(chosen.heads), **_summed(answers)}
         for group in analysis_groups(run, conditions)
-        for one, answers in zip(sets, measured_answers(run, name, group), strict=True)
-    ]  # fmt: skip
+        for chosen, answers in zip(sets, measured_answers(run, name, group), strict=True)
+    ]
     return pd.DataFrame(rows).astype({"draw": "Int64", "distinct": "Int64"})
 
 
@@ -189,7 +179,7 @@ def shapley(run: Any) -> pd.DataFrame:
     group = analysis_groups(run, mean_ablated(run, sets))[0]
     few = min(_ORDERED_DOCUMENTS, run.parameters.analysis_limit)
     answers = measured_answers(run, "Shapley values", replace(group, limit=few))
-    margins = np.array([_summed(one)["margin"] for one in answers]).reshape(len(orders), -1)
+    margins = np.array([_summed(of_set)["margin"] for of_set in answers]).reshape(len(orders), -1)
     return pd.DataFrame(heads).assign(
         task=group.task, score=[float(scores[head]) for head in heads],
         value=shapley_values(orders, margins[:, :1] - margins),
@@ -221,66 +211,51 @@ def removal_kinds(run: Any) -> pd.DataFrame:
     """
     rows = []
     heads, random = run.induction_heads(), _random_sets(run, _DRAWS)
-    means = functools.cache(functools.partial(_both_means, run))
+    p = run.parameters
+
+    @functools.cache
+    def both_means() -> dict[str, torch.Tensor]:
+        """By both readings; the one that the run does not use as far as needed."""
+        wholes = [q.context + c for g in _abstract(run) for q in prompts_of(g) for c in q.choices]
+        longest = max(map(len, run.tokenizer(wholes, add_special_tokens=False).input_ids))
+        other: Any = "head_output" if p.average == "attention_input" else "attention_input"
+        texts = reference_texts(p.model, reference=p.reference)
+        ids = reference_ids(run.tokenizer, texts, n_samples=PAPER_SAMPLES, n_positions=longest)
+        means = mean_head_outputs(run.model, ids, average=other, batch_size=4)
+        return {p.average: run.mean_head_outputs(), other: means}
+
+    @functools.lru_cache(maxsize=1)
+    def removals_of(group: CellGroup) -> Removals:
+        means, prompts = both_means(), prompts_of(group)
+        return Removals(
+            run.model, run.tokenizer, prompts, heads, random, means["attention_input"],
+            means["head_output"], p.categories,
+        )  # fmt: skip
+
+    def compute(group: CellGroup, kind: str, draws: Sequence[int]) -> list[dict[str, Any]]:
+        of = removals_of(group)
+        targets = [prompt.target for prompt in of.prompts]
+        if kind == "none":
+            return [_packed(judged(score_prompts(of.model, of.tokenizer, of.prompts), targets))]
+        return [_packed(judged(of.scores(kind, draw), targets)) for draw in draws]
+
     for group in tqdm(_abstract(run), desc="kinds of removal", unit="task", leave=False):
-        of = [*_decided(run, group), heads, random, run.parameters.categories]
-        of_group = functools.cache(
-            functools.partial(_removals_of, run, group, heads, random, means)
-        )
         for kind in ("none", *KINDS):
-            drawn = range(_DRAWS if kind == "resample" or "random" in kind else 1)
-            kept = run.measurement(
-                "kinds of removal", [kind, len(drawn), *of],
-                functools.partial(_kind_answers, of_group, kind, drawn),
-            )  # fmt: skip
+            draws = range(_DRAWS if kind == "resample" or "random" in kind else 1)
+            answers = run.measurement(
+                "kinds of removal",
+                [kind, len(draws), *_decided(run, group), heads, random, p.categories],
+                functools.partial(compute, group, kind, draws),
+            )
             rows += [
-                {"task": group.task, "kind": kind, "draw": draw, **_summed(_unpacked(one))}
-                for draw, one in enumerate(kept)
+                {"task": group.task, "kind": kind, "draw": draw, **_summed(_unpacked(of_draw))}
+                for draw, of_draw in enumerate(answers)
             ]
     return pd.DataFrame(rows)
 
 
 def _decided(run: Any, group: CellGroup) -> list[Any]:
     return [group.spec(), group.seed, run.plan.means_parameters()]
-
-
-def _removals_of(
-    run: Any, group: CellGroup, heads: Sequence[Head], random: Sequence[Sequence[Head]],
-    means: Callable[[], dict[str, torch.Tensor]],
-) -> Removals:  # fmt: skip
-    return Removals.of(
-        run.model, run.tokenizer, prompts_of(group), heads, random,
-        categories=run.parameters.categories, means_of_inputs=means()["attention_input"],
-        means_of_outputs=means()["head_output"],
-    )  # fmt: skip
-
-
-def _both_means(run: Any) -> dict[str, torch.Tensor]:
-    """Mean head outputs by both readings; the one that the run does not use as far as needed."""
-    p = run.parameters
-    texts = [q.context + c for g in _abstract(run) for q in prompts_of(g) for c in q.choices]
-    longest = max(map(len, run.tokenizer(texts, add_special_tokens=False).input_ids))
-    other: Any = "head_output" if p.average == "attention_input" else "attention_input"
-    ids = reference_ids(
-        run.tokenizer, reference_texts(p.model, reference=p.reference), n_samples=PAPER_SAMPLES,
-        n_positions=longest,
-    )  # fmt: skip
-    means = mean_head_outputs(run.model, ids, average=other, batch_size=4)
-    return {p.average: run.mean_head_outputs(), other: means}
-
-
-def _kind_answers(
-    removals: Callable[[], Removals], kind: str, draws: Sequence[int]
-) -> list[dict[str, Any]]:
-    of = removals()
-    found = []
-    for draw in draws:
-        if kind == "none":
-            scores = score_prompts(of.model, of.tokenizer, of.prompts)
-        else:
-            scores = of.scores(kind, draw)
-        found.append(_packed(judged(scores, [prompt.target for prompt in of.prompts])))
-    return found
 
 
 def attention_moved(run: Any) -> pd.DataFrame:
@@ -317,25 +292,33 @@ def side_effects(run: Any) -> pd.DataFrame:
     heads = run.induction_heads()
     sets = [ChosenHeads((), "none"), ChosenHeads(tuple(heads), "highest")]
     sets += [ChosenHeads(s, "random", n) for n, s in enumerate(_random_sets(run, _DRAWS))]
+
+    def shuffled(group: CellGroup, heads: Sequence[Head]) -> dict[str, Any]:
+        prompts = [shuffled_labels(prompt, seed=group.seed) for prompt in prompts_of(group)]
+        edits = _ablation(run, heads)
+        scores = score_prompts(run.model, run.tokenizer, prompts, lambda number: edits)
+        return _packed(judged(scores, [prompt.target for prompt in prompts]))
+
     rows = []
-    for one in tqdm(sets, desc="loss on sequences", unit="set", leave=False):
-        of = ["losses", run.plan.means_parameters(), one.heads, _TEXTS, _TEXT_TOKENS]
-        kept = run.measurement("losses", of, functools.partial(_losses, run, one.heads))
-        rows += [(measure, "", one.chosen_by, one.draw, values) for measure, values in kept.items()]
-    conditions = mean_ablated(run, [one.heads for one in sets])
+    for chosen in tqdm(sets, desc="loss on sequences", unit="set", leave=False):
+        of = ["losses", run.plan.means_parameters(), chosen.heads, _TEXTS, _TEXT_TOKENS]
+        losses = run.measurement("losses", of, functools.partial(_losses, run, chosen.heads))
+        rows += [(name, "", chosen.chosen_by, chosen.draw, each) for name, each in losses.items()]
+    conditions = tuple(mean_ablated(run, [chosen.heads for chosen in sets]))
     for group in _abstract(run):
         bare = replace(group, shots=0)
         for measure, shown in (("margin without examples", bare), ("margin with examples", group)):
-            found = measured_answers(run, measure, replace(shown, conditions=tuple(conditions)))
+            by_set = measured_answers(run, measure, replace(shown, conditions=conditions))
             rows += [
-                (measure, group.task, one.chosen_by, one.draw, answers.margins)
-                for one, answers in zip(sets, found, strict=True)
+                (measure, group.task, chosen.chosen_by, chosen.draw, answers.margins)
+                for chosen, answers in zip(sets, by_set, strict=True)
             ]
-        for one in sets:
-            measure = "margin with shuffled labels"
-            compute = functools.partial(_shuffled, run, group, one.heads)
-            kept = run.measurement(measure, [*_decided(run, group), one.heads], compute)
-            rows.append((measure, group.task, one.chosen_by, one.draw, kept["margins"]))
+        measure = "margin with shuffled labels"
+        for chosen in sets:
+            compute = functools.partial(shuffled, group, chosen.heads)
+            of = [*_decided(run, group), chosen.heads]
+            margins = run.measurement(measure, of, compute)["margins"]
+            rows.append((measure, group.task, chosen.chosen_by, chosen.draw, margins))
     names = ["measure", "task", "condition", "draw", "values"]
     frame = pd.DataFrame(rows, columns=names).astype({"draw": "Int64"})
     frame["values"] = [np.array(values, dtype=np.float64) for values in frame["values"]]
@@ -353,7 +336,7 @@ def _losses(run: Any, heads: Sequence[Head]) -> dict[str, list[float]]:
     ids, start = repeated_ids(run.model, sequences)
     texts = reference_texts(p.model, reference=p.reference)
     once = reference_ids(run.tokenizer, texts, n_samples=_TEXTS, n_positions=_TEXT_TOKENS)
-    found: dict[str, list[float]] = {}
+    of_each: dict[str, list[float]] = {}
     length = sequences.shape[1]
     for names, tokens, first in (
         (("loss on random tokens", "loss on their copies"), ids, start + length),
@@ -363,15 +346,6 @@ def _losses(run: Any, heads: Sequence[Head]) -> dict[str, list[float]]:
         reach = tokens[:, : run.mean_head_outputs().shape[1]]
         losses = sequence_losses(run.model, reach, _ablation(run, heads))
         # A first token cannot be known from what came before it, nor the first of a copy.
-        parts = losses[:, : first - 1], losses[:, first:]
-        found |= {
-            name: part.mean(1).tolist() for name, part in zip(names, parts, strict=True)
-        }  # fmt: skip
-    return found
-
-
-def _shuffled(run: Any, group: CellGroup, heads: Sequence[Head]) -> dict[str, Any]:
-    prompts = [shuffled_labels(prompt, seed=group.seed) for prompt in prompts_of(group)]
-    edits = _ablation(run, heads)
-    scores = score_prompts(run.model, run.tokenizer, prompts, lambda number: edits)
-    return _packed(judged(scores, [prompt.target for prompt in prompts]))
+        for name, part in zip(names, (losses[:, : first - 1], losses[:, first:]), strict=True):
+            of_each[name] = part.mean(1).tolist()
+    return of_each

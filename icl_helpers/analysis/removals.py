@@ -13,8 +13,9 @@ Example
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -61,26 +62,21 @@ def score_prompts(
     size: the prompt with each choice, all but the last token, and once only where that is the same.
     Nothing is added before a prompt.
     """
-    found = []
+    of_prompts = []
     for number, prompt in enumerate(prompts):
         wholes = [_ids(tokenizer, prompt.context + choice) for choice in prompt.choices]
         start = len(_ids(tokenizer, prompt.context))
         rows = list(dict.fromkeys(tuple(ids[:-1]) for ids in wholes))
-        batch = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for row, ids in enumerate(rows):
-            batch[row, : len(ids)] = torch.tensor(ids)
+        batch = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
         with intervene(model, *interventions(number)):
             logits = model(input_ids=batch.to(model.device), use_cache=False).logits
         scores = logits[:, start - 1 :].float().log_softmax(-1).cpu()
-        found.append(
-            [
-                float(
-                    scores[rows.index(tuple(ids[:-1])), range(len(ids) - start), ids[start:]].sum()
-                )
-                for ids in wholes
-            ]
-        )
-    return found
+        of_choices = []
+        for ids in wholes:
+            row, label = rows.index(tuple(ids[:-1])), ids[start:]
+            of_choices.append(float(scores[row, range(len(label)), label].sum()))
+        of_prompts.append(of_choices)
+    return of_prompts
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -96,17 +92,17 @@ def aligned_outputs(
     The ends are aligned, where the question stands: position ``length - 1`` gets the other prompt's
     last. A position before its first token gets the first's output, one after the last the last's.
     """
-    own = outputs.shape[1]
-    positions = torch.arange(length + more) + own - length
-    return outputs[:, positions.clamp(0, own - 1)]
+    n_tokens = outputs.shape[1]
+    positions = torch.arange(length + more) + n_tokens - length
+    return outputs[:, positions.clamp(0, n_tokens - 1)]
 
 
 @dataclass(frozen=True)
 class Removals:
     """Interventions of every kind in :data:`KINDS` on a set of prompts.
 
-    ``heads`` are silenced or blocked, ``random`` are sets of as many others, one a draw;
-    ``means_of_inputs`` and ``means_of_outputs`` are [layers, positions, heads, d_head].
+    ``heads`` are silenced or blocked, ``random`` are sets of as many others, one a draw; both means
+    are [layers, positions, heads, d_head]; a knockout blocks elements of these ``categories``.
     """
 
     model: PreTrainedModel
@@ -116,19 +112,19 @@ class Removals:
     random: Sequence[Sequence[Head]]
     means_of_inputs: torch.Tensor
     means_of_outputs: torch.Tensor
-    patterns: Sequence[Bool[torch.Tensor, "tokens tokens"]]
-    _kept: dict[int, torch.Tensor] = field(default_factory=dict, init=False)
+    categories: Sequence[str]
 
-    @classmethod
-    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-           prompts: Sequence[Prompt], heads: Sequence[Head], random: Sequence[Sequence[Head]], *,
-           means_of_inputs: torch.Tensor, means_of_outputs: torch.Tensor,
-           categories: Sequence[str]) -> Removals:  # fmt: skip
-        """Find the prompts' induction patterns; raises as :func:`induction_pattern` does."""
-        contexts = [prompt.context for prompt in prompts]
-        patterns = induction_patterns(contexts, tokenizer, categories=categories)
-        return cls(model, tokenizer, prompts, heads, random, means_of_inputs, means_of_outputs,
-                   patterns)  # fmt: skip
+    @functools.cached_property
+    def patterns(self) -> list[Bool[torch.Tensor, "tokens tokens"]]:
+        """The prompts' induction patterns; raises as :func:`icl_helpers.induction_pattern` does."""
+        contexts = [prompt.context for prompt in self.prompts]
+        return induction_patterns(contexts, self.tokenizer, categories=self.categories)
+
+    @functools.cached_property
+    def outputs(self) -> list[Float[torch.Tensor, "layers tokens heads d_head"]]:
+        """Head outputs on each prompt."""
+        ids = [torch.tensor([_ids(self.tokenizer, prompt.context)]) for prompt in self.prompts]
+        return [prompt_head_outputs(self.model, of_prompt)[0] for of_prompt in ids]
 
     def scores(self, kind: str, draw: int = 0) -> list[list[float]]:
         """:func:`score_prompts` under a kind of removal, at one draw of what it draws."""
@@ -145,29 +141,21 @@ class Removals:
             if what == "mean of outputs":
                 return [MeanAblation(heads, self.means_of_outputs)]
             if what == "resample":
-                return [ResampleAblation(heads, self._other_outputs(number, draw))]
+                # Of another of the prompts: the one ``draw + 1`` places further on.
+                other = (number + 1 + draw % (len(self.prompts) - 1)) % len(self.prompts)
+                prompt = self.prompts[number]
+                length = len(_ids(self.tokenizer, prompt.context))
+                wholes = [_ids(self.tokenizer, prompt.context + c) for c in prompt.choices]
+                more = max(map(len, wholes)) - length
+                return [
+                    ResampleAblation(heads, aligned_outputs(self.outputs[other], length, more=more))
+                ]
             blocked = self.patterns[number]
             if control == "random positions":
                 blocked = control_pattern(blocked, seed=draw)
             return [AttentionKnockout(heads, blocked)]
 
         return score_prompts(self.model, self.tokenizer, self.prompts, interventions)
-
-    def _other_outputs(self, number: int, draw: int) -> torch.Tensor:
-        """Head outputs on another of the prompts: the one ``draw + 1`` places further on."""
-        steps = 1 + draw % (len(self.prompts) - 1)
-        outputs = self._outputs((number + steps) % len(self.prompts))
-        prompt = self.prompts[number]
-        length = len(_ids(self.tokenizer, prompt.context))
-        longest = max(len(_ids(self.tokenizer, prompt.context + c)) for c in prompt.choices)
-        return aligned_outputs(outputs, length, more=longest - length)
-
-    def _outputs(self, number: int) -> torch.Tensor:
-        """Head outputs on a prompt, which every draw needs, of another one."""
-        if number not in self._kept:
-            ids = torch.tensor([_ids(self.tokenizer, self.prompts[number].context)])
-            self._kept[number] = prompt_head_outputs(self.model, ids)[0]
-        return self._kept[number]
 
 
 def blocked_attention(

@@ -77,8 +77,8 @@ def top_heads(scores: Float[torch.Tensor, "layers heads"], fraction: float) -> l
     if not torch.isfinite(scores).all():
         raise InputError("scores hold NaN or infinity; the model's attention was not finite")
     order = torch.argsort(scores.flatten(), descending=True, stable=True)
-    chosen = order[: head_count(scores.numel(), fraction)].tolist()
-    return [Head(*divmod(index, scores.shape[1])) for index in chosen]
+    highest = order[: head_count(scores.numel(), fraction)].tolist()
+    return [Head(*divmod(index, scores.shape[1])) for index in highest]
 
 
 def random_heads(
@@ -141,10 +141,10 @@ def layer_matched_heads(
     for layer, count in missing.items():
         for neighbour in sorted(range(n_layers), key=lambda n: (abs(n - layer), n)):
             free = [Head(neighbour, h) for h in range(n_heads) if Head(neighbour, h) not in taken]
-            chosen = generator.sample(free, min(count, len(free)))
-            taken.update(chosen)
-            borrowed += chosen
-            count -= len(chosen)
+            heads = generator.sample(free, min(count, len(free)))
+            taken.update(heads)
+            borrowed += heads
+            count -= len(heads)
         if count:
             raise InputError(
                 f"the model has too few heads for a strict control of {len(like)} heads; use a "
@@ -184,14 +184,14 @@ def strict_sets(
     if 0 < distinct <= draws:
         by_layer = [itertools.combinations(free[layer], n) for layer, n in per_layer.items()]
         return [tuple(itertools.chain(*parts)) for parts in itertools.product(*by_layer)], distinct
-    found: dict[frozenset[Head], tuple[Head, ...]] = {}
+    sets: dict[frozenset[Head], tuple[Head, ...]] = {}
     # Where sets are not counted there may be fewer than draws: the search ends.
     for number in itertools.count(seed) if distinct else range(seed, seed + 20 * draws):
         heads, _ = layer_matched_heads(like, n_heads, n_layers, seed=number, exclude=like)
-        found.setdefault(frozenset(heads), tuple(heads))
-        if len(found) == draws:
+        sets.setdefault(frozenset(heads), tuple(heads))
+        if len(sets) == draws:
             break
-    return list(found.values()), distinct or None
+    return list(sets.values()), distinct or None
 
 
 def any_layer_heads(count: int, n_layers: int, n_heads: int, *, seed: int) -> list[Head]:

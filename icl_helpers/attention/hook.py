@@ -22,8 +22,8 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,6 +35,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from icl_helpers.attention.passes import (
     SUPPORTED_ARCHITECTURES,
     AttentionCall,
+    AttentionLayout,
     Passes,
     attention_probabilities,
     branching_mask,
@@ -48,7 +49,7 @@ from icl_helpers.errors import InputError, InterventionError, UnsupportedArchite
 __all__ = [
     "SUPPORTED_ARCHITECTURES", "AttentionCall", "AttentionEdit", "AttentionLayout",
     "attention_layout", "attention_probabilities", "check_heads", "edited_attention",
-    "equal_but_for_rounding",
+    "equal_but_for_rounding", "watched_attention",
 ]  # fmt: skip
 
 _PREFIX = "icl_"
@@ -56,37 +57,10 @@ _PREFIX = "icl_"
 AttentionEdit = Callable[[AttentionCall], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class AttentionLayout:
-    """The attention modules of a model, layer by layer, and the shape of their heads.
-
-    ``cacheable``: the model attends from a cache as it does in one pass. ``max_positions`` is the
-    length of its table of positions, None without one; ``rope_switch`` as in
-    :func:`icl_helpers.attention.passes.rope_switch`.
-    """
-
-    modules: tuple[torch.nn.Module, ...]
-    n_heads: int
-    d_head: int
-    cacheable: bool = True
-    max_positions: int | None = None
-    rope_switch: tuple[int, bool] | None = None
-
-    @property
-    def n_layers(self) -> int:
-        """Number of attention layers."""
-        return len(self.modules)
-
-
 # The model, and each attention module while it is edited; one thread at a time.
 _ACTIVE: WeakKeyDictionary[torch.nn.Module, Passes] = WeakKeyDictionary()
 _ACTIVE_LOCK = threading.Lock()
 _LAYOUTS: WeakKeyDictionary[torch.nn.Module, dict[str, AttentionLayout]] = WeakKeyDictionary()
-
-
-def _eager_base(module: torch.nn.Module) -> Callable[..., Any] | None:
-    """The model file's own eager attention; transformers keeps it out of its registry."""
-    return getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
 
 
 def _hooked(
@@ -99,7 +73,9 @@ def _hooked(
     base: str,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    function = sdpa_attention_forward if base == "sdpa" else _eager_base(module)
+    # The model file's own eager attention, which transformers keeps out of its registry.
+    eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    function = sdpa_attention_forward if base == "sdpa" else eager
     if function is None:
         raise UnsupportedArchitectureError(
             f"{type(module).__name__} has no eager attention function that can be called; "
@@ -138,14 +114,9 @@ def edited_attention(
         raise InterventionError(
             f"layer {unknown[0]} is out of range: the model has layers 0..{layout.n_layers - 1}"
         )
-    passes = Passes(
-        cacheable=layout.cacheable,
-        max_positions=layout.max_positions,
-        rope_switch=layout.rope_switch,
-    )
-    with _installed(model, layout.modules, passes) as passes:
+    with _installed(model, layout.modules, Passes(layout)) as passes:
         outer, required, before = passes.edits, passes.required, passes.completed
-        inner = {layout.modules[layer]: list(chosen) for layer, chosen in edits.items()}
+        inner = {layout.modules[layer]: list(of_layer) for layer, of_layer in edits.items()}
         passes.edits = {m: [*outer.get(m, ()), *inner.get(m, ())] for m in {**outer, **inner}}
         passes.required = frozenset(passes.edits)
         try:
@@ -157,6 +128,27 @@ def edited_attention(
                 )
         finally:
             passes.edits, passes.required = outer, required
+
+
+@contextmanager
+def watched_attention(
+    model: PreTrainedModel,
+    function: Callable[[int, AttentionCall], object],
+    layers: Iterable[int] | None = None,
+) -> Iterator[AttentionLayout]:
+    """Call ``function(layer, call)`` after the attention of these layers, which stays as it is.
+
+    Default: every layer. Raises as :func:`edited_attention` does.
+    """
+
+    def watch(layer: int, call: AttentionCall) -> torch.Tensor:
+        function(layer, call)
+        return call.output
+
+    watched = range(attention_layout(model).n_layers) if layers is None else layers
+    edits = {layer: [functools.partial(watch, layer)] for layer in watched}
+    with edited_attention(model, edits) as layout:
+        yield layout
 
 
 @contextmanager
@@ -245,7 +237,7 @@ def _probe(model: PreTrainedModel) -> AttentionLayout:
     exact = model.config._attn_implementation in ("sdpa", "eager")
     calls: list[AttentionCall] = []
     plain = model(input_ids=ids, use_cache=False).logits
-    with _installed(model, model.modules(), Passes()) as passes:
+    with _installed(model, model.modules(), Passes(AttentionLayout((), 0, 0))) as passes:
         # Which modules hold attention is not known yet: the record waits at all of them.
         passes.edits = {module: [_Record(calls)] for module in model.modules()}
         hooked = model(input_ids=ids, use_cache=False).logits
@@ -253,7 +245,13 @@ def _probe(model: PreTrainedModel) -> AttentionLayout:
         same = torch.equal if exact else functools.partial(torch.allclose, atol=0.1, rtol=0.1)
         if not same(plain, hooked) and not plain.isnan().any():
             raise _refuse(model, "its logits change when the hook is installed without edits")
-        _check_causal(model, [plain, *(call.output for call in calls)])
+        outputs = [plain, *(call.output for call in calls)]
+        if not all(_close(output[0, :-1], output[1, :-1]) for output in outputs):
+            raise _refuse(
+                model,
+                "it is no decoder, a token sees those after it (an encoder, or a switch such "
+                "as is_decoder, is_causal or use_bidirectional_attention in its configuration)",
+            )
         _check_removal(model, layout, passes, ids)
         cacheable = _cache_holds(model, calls[0], passes, ids)
     return replace(
@@ -303,43 +301,28 @@ def equal_but_for_rounding(
 _close = functools.partial(equal_but_for_rounding, also_not_finite=True)
 
 
-def _check_causal(model: PreTrainedModel, outputs: Iterable[torch.Tensor]) -> None:
-    if not all(_close(output[0, :-1], output[1, :-1]) for output in outputs):
-        raise _refuse(
-            model,
-            "it is no decoder, a token sees those after it (an encoder, or a switch such as "
-            "is_decoder, is_causal or use_bidirectional_attention in its configuration)",
-        )
-
-
 def _check_removal(
     model: PreTrainedModel, layout: AttentionLayout, passes: Passes, ids: torch.Tensor
 ) -> None:
     """With no heads left, an attention block must give the same for every token."""
-    given: list[torch.Tensor] = []
-    handles = [
-        module.register_forward_hook(
-            lambda _m, _a, out: given.append(out if isinstance(out, torch.Tensor) else out[0])
-        )
-        for module in layout.modules
-    ]
-    try:
+    outputs: list[torch.Tensor] = []
+
+    def note(_module: torch.nn.Module, _args: Any, output: Any) -> None:
+        outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    with ExitStack() as stack:
+        for module in layout.modules:
+            stack.callback(module.register_forward_hook(note).remove)
         passes.edits = {m: [lambda call: torch.zeros_like(call.output)] for m in layout.modules}
         model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not all(_close(rows, rows[:1, :1].expand_as(rows)) for rows in given):
+    if not all(_close(rows, rows[:1, :1].expand_as(rows)) for rows in outputs):
         raise _refuse(model, "removing all heads leaves something of them in its attention blocks")
 
 
 def _cache_holds(
     model: PreTrainedModel, whole: AttentionCall, passes: Passes, ids: torch.Tensor
 ) -> bool:
-    """Whether positions are known in a pass from a cache, and attention is that of one pass.
-
-    Deeper layers than the first may differ by rounding that sends a token to another expert.
-    """
+    """Whether positions are known in a pass from a cache, and attention is that of one pass."""
     start = ids.shape[1] // 2
     record = _Record([])
     try:
@@ -349,6 +332,7 @@ def _cache_holds(
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return False  # it has no cache, or one of another make
     right = [start] * len(passes.edits)
+    # Deeper layers may differ by rounding that sends a token to another expert.
     return record.offsets == right and _close(record.calls[0].output, whole.output[:, start:])
 
 

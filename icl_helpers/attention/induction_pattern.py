@@ -78,29 +78,25 @@ def prompt_elements(prompt: str, *, opening: bool = False) -> list[Element]:
     elements: list[Element] = [first] if opening else []
     blocks = body.split(_BLANK_LINE)
     for number, block in enumerate(blocks):
-        colon = start + block.rfind(":")
-        end = start + len(block)
-        sequence, _, label = block.rpartition(":")
+        sequence, separator, label = block.rpartition(":")
         last = number == len(blocks) - 1
-        if colon < start:
+        if not separator:
             raise _no_pattern(f"the prompt's block {block[:60]!r} holds no colon")
-        if (
-            not sequence
-            or ":" in sequence
-            or "\n" in block
-            or bool(label) == last
-            or label[:1] == " "
-        ):
+        misplaced = bool(label) == last or label[:1] == " "
+        if not sequence or ":" in sequence or "\n" in block or misplaced:
             raise _no_pattern(f"the prompt's block {block[:60]!r} is no labelled sequence")
-        elements += _words(block[: colon - start], start, colon)
-        has_label = end > colon + 1
-        elements.append(
-            Element("colons", colon, colon + 1, (colon + 1, end) if has_label else None)
-        )
-        if number < len(blocks) - 1:
+        colon, end = start + len(sequence), start + len(block)
+        words = sequence.split(" ")
+        # A letter sequence has no words; the space between two belongs to the second one.
+        if len(words) == 2 and all(word in word_categories() for word in words):
+            middle = start + len(words[0])
+            kinds = [word_categories()[word] for word in words]
+            elements.append(Element(kinds[0], start, middle, (middle, colon)))
+            elements.append(Element(kinds[1], middle, colon, (colon, colon + 1)))
+        elements.append(Element("colons", colon, colon + 1, None if last else (colon + 1, end)))
+        if not last:
             following = end + len(_BLANK_LINE)
-            if has_label:
-                elements.append(Element("labels", colon + 1, end, (end, following)))
+            elements.append(Element("labels", colon + 1, end, (end, following)))
             elements.append(Element("blank_lines", end, following, (following, following + 1)))
             start = following
     return elements
@@ -111,17 +107,6 @@ def _no_pattern(why: str) -> InputError:
         f"{why}, so no induction pattern is defined for it; a knockout needs 'sequence:label' "
         f"blocks behind a description, separated by blank lines, and 'sequence:' at the end"
     )
-
-
-def _words(sequence: str, start: int, colon: int) -> list[Element]:
-    """The two words of a word sequence; a letter sequence has none."""
-    parts = sequence.split(" ")
-    if len(parts) != 2 or any(part not in word_categories() for part in parts):
-        return []
-    # The space between the words belongs to the second one.
-    middle = start + len(parts[0])
-    first = Element(word_categories()[parts[0]], start, middle, (middle, colon))
-    return [first, Element(word_categories()[parts[1]], middle, colon, (colon, colon + 1))]
 
 
 def check_categories(categories: Sequence[str]) -> None:
@@ -168,8 +153,12 @@ def induction_patterns(
 ) -> list[Bool[torch.Tensor, "tokens tokens"]]:
     """:func:`induction_pattern` for many prompts, tokenised in one call."""
     check_categories(categories)
+    opening = "opening_blank_line" in categories
     offsets = _offsets(prompts, tokenizer)
-    return [_pattern(p, o, set(categories)) for p, o in zip(prompts, offsets, strict=True)]
+    return [
+        elements_pattern(prompt_elements(prompt, opening=opening), spans, categories=categories)
+        for prompt, spans in zip(prompts, offsets, strict=True)
+    ]
 
 
 def _offsets(
@@ -190,13 +179,6 @@ def _offsets(
     return offsets
 
 
-def _pattern(
-    prompt: str, offsets: Sequence[tuple[int, int]], categories: set[str]
-) -> Bool[torch.Tensor, "tokens tokens"]:
-    elements = prompt_elements(prompt, opening="opening_blank_line" in categories)
-    return elements_pattern(elements, offsets, categories=categories)
-
-
 def elements_pattern(
     elements: Iterable[Element],
     offsets: Sequence[tuple[int, int]],
@@ -210,17 +192,17 @@ def elements_pattern(
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     starts, ends = np.ascontiguousarray(spans[:, 0]), np.ascontiguousarray(spans[:, 1])
     blocked = np.zeros((len(spans), len(spans)), dtype=bool)
-    chosen = [e for e in elements if (e.kind if e.kind in CATEGORIES else "words") in categories]
-    numbers = {kind: number for number, kind in enumerate({e.kind: None for e in chosen})}
-    followed = [e for e in chosen if e.follower is not None]
+    of = [e for e in elements if (e.kind if e.kind in CATEGORIES else "words") in categories]
+    numbers = {kind: number for number, kind in enumerate({e.kind: None for e in of})}
+    followed = [e for e in of if e.follower is not None]
     if not followed:
         return torch.from_numpy(blocked)
     # Of every kind and token: where the last element begins that the token is part of, or -1; and
     # where the first follower begins that it is part of, or beyond the last token.
     shape = (len(numbers), len(spans))
     element, follower = np.full(shape, -1), np.full(shape, len(spans))
-    kinds = np.array([numbers[e.kind] for e in chosen])
-    first, last = _tokens(starts, ends, [(e.start, e.end) for e in chosen])
+    kinds = np.array([numbers[e.kind] for e in of])
+    first, last = _tokens(starts, ends, [(e.start, e.end) for e in of])
     owners, tokens = _spread(first, last)
     np.maximum.at(element, (kinds[owners], tokens), first[owners])
     kinds = np.array([numbers[e.kind] for e in followed])

@@ -92,12 +92,11 @@ class _OutputsGiven:
                 f"{wanted[0]} layers, positions, {wanted[1]} heads, {wanted[2]} d_head] for this "
                 f"model, got {list(shape)}; {self._way_out}"
             )
-        return {
-            layer: _GivenEdit(
-                heads, self.head_outputs.select(-4, layer)[..., heads, :], self._way_out
-            )
-            for layer, heads in _by_layer(self.heads).items()
-        }
+        edits: dict[int, AttentionEdit] = {}
+        for layer, heads in _by_layer(self.heads).items():
+            outputs = self.head_outputs.select(-4, layer)[..., heads, :]
+            edits[layer] = _GivenEdit(heads, outputs, self._way_out)
+        return edits
 
 
 class MeanAblation(_OutputsGiven):
@@ -156,9 +155,7 @@ class AttentionKnockout:
     blocked: Bool[torch.Tensor, "... query key"]
 
     def __init__(
-        self,
-        heads: Iterable[Head | tuple[int, int]],
-        blocked: Bool[torch.Tensor, "... query key"],
+        self, heads: Iterable[Head | tuple[int, int]], blocked: Bool[torch.Tensor, "... query key"]
     ) -> None:
         if not isinstance(blocked, torch.Tensor) or blocked.dtype != torch.bool:
             got = getattr(blocked, "dtype", type(blocked).__name__)
@@ -255,10 +252,7 @@ class _GivenEdit:
 
 
 class _BlockedWindow:
-    """The blocked pairs of one forward pass, cut to its queries and keys.
-
-    All layers of a pass see the same pairs, so the last cut is kept.
-    """
+    """The blocked pairs of a forward pass, cut to its queries and keys once for all layers."""
 
     def __init__(self, blocked: Bool[torch.Tensor, "... query key"]) -> None:
         self.blocked = blocked
@@ -280,16 +274,13 @@ class _BlockedWindow:
             )
         wanted = (offset, n_query, n_key, hash(call.query.device))
         if wanted != self.key:
-            self.cut = self._cut(offset, n_query, n_key).to(call.query.device)
+            # A sliding-window cache drops the oldest keys: the first key left is then not token 0.
+            first_key = max(0, offset + n_query - n_key)
+            part = self.blocked[..., offset : offset + n_query, first_key : first_key + n_key]
+            short = (0, n_key - part.shape[-1], 0, n_query - part.shape[-2])
+            self.cut = torch.nn.functional.pad(part, short, value=False).to(call.query.device)
             self.key = wanted
         return self.cut
-
-    def _cut(self, offset: int, n_query: int, n_key: int) -> Bool[torch.Tensor, "... query key"]:
-        # A sliding-window cache drops the oldest keys: the first key left is then not token 0.
-        first_key = max(0, offset + n_query - n_key)
-        part = self.blocked[..., offset : offset + n_query, first_key : first_key + n_key]
-        short = (n_key - part.shape[-1], n_query - part.shape[-2])
-        return torch.nn.functional.pad(part, (0, short[0], 0, short[1]), value=False)
 
 
 @dataclass
@@ -303,8 +294,7 @@ class _KnockoutEdit:
         n_heads, n_kv = call.query.shape[1], call.value.shape[1]
         groups: Sequence[int] = [head // (n_heads // n_kv) for head in self.heads]
         value = call.value[:, groups]
+        attended = torch.matmul(probabilities.to(value.dtype), value)
         output = call.output.clone()
-        output[:, :, self.heads] = torch.matmul(probabilities.to(value.dtype), value).transpose(
-            1, 2
-        )
+        output[:, :, self.heads] = attended.transpose(1, 2)
         return output

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from icl_helpers.attention.hook import (
     AttentionCall,
     AttentionLayout,
     attention_layout,
-    edited_attention,
+    watched_attention,
 )
 from icl_helpers.attention.passes import check_ids, forget_lengths, measuring, one_angle_length
 from icl_helpers.errors import InputError, UnsupportedArchitectureError
@@ -68,10 +68,32 @@ def mean_head_outputs(
             f"prompts; cut them to that length"
         )
     forget_lengths(model)
-    if average == "head_output":
-        return _mean_outputs(model, layout, input_ids, batch_size)
-    means = _mean_inputs(model, layout, input_ids, batch_size)
-    return _replay(model, layout, input_ids[:1], means)
+    # One float32 tensor for all layers, updated in place batch by batch.
+    means = torch.empty(0)
+    counts = [0] * layout.n_layers
+
+    def update(layer: int, values: Float[torch.Tensor, "batch ..."]) -> None:
+        nonlocal means
+        if not means.numel():
+            means = torch.zeros(layout.n_layers, *values.shape[1:], device=values.device)
+        difference = values.float().mean(dim=0).to(means.device) - means[layer]
+        counts[layer] += len(values)
+        means[layer] += difference.mul_(len(values) / counts[layer])
+
+    def note(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        update(layer, _block_input(layout.modules[layer], args, kwargs))
+
+    watching: AbstractContextManager[Any] = (
+        input_hooks(layout.modules, note)
+        if average == "attention_input"
+        else watched_attention(model, lambda layer, call: update(layer, call.output))
+    )
+    batches = input_ids.split(batch_size)
+    bar = tqdm(batches, desc="mean activations", unit="batch", disable=len(batches) < 8)
+    with watching:
+        for batch in bar:
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+    return means.cpu() if average == "head_output" else _replay(model, input_ids[:1], means)
 
 
 @measuring
@@ -88,89 +110,27 @@ def prompt_head_outputs(
     right: padding changes nothing to its left. Raises :class:`InputError` for ids that are not the
     model's.
     """
-    layout = attention_layout(model)
+    attention_layout(model)  # what has no such attention is refused before its ids are
     check_ids(model, input_ids, way_out="use shorter prompts")
     rows = torch.arange(len(input_ids))[:, None]
     outputs: dict[int, torch.Tensor] = {}
 
-    def record(layer: int, call: AttentionCall) -> torch.Tensor:
-        kept = call.output if positions is None else call.output[rows, positions]
-        outputs[layer] = kept.float().cpu()
-        return call.output
+    def record(layer: int, call: AttentionCall) -> None:
+        asked = call.output if positions is None else call.output[rows, positions]
+        outputs[layer] = asked.float().cpu()
 
-    with edited_attention(model, _per_layer(layout, record)):
+    with watched_attention(model, record) as layout:
         model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
     return torch.stack([outputs[layer] for layer in range(layout.n_layers)], dim=1)
 
 
-class _RunningMeans:
-    """Mean over samples for every layer: one float32 tensor, updated in place batch by batch."""
-
-    def __init__(self, n_layers: int) -> None:
-        self._counts = [0] * n_layers
-        self._means: torch.Tensor | None = None
-
-    def update(self, layer: int, values: Float[torch.Tensor, "batch ..."]) -> None:
-        if self._means is None:
-            shape = (len(self._counts), *values.shape[1:])
-            self._means = torch.zeros(shape, device=values.device)
-        difference = values.float().mean(dim=0).to(self._means.device) - self._means[layer]
-        self._counts[layer] += len(values)
-        self._means[layer] += difference.mul_(len(values) / self._counts[layer])
-
-    def all(self) -> Float[torch.Tensor, "layers ..."]:
-        assert self._means is not None
-        return self._means
-
-
-def _batches(
-    input_ids: torch.Tensor, batch_size: int, device: torch.device
-) -> Iterator[torch.Tensor]:
-    batches = input_ids.split(batch_size)
-    for batch in tqdm(batches, desc="mean activations", unit="batch", disable=len(batches) < 8):
-        yield batch.to(device)
-
-
-def _mean_outputs(
-    model: PreTrainedModel, layout: AttentionLayout, input_ids: torch.Tensor, batch_size: int
-) -> torch.Tensor:
-    running = _RunningMeans(layout.n_layers)
-
-    def record(layer: int, call: AttentionCall) -> torch.Tensor:
-        running.update(layer, call.output)
-        return call.output
-
-    with edited_attention(model, _per_layer(layout, record)):
-        for batch in _batches(input_ids, batch_size, model.device):
-            model.base_model(input_ids=batch, use_cache=False)
-    return running.all().cpu()
-
-
-def _mean_inputs(
-    model: PreTrainedModel, layout: AttentionLayout, input_ids: torch.Tensor, batch_size: int
-) -> Float[torch.Tensor, "layers positions hidden"]:
-    running = _RunningMeans(layout.n_layers)
-
-    def record(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        running.update(layer, _block_input(layout.modules[layer], args, kwargs))
-
-    with input_hooks(layout.modules, record):
-        for batch in _batches(input_ids, batch_size, model.device):
-            model.base_model(input_ids=batch, use_cache=False)
-    return running.all()
-
-
 def _replay(
     model: PreTrainedModel,
-    layout: AttentionLayout,
     any_ids: torch.Tensor,
     means: Float[torch.Tensor, "layers positions hidden"],
 ) -> Float[torch.Tensor, "layers positions heads d_head"]:
-    """One forward pass in which every attention block is fed its mean input.
-
-    The tokens do not matter: whatever the residual stream holds, each block sees its own mean, with
-    the positions, masks and cache handling that the model itself sets up.
-    """
+    """One pass, whatever its tokens are, in which every attention block is fed its mean input."""
+    layout = attention_layout(model)
     shape = (layout.n_layers, any_ids.shape[1], layout.n_heads, layout.d_head)
     # A layer's outputs take the place of its mean, which is not needed any more by then.
     fits = means.numel() == math.prod(shape)
@@ -179,31 +139,24 @@ def _replay(
     def mean(layer: int, current: torch.Tensor) -> torch.Tensor:
         return means[layer].to(device=current.device, dtype=current.dtype, copy=True)[None]
 
-    def record(layer: int, call: AttentionCall) -> torch.Tensor:
+    def record(layer: int, call: AttentionCall) -> None:
         outputs[layer] = call.output[0]
-        return call.output
 
-    with replaced_inputs(layout, mean), edited_attention(model, _per_layer(layout, record)):
+    with replaced_inputs(layout, mean), watched_attention(model, record):
         model.base_model(input_ids=any_ids.to(model.device), use_cache=False)
     return outputs.cpu()
-
-
-def _per_layer(layout: AttentionLayout, function: Any) -> dict[int, list[Any]]:
-    return {
-        layer: [lambda call, layer=layer: function(layer, call)] for layer in range(layout.n_layers)
-    }
 
 
 def _block_input(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    found = kwargs.get("hidden_states", args[0] if args else None)
-    if not isinstance(found, torch.Tensor) or found.ndim != 3:
+    states = kwargs.get("hidden_states", args[0] if args else None)
+    if not isinstance(states, torch.Tensor) or states.ndim != 3:
         raise UnsupportedArchitectureError(
             f"{type(module).__name__} does not take its input as hidden states [batch, position, "
             f"hidden]; use average='head_output' for this architecture"
         )
-    return found
+    return states
 
 
 @contextmanager
@@ -229,12 +182,8 @@ def input_hooks(modules: Iterable[torch.nn.Module], function: Any) -> Iterator[N
     The function returns None, or the arguments to put in place of these. All hooks are removed
     whatever way the block is left.
     """
-    handles = []
-    try:
+    with ExitStack() as stack:
         for index, module in enumerate(modules):
             hook = lambda _, args, kwargs, index=index: function(index, args, kwargs)  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

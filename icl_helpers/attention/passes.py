@@ -21,7 +21,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -33,9 +33,10 @@ from transformers import PreTrainedModel
 from icl_helpers.errors import InputError, InterventionError, UnsupportedArchitectureError
 
 __all__ = [
-    "SUPPORTED_ARCHITECTURES", "AttentionCall", "Branches", "Passes", "attention_probabilities",
-    "branching_mask", "check_ids", "check_tokens", "check_usable", "context_length",
-    "forget_lengths", "learned_positions", "measuring", "one_angle_length", "position_limit",
+    "SUPPORTED_ARCHITECTURES", "AttentionCall", "AttentionLayout", "Branches", "Passes",
+    "attention_probabilities", "branching_mask", "check_ids", "check_tokens", "check_usable",
+    "context_length", "forget_lengths", "learned_positions", "measuring", "one_angle_length",
+    "position_limit",
     "rope_switch",
 ]  # fmt: skip
 
@@ -66,27 +67,40 @@ def measuring(measure: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
     return measured
 
 
+@dataclass(frozen=True)
+class AttentionLayout:
+    """The attention modules of a model, layer by layer, and the shape of their heads.
+
+    ``cacheable``: the model attends from a cache as it does in one pass. ``max_positions`` is the
+    length of its table of positions, None without one; ``rope_switch`` as in :func:`rope_switch`.
+    """
+
+    modules: tuple[torch.nn.Module, ...]
+    n_heads: int
+    d_head: int
+    cacheable: bool = True
+    max_positions: int | None = None
+    rope_switch: tuple[int, bool] | None = None
+
+    @property
+    def n_layers(self) -> int:
+        """Number of attention layers."""
+        return len(self.modules)
+
+
 class Passes:
     """The edits of a model, and the forward pass that is under way in this thread.
 
     ``edits`` says what is done to the output of each attention module; ``required`` are the modules
-    that must be called exactly once per pass. The rest is what
-    :class:`icl_helpers.attention.hook.AttentionLayout` says of the model.
+    that must be called exactly once per pass.
     """
 
-    def __init__(
-        self,
-        *,
-        cacheable: bool = True,
-        max_positions: int | None = None,
-        rope_switch: tuple[int, bool] | None = None,
-    ) -> None:
+    def __init__(self, layout: AttentionLayout) -> None:
         self.edits: Mapping[torch.nn.Module, list[Callable[..., torch.Tensor]]] = {}
         self.required: frozenset[torch.nn.Module] = frozenset()
         self.thread = threading.get_ident()
         self.completed = 0
-        self._cacheable, self._max_positions = cacheable, max_positions
-        self._rope_switch = rope_switch
+        self._layout = layout
         self._depth = 0
         self._given: dict[str, Any] = {}
         self._offset = 0
@@ -97,15 +111,12 @@ class Passes:
     @contextmanager
     def watching(self, parts: Iterable[PreTrainedModel]) -> Iterator[None]:
         """Note every pass of a model inside the block, whichever of these parts is called."""
-        handles = []
-        try:
+        with ExitStack() as stack:
             for part in parts:
-                handles.append(part.register_forward_pre_hook(self._begin, with_kwargs=True))
-                handles.append(part.register_forward_hook(self._end, always_call=True))
+                begin = part.register_forward_pre_hook(self._begin, with_kwargs=True)
+                stack.callback(begin.remove)
+                stack.callback(part.register_forward_hook(self._end, always_call=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def check_thread(self) -> None:
         """Raise :class:`InterventionError` in any thread but the one that installed the edits."""
@@ -132,12 +143,14 @@ class Passes:
             self._check_pass(module)
 
     def _check_pass(self, module: PreTrainedModel) -> None:
-        if module.training and torch.is_grad_enabled() and _checkpoints(module):
+        layout, switch = self._layout, self._layout.rope_switch
+        repeats = module.training and torch.is_grad_enabled()
+        if repeats and any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
             raise InterventionError(
                 "gradient checkpointing runs layers a second time, when interventions may be gone; "
                 "call model.gradient_checkpointing_disable() or model.eval() first"
             )
-        if self._offset and not self._cacheable:
+        if self._offset and not layout.cacheable:
             raise InterventionError(
                 f"{type(module).__name__} gives other attention from a cache than in one pass; "
                 f"pass whole sequences with use_cache=False"
@@ -146,23 +159,23 @@ class Passes:
         if "input_ids" in self._given:
             check_tokens(module, self._given["input_ids"])
         end = self._offset + (0 if ids is None else ids.shape[1])
-        if self._rope_switch is not None and not self._offset:
+        if switch is not None and not self._offset:
             forget_lengths(module)
         branches = _APPLIED.get()
         if branches is not None:  # side by side in columns, but not in positions
             end = int(branches.positions.max()) + 1
-        if self._offset and self._rope_switch is not None:
-            trained, grows = self._rope_switch
+        if self._offset and switch is not None:
+            trained, grows = switch
             if end > trained and (grows or self._offset <= trained):
                 raise InterventionError(
                     f"keys in the cache were turned for {self._offset} tokens, and the model turns "
                     f"them otherwise in sequences of {end}, beyond its trained {trained}; pass "
                     f"whole sequences with use_cache=False"
                 )
-        if self._max_positions is not None and end > self._max_positions:
+        if layout.max_positions is not None and end > layout.max_positions:
             raise InputError(
                 f"the pass reaches position {end - 1}, but the model has positions "
-                f"0..{self._max_positions - 1}; use shorter prompts or generate fewer tokens"
+                f"0..{layout.max_positions - 1}; use shorter prompts or generate fewer tokens"
             )
 
     def _end(self, module: torch.nn.Module, _args: Any, output: Any) -> None:
@@ -257,10 +270,6 @@ class Passes:
             )
 
 
-def _checkpoints(model: torch.nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
 def _windows(attention: torch.nn.Module) -> bool:
     """Whether the file of this attention makes masks that end where such a cache does."""
     file = sys.modules.get(type(attention).__module__)
@@ -350,17 +359,6 @@ class AttentionCall:
         return self.passes.positions(self.query.shape[2], self.key.shape[2])
 
 
-def _causal_mask(call: AttentionCall) -> Bool[torch.Tensor, "query key"] | None:
-    """The causal mask that SDPA applies by itself when it is handed none; else None."""
-    n_query, n_key = call.query.shape[2], call.key.shape[2]
-    is_causal = call.kwargs.get("is_causal")
-    causal = getattr(call.module, "is_causal", True) if is_causal is None else is_causal
-    if call.mask is not None or n_query == 1 or not causal:
-        return None
-    ones = torch.ones(n_query, n_key, dtype=torch.bool, device=call.query.device)
-    return ones.tril()
-
-
 def attention_probabilities(
     call: AttentionCall,
     *,
@@ -372,19 +370,37 @@ def attention_probabilities(
     Honours the call's mask, scaling, logit soft-capping and attention sinks. ``blocked`` forbids
     further query-key pairs; a query with nothing left to attend to gets a row of zeros.
     """
-    n_heads, n_kv = call.query.shape[1], call.key.shape[1]
-    chosen = torch.arange(n_heads) if heads is None else torch.as_tensor(heads)
-    chosen = chosen.to(call.query.device)
-    query = call.query[:, chosen]
+    if call.kwargs.get("position_bias") is not None:
+        raise UnsupportedArchitectureError(
+            f"{type(call.module).__name__} adds a position bias to its attention, which is not "
+            f"supported here; supported: {SUPPORTED_ARCHITECTURES}"
+        )
+    (_, n_heads, n_query, _), (_, n_kv, n_key, _) = call.query.shape, call.key.shape
+    indices = torch.arange(n_heads) if heads is None else torch.as_tensor(heads)
+    indices = indices.to(call.query.device)
+    query = call.query[:, indices]
     # Grouped queries share keys: head h reads key-value head h // (n_heads // n_kv).
-    key = call.key[:, chosen // (n_heads // n_kv)]
+    key = call.key[:, indices // (n_heads // n_kv)]
     scaling = call.kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     logits = (torch.matmul(query, key.transpose(2, 3)) * scaling).float()
     softcap = call.kwargs.get("softcap")
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    logits = _masked(logits, call, chosen)
+    mask, is_causal = call.mask, call.kwargs.get("is_causal")
+    causal = getattr(call.module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and n_query > 1 and causal:
+        # What SDPA applies by itself when it is handed none.
+        mask = torch.ones(n_query, n_key, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        mask = mask[..., :n_key]
+        mask = mask[:, indices] if mask.ndim == 4 and mask.shape[1] > 1 else mask
+        if mask.dtype == torch.bool:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        else:
+            # An additive mask forbids with the lowest finite number; minus infinity is certain.
+            lowest = torch.finfo(mask.dtype).min
+            logits = logits + mask.float().masked_fill(mask <= lowest, -torch.inf)
     empty = None
     if blocked is not None:
         logits = logits.masked_fill(blocked.unsqueeze(-3), -torch.inf)
@@ -392,27 +408,10 @@ def attention_probabilities(
         empty = torch.isneginf(logits).all(dim=-1, keepdim=True)
     sinks = call.kwargs.get("s_aux")
     if sinks is not None:
-        column = sinks[chosen].float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        column = sinks[indices].float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         return torch.softmax(torch.cat([logits, column], dim=-1), dim=-1)[..., :-1]
     probabilities = torch.softmax(logits, dim=-1)
     return probabilities if empty is None else probabilities.masked_fill(empty, 0.0)
-
-
-def _masked(logits: torch.Tensor, call: AttentionCall, chosen: torch.Tensor) -> torch.Tensor:
-    if call.kwargs.get("position_bias") is not None:
-        raise UnsupportedArchitectureError(
-            f"{type(call.module).__name__} adds a position bias to its attention, which is not "
-            f"supported here; supported: {SUPPORTED_ARCHITECTURES}"
-        )
-    mask = _causal_mask(call) if call.mask is None else call.mask[..., : call.key.shape[2]]
-    if mask is None:
-        return logits
-    if mask.ndim == 4 and mask.shape[1] > 1:
-        mask = mask[:, chosen]
-    if mask.dtype == torch.bool:
-        return logits.masked_fill(~mask, -torch.inf)
-    # An additive mask forbids with the lowest finite number; minus infinity forbids for certain.
-    return logits + mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
 
 
 # Like any index into a tensor, these take whole numbers or tensors of them.
@@ -495,19 +494,13 @@ _POSITION_TABLE = re.compile(r"(?!.*(vision|visual|image|audio|rel)).*(pos|wpe)[
 
 def learned_positions(model: PreTrainedModel) -> int | None:
     """Rows of the model's table of positions that tokens can reach; None: it has no table."""
-    tables = [
-        module.num_embeddings - _first_row(module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and _POSITION_TABLE.match(name)
-    ]
-    return min(tables, default=None)
-
-
-def _first_row(table: torch.nn.Embedding) -> int:
-    """Row of position 0: OPT and Bart start at 2, RoBERTa behind the padding."""
-    if table.padding_idx is not None:
-        return table.padding_idx + 1
-    return int(getattr(table, "offset", 0))
+    lengths = []
+    for name, table in model.named_modules():
+        if isinstance(table, torch.nn.Embedding) and _POSITION_TABLE.match(name):
+            # Position 0 of OPT and Bart is in row 2, of RoBERTa behind the padding.
+            behind = None if table.padding_idx is None else table.padding_idx + 1
+            lengths.append(table.num_embeddings - (behind or int(getattr(table, "offset", 0))))
+    return min(lengths, default=None)
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

@@ -26,7 +26,7 @@ from icl_helpers.attention.hook import (
     attention_layout,
     attention_probabilities,
     check_heads,
-    edited_attention,
+    watched_attention,
 )
 from icl_helpers.attention.passes import check_ids, measuring
 from icl_helpers.errors import InputError
@@ -54,7 +54,11 @@ def token_pool(
         raise InputError(f"exclude_ratio must lie in [0, 0.5), got {exclude_ratio}")
     special = set(tokenizer.all_special_ids)
     vocabulary = tokenizer.get_vocab()
-    ranked = [vocabulary[token] for token in _merged_tokens(tokenizer) if token in vocabulary]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    merges = [] if backend is None else json.loads(backend.to_str())["model"].get("merges") or []
+    # Older files write a merge as "a b", newer ones as a pair.
+    merged = ["".join(m.split(" ", 1)) if isinstance(m, str) else "".join(m) for m in merges]
+    ranked = [vocabulary[token] for token in merged if token in vocabulary]
     ranking = "merges"
     if not ranked:
         special |= set(tokenizer.added_tokens_decoder)
@@ -63,15 +67,6 @@ def token_pool(
     ranked = [token for token in dict.fromkeys(ranked) if token not in special]
     cut = int(len(ranked) * exclude_ratio)
     return ranked[cut : len(ranked) - cut], ranking
-
-
-def _merged_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Tokens in merge order; older files write a merge as "a b", newer ones as a pair."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return []
-    merges = json.loads(backend.to_str())["model"].get("merges") or []
-    return ["".join(m.split(" ", 1)) if isinstance(m, str) else "".join(m) for m in merges]
 
 
 def random_sequences(
@@ -199,33 +194,20 @@ def mean_attention(
 ) -> Float[torch.Tensor, "batch layers heads"]:
     """Attention that each head pays to these (query, key) pairs in all, over ``n_positions``."""
     layout = attention_layout(model)
+    query, key = pairs.nonzero(as_tuple=True)
     parts = []
     for batch in input_ids.split(batch_size or len(input_ids)):
         scores = torch.zeros(len(batch), layout.n_layers, layout.n_heads)
-        edits = {
-            layer: [_ScoreEdit(pairs, n_positions, scores[:, layer])]
-            for layer in range(layout.n_layers)
-        }
-        with edited_attention(model, edits):
+
+        def reduce(layer: int, call: AttentionCall, scores: torch.Tensor = scores) -> None:
+            total = attention_probabilities(call)[:, :, query, key].sum(dim=-1)
+            scores[:, layer] = total / n_positions
+
+        with watched_attention(model, reduce):
             # The decoder alone: the output projection's logits are not needed.
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
         parts.append(scores)
     return torch.cat(parts)
-
-
-class _ScoreEdit:
-    """Reduce one layer's attention to a score per head; leave the output as it is."""
-
-    def __init__(self, pairs: torch.Tensor, n_positions: int, scores: torch.Tensor) -> None:
-        self.query, self.key = pairs.nonzero(as_tuple=True)
-        self.n_positions = n_positions
-        self.scores = scores
-
-    def __call__(self, call: AttentionCall) -> torch.Tensor:
-        probabilities = attention_probabilities(call)
-        total = probabilities[:, :, self.query, self.key].sum(dim=-1) / self.n_positions
-        self.scores.copy_(total)
-        return call.output
 
 
 @measuring
@@ -241,22 +223,17 @@ def attention_patterns(
     ``blocked`` shows the pattern that a head is left with when these pairs are forbidden to it.
     Inside :func:`icl_helpers.intervene` the attentions are those on the altered residual stream.
     """
-    chosen = list(dict.fromkeys(Head(*head) for head in heads))
-    check_heads(chosen, attention_layout(model))
+    asked = list(dict.fromkeys(Head(*head) for head in heads))
+    check_heads(asked, attention_layout(model))
     check_ids(model, input_ids, way_out="use a shorter prompt")
     patterns: dict[Head, torch.Tensor] = {}
 
-    def record(layer: int, call: AttentionCall) -> torch.Tensor:
-        mine = [head for head in chosen if head.layer == layer]
-        probabilities = attention_probabilities(
-            call, heads=[head.head for head in mine], blocked=blocked
-        )
-        for index, head in enumerate(mine):
-            patterns[head] = probabilities[:, index].cpu()
-        return call.output
+    def record(layer: int, call: AttentionCall) -> None:
+        of_layer = [head.head for head in asked if head.layer == layer]
+        probabilities = attention_probabilities(call, heads=of_layer, blocked=blocked)
+        for index, head in enumerate(of_layer):
+            patterns[Head(layer, head)] = probabilities[:, index].cpu()
 
-    layers = {head.layer for head in chosen}
-    edits = {layer: [lambda call, layer=layer: record(layer, call)] for layer in layers}
-    with edited_attention(model, edits):
+    with watched_attention(model, record, {head.layer for head in asked}):
         model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
-    return {head: patterns[head] for head in chosen}
+    return {head: patterns[head] for head in asked}

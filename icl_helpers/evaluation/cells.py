@@ -6,7 +6,6 @@ scored on them, and each finished cell goes to the store at once.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +19,7 @@ from icl_helpers.evaluation.store import CellStore
 from icl_helpers.files import content_key, file_name
 from icl_helpers.tasks.demonstrations import Rule
 from icl_helpers.tasks.lm_eval_task import load_task
-from icl_helpers.tasks.prompts import Prompt, sample_documents
+from icl_helpers.tasks.prompts import Prompt, PromptSet, sample_documents
 
 __all__ = [
     "Cell", "CellGroup", "Prompts", "Scorer", "build", "score_documents", "score_group",
@@ -36,23 +35,17 @@ Cell = tuple[dict[str, Any], dict[str, list[Any]]]
 class Scorer(Protocol):
     """What scores prompts: :class:`icl_helpers.evaluation.scorer.InterventionLM`."""
 
-    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
-        """Tokenise (context, label) pairs."""
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]: ...
 
-    def share(self, conditions: Sequence[Condition]) -> None:
-        """Keep what these conditions share, until :meth:`forget`."""
+    def share(self, conditions: Sequence[Condition]) -> None: ...
 
-    def forget(self) -> None:
-        """Drop what is kept."""
+    def forget(self) -> None: ...
 
-    def under(self, condition: Condition) -> AbstractContextManager[Any]:
-        """Score under the condition inside the block."""
+    def under(self, condition: Condition) -> AbstractContextManager[Any]: ...
 
-    def _loglikelihood_tokens(self, requests: Sequence[Encoded]) -> list[tuple[float, bool]]:
-        """Log-probability and greediness of each label."""
+    def _loglikelihood_tokens(self, requests: Sequence[Encoded]) -> list[tuple[float, bool]]: ...
 
-    def blocked_pairs(self, requests: Sequence[Encoded], of: tuple[str, ...]) -> list[int]:
-        """How many query-key pairs a knockout of these categories blocks in each prompt."""
+    def blocked_pairs(self, requests: Sequence[Encoded], of: tuple[str, ...]) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,15 @@ class CellGroup:
     data: str
     conditions: tuple[Condition, ...]
     demonstrations: Rule | None = None
+
+    @classmethod
+    def of_set(
+        cls, prompts: PromptSet, limit: int | None, conditions: Sequence[Condition]
+    ) -> CellGroup:
+        """Prompts of a set under these conditions; at most ``limit`` documents."""
+        s = prompts
+        given = (s.task, s.labels, s.shots, s.seeds[0], limit, s.sampling, s.data)
+        return cls(*given, tuple(conditions), s.demonstrations)
 
     def split(self, size: int) -> list[CellGroup]:
         """The same cells in groups of at most ``size``."""
@@ -100,15 +102,9 @@ class CellGroup:
     def describe(self) -> dict[str, Any]:
         """What is evaluated, as JSON values, without the heads."""
         return {
-            "task": self.task,
-            "labels": self.labels,
-            "shots": self.shots,
-            "demonstration_seed": self.seed,
-            "conditions": [
-                [c.name, c.ablation, c.fraction, c.control, c.ablation_seed]
-                for c in self.conditions
-            ],
-        }
+            "task": self.task, "labels": self.labels, "shots": self.shots,
+            "demonstration_seed": self.seed, "conditions": [list(c.row) for c in self.conditions],
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,10 +123,7 @@ class Prompts:
 
 
 def score_group(
-    load: Callable[[], Scorer],
-    group: CellGroup,
-    key: dict[str, Any],
-    store: CellStore | None,
+    load: Callable[[], Scorer], group: CellGroup, key: dict[str, Any], store: CellStore | None
 ) -> list[Cell]:
     """Score the cells of a group in order, taking from the store what it has.
 
@@ -153,11 +146,9 @@ def score_group(
                 encoded = lm.encode(prompts.pairs)
                 lm.share(group.conditions)
             # Without demonstrations an induction pattern has no pairs.
-            found = _score(
-                lm, condition, prompts.task, prompts.task.instances, encoded,
-                none_blocked=group.shots == 0,
-            )  # fmt: skip
-            documents = prompts.counted(found)
+            bare = group.shots == 0
+            scored = _score(lm, condition, prompts.task.instances, encoded, none_blocked=bare)
+            documents = prompts.counted(scored)
             if store is not None:
                 store.write(spec, documents)
         cells.append((spec, documents))
@@ -176,7 +167,7 @@ def stored_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dic
     if len(known) == len(group.conditions):
         return known
     prompts = build(group)
-    return _found(group, prompts.key, key, functools.partial(_read, store, prompts))
+    return _read_all(group, prompts.key, key, lambda spec: _read(store, prompts, spec))
 
 
 def _read(store: CellStore, prompts: Prompts, spec: dict[str, Any]) -> dict[str, Any] | None:
@@ -192,22 +183,21 @@ def _read(store: CellStore, prompts: Prompts, spec: dict[str, Any]) -> dict[str,
 def _known_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dict[int, Cell]:
     """Cells of an imported run, whose prompts are known by name: their data may not be here."""
     prompts = store.known_prompts.get(group.prompts_name())
-    return {} if prompts is None else _found(group, prompts, key, store.read)
+    return {} if prompts is None else _read_all(group, prompts, key, store.read)
 
 
-def _found(
+def _read_all(
     group: CellGroup,
     prompts: str,
     key: dict[str, Any],
     read: Callable[[dict[str, Any]], dict[str, Any] | None],
 ) -> dict[int, Cell]:
-    found = {}
-    for place, condition in enumerate(group.conditions):
+    cells = {}
+    for number, condition in enumerate(group.conditions):
         spec = _spec(group, condition, prompts, key)
-        documents = read(spec)
-        if documents is not None:
-            found[place] = spec, documents
-    return found
+        if (documents := read(spec)) is not None:
+            cells[number] = spec, documents
+    return cells
 
 
 def _spec(
@@ -223,39 +213,34 @@ def build(group: CellGroup) -> Prompts:
         group.task, shots=group.shots, seed=group.seed, labels=group.labels, data=group.data,
         demonstrations=group.demonstrations,
     )  # fmt: skip
-    loaded.build_all_requests(samples=_sample(group, loaded), rank=0, world_size=1)
+    samples = None
+    if group.limit is not None:
+        labels = [int(doc["target"]) for doc in loaded.eval_docs]
+        samples = sample_documents(labels, group.limit, sampling=group.sampling)
+    loaded.build_all_requests(samples=samples, rank=0, world_size=1)
     pairs = [cast("tuple[str, str]", instance.args) for instance in loaded.instances]
     if not pairs:
         raise InputError(
             f"task {group.task} has no documents to evaluate; check its data ({group.data})"
         )
     # Without demonstrations a row's label is in no prompt, but it decides what is right.
-    targets = [int(loaded.doc_to_target(instance.doc)) for instance in loaded.instances]
+    targets = [int(instance.doc["target"]) for instance in loaded.instances]
     return Prompts(loaded, pairs, content_key([pairs, targets]), loaded.prompts(group.shots))
-
-
-def _sample(group: CellGroup, task: Any) -> list[int] | None:
-    if group.limit is None:
-        return None
-    targets = [int(task.doc_to_target(doc)) for doc in task.eval_docs]
-    return sample_documents(targets, group.limit, sampling=group.sampling)
 
 
 def score_documents(
     lm: Scorer, condition: Condition, prompts: Prompts, doc_ids: Collection[int]
 ) -> dict[str, list[Any]]:
     """Score some of the documents under a condition; columns as in a cell."""
-    places = [n for n, it in enumerate(prompts.task.instances) if it.doc["doc_id"] in doc_ids]
-    encoded = lm.encode([prompts.pairs[place] for place in places])
-    instances = [prompts.task.instances[place] for place in places]
+    instances = [it for it in prompts.task.instances if it.doc["doc_id"] in doc_ids]
+    encoded = lm.encode([instance.args for instance in instances])
     # Of a cell whose prompts have something to block, a few may have nothing.
-    return _score(lm, condition, prompts.task, instances, encoded, none_blocked=True)
+    return _score(lm, condition, instances, encoded, none_blocked=True)
 
 
 def _score(
     lm: Scorer,
     condition: Condition,
-    task: Any,
     instances: Sequence[Any],
     encoded: Sequence[Encoded],
     *,
@@ -280,7 +265,7 @@ def _score(
     for doc_id, choices in by_document.items():
         choices.sort(key=lambda choice: choice[0].idx)
         documents["doc_id"].append(doc_id)
-        documents["target"].append(int(task.doc_to_target(choices[0][0].doc)))
+        documents["target"].append(int(choices[0][0].doc["target"]))
         # JSON has no word for what is not finite.
         documents["log_probabilities"].append(
             [value if math.isfinite(value) else None for *_, (value, _) in choices]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -81,6 +81,11 @@ class Condition:
             values["categories"] = tuple(values["categories"])
         return cls(**values, head_outputs=means, means_key=spec.get("means"))
 
+    @property
+    def row(self) -> tuple[Any, ...]:
+        """What tells its rows in the results from those of others."""
+        return self.name, self.ablation, self.fraction, self.control, self.ablation_seed
+
     def interventions(self, blocked: torch.Tensor | None = None) -> list[Intervention]:
         """Interventions for one batch; knockout needs ``blocked`` [batch, query, key]."""
         if self.ablation == "none":
@@ -111,8 +116,8 @@ class Condition:
         if self.ablation == "mean" and self.means_key is not None:
             identity["means"] = self.means_key
         elif self.ablation == "mean" and self.head_outputs is not None:
-            chosen = torch.stack([self.head_outputs[h.layer, :, h.head] for h in self.heads])
-            raw = chosen.float().contiguous().cpu().numpy().tobytes()
+            means = torch.stack([self.head_outputs[h.layer, :, h.head] for h in self.heads])
+            raw = means.float().contiguous().cpu().numpy().tobytes()
             identity["means"] = hashlib.sha256(raw).hexdigest()[:16]
         return identity
 
@@ -151,38 +156,39 @@ def conditions(
         Put the full model first.
     """
     controls = dict.fromkeys([control] if isinstance(control, str) else control)
-    _check(fractions, ablations, ablation_seeds, controls, categories)
+    for fraction in fractions:
+        check_fraction(fraction)
+    for ablation in ablations:
+        if ablation not in ABLATIONS:
+            raise InputError(f"ablations must be among {', '.join(ABLATIONS)}, got {ablation!r}")
+    check_categories(categories)
+    for seed in ablation_seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"ablation_seeds must be whole numbers, got {seed!r}")
+    for way in controls:
+        if way not in CONTROLS:
+            raise InputError(f"control must be one of {', '.join(CONTROLS)}, got {way!r}")
     if "mean" in ablations and head_outputs is None:
         raise InputError(
             "mean ablation needs head_outputs: compute them with mean_head_outputs(model, "
             "reference_ids(...)), or leave 'mean' out of ablations"
         )
-    found = [FULL] if full else []
-    for ablation in dict.fromkeys(ablations):
-        for fraction in dict.fromkeys(fractions):
-            induction = tuple(top_heads(scores, fraction))
-            if ablation == "knockout":
-                found.append(
-                    Condition(
-                        "induction_pattern", "knockout", fraction, None, induction,
-                        categories=tuple(categories),
-                    )
-                )  # fmt: skip
-                continue
-            means = head_outputs if ablation == "mean" else None
-            kind: Any = ablation
-            found.append(
-                Condition("induction_heads", kind, fraction, heads=induction, head_outputs=means)
-            )
-            for way, seed in itertools.product(controls, dict.fromkeys(ablation_seeds)):
-                drawn, borrowed = _control(induction, scores, seed, way)
-                found.append(
-                    Condition(
-                        "random_heads", kind, fraction, seed, tuple(drawn), means,
-                        borrowed=tuple(borrowed), control=way,
-                    )
-                )  # fmt: skip
-    return found
+    built = [FULL] if full else []
+    for ablation, fraction in itertools.product(dict.fromkeys(ablations), dict.fromkeys(fractions)):
+        induction = tuple(top_heads(scores, fraction))
+        kind: Any = ablation
+        of_kind = functools.partial(Condition, ablation=kind, fraction=fraction)
+        if ablation == "knockout":
+            of = tuple(categories)
+            built.append(of_kind("induction_pattern", heads=induction, categories=of))
+            continue
+        means = head_outputs if ablation == "mean" else None
+        built.append(of_kind("induction_heads", heads=induction, head_outputs=means))
+        for way, seed in itertools.product(controls, dict.fromkeys(ablation_seeds)):
+            drawn, borrowed = _control(induction, scores, seed, way)
+            random: Any = {"heads": tuple(drawn), "borrowed": tuple(borrowed), "control": way}
+            built.append(of_kind("random_heads", ablation_seed=seed, head_outputs=means, **random))
+    return built
 
 
 def _control(
@@ -212,24 +218,3 @@ def drawn_again(frame: pd.DataFrame, scores: Float[torch.Tensor, "layers heads"]
 
     counts = [count(*key) for key in frame[keys].itertuples(index=False, name=None)]
     return pd.Series(counts, index=frame.index, dtype="Int64")
-
-
-def _check(
-    fractions: Sequence[float],
-    ablations: Sequence[str],
-    ablation_seeds: Sequence[int],
-    controls: Iterable[str],
-    categories: Sequence[str],
-) -> None:
-    for fraction in fractions:
-        check_fraction(fraction)
-    for ablation in ablations:
-        if ablation not in ABLATIONS:
-            raise InputError(f"ablations must be among {', '.join(ABLATIONS)}, got {ablation!r}")
-    check_categories(categories)
-    for seed in ablation_seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise InputError(f"ablation_seeds must be whole numbers, got {seed!r}")
-    for control in controls:
-        if control not in CONTROLS:
-            raise InputError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}")

@@ -17,7 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,8 +56,8 @@ from icl_helpers.tasks.prompts import (
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
-    "Job", "ModelSource", "Request", "describe_failures", "evaluate", "evaluate_request", "pack",
-    "plan_request", "record_failures", "run_job",
+    "Job", "ModelSource", "Request", "evaluate", "evaluate_request", "pack", "plan_request",
+    "run_job",
 ]  # fmt: skip
 
 
@@ -169,31 +169,18 @@ def plan_request(
     setting: Callable[[str, str, str], str] = lambda *_: "",
 ) -> Request:
     """Check the arguments of :func:`evaluate` that need no model, and divide them into groups."""
-    chosen = _as_conditions(conditions)
+    distinct = _distinct(conditions)
     directory = None if run_dir is None else check_run_dir(run_dir)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"limit must be a whole number >= 1 or None, got {limit!r}")
     texts = [s.task for s in sets if isinstance(get_task_spec(s.task), TextTaskSpec)]
-    if texts and any(condition.ablation == "knockout" for condition in chosen):
+    if texts and any(condition.ablation == "knockout" for condition in distinct):
         raise InputError(
             f"task {texts[0]!r} is a text task, for whose prompts the paper defines no induction "
             f"pattern; leave out the knockout, or the task"
         )
-    groups = tuple(
-        CellGroup(
-            s.task,
-            s.labels,
-            s.shots,
-            s.seeds[0],
-            limit,
-            s.sampling,
-            s.data,
-            chosen,
-            s.demonstrations,
-        )
-        for s in sets
-    )
-    return Request(groups, tuple(s.seeds for s in sets), directory, setting)
+    groups = tuple(CellGroup.of_set(prompts, limit, distinct) for prompts in sets)
+    return Request(groups, tuple(prompts.seeds for prompts in sets), directory, setting)
 
 
 def evaluate_request(
@@ -209,61 +196,53 @@ def evaluate_request(
     ``load`` gives the model to score with in this process; workers take it from ``source``. Raises
     as :func:`evaluate` does.
     """
-    directory = request.directory
+    directory, groups = request.directory, request.groups
     store = None if directory is None else CellStore(directory / "cells")
     failures: list[Failure[Job]] = []
     if executor is None:
-        cells = _score_here(load, request.groups, key, store)
+        cells = _score_here(load, groups, key, store)
     else:
         if source is None:
             raise InputError("with an executor, evaluate() needs source=ModelSource(name, ...)")
-        cells, failures = _score_elsewhere(as_workers(executor), source, request.groups, key, store)
+        cells, failures = _score_elsewhere(as_workers(executor), source, groups, key, store)
     if directory is not None:
-        record_failures(directory, request.groups, key, failures)
-    seeds_of = [
-        seeds
-        for group, seeds in zip(request.groups, request.seeds, strict=True)
-        for _ in group.conditions
-    ]
+        _record_failures(directory, groups, key, failures)
+    by_group = zip(groups, request.seeds, strict=True)
+    seeds_of = [seeds for group, seeds in by_group for _ in group.conditions]
     frames = [
         document_frame(*cells[number], seed, setting=request.setting)
-        for number, task_seeds in enumerate(seeds_of)
-        for seed in task_seeds
-        if number in cells
+        for number in sorted(cells)
+        for seed in seeds_of[number]
     ]
-    found = write_results(pd.concat(frames, ignore_index=True), directory) if frames else None
+    results = write_results(pd.concat(frames, ignore_index=True), directory) if frames else None
     if failures:
-        raise FailedCellsError(describe_failures(failures, directory))
-    return cast("EvaluationResults", found)
+        raise FailedCellsError(_describe_failures(failures, directory))
+    return cast("EvaluationResults", results)
 
 
-def _as_conditions(given: Sequence[Condition | str]) -> tuple[Condition, ...]:
+def _distinct(conditions: Sequence[Condition | str]) -> tuple[Condition, ...]:
     """Conditions, each of them told apart by what the results say of it."""
     # What is asked for twice counts once, whether by name or by object. An identity hashes means.
     by_identity: dict[str, Condition] = {}
-    for condition in map(_as_condition, given):
+    for condition in conditions:
+        if condition == "full":
+            condition = FULL
+        if not isinstance(condition, Condition):
+            raise InputError(
+                f"conditions must be 'full' or come from icl_helpers.conditions(scores, ...), got "
+                f"{condition!r}"
+            )
         by_identity.setdefault(content_key(condition.identity()), condition)
-    chosen = list(by_identity.values())
-    names = [(c.name, c.ablation, c.fraction, c.control, c.ablation_seed) for c in chosen]
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    distinct = tuple(by_identity.values())
+    rows = Counter(condition.row for condition in distinct)
+    twice = next((row for row, count in rows.items() if count > 1), None)
     if twice is not None:
         raise InputError(
             f"two conditions have the name, ablation, fraction, control and ablation_seed {twice}, "
             f"by which results are told apart; give one of them another ablation_seed, or evaluate "
             f"them in two calls"
         )
-    return tuple(chosen)
-
-
-def _as_condition(condition: Condition | str) -> Condition:
-    if isinstance(condition, Condition):
-        return condition
-    if condition == "full":
-        return FULL
-    raise InputError(
-        f"conditions must be 'full' or come from icl_helpers.conditions(scores, ...), got "
-        f"{condition!r}"
-    )
+    return distinct
 
 
 def _score_here(
@@ -274,7 +253,8 @@ def _score_here(
 ) -> dict[int, Cell]:
     """Cells by their number, scored one after another in this process."""
     cells: dict[int, Cell] = {}
-    with tqdm(total=_count(groups), desc="cells", unit="cell") as progress:
+    total = sum(len(group.conditions) for group in groups)
+    with tqdm(total=total, desc="cells", unit="cell") as progress:
         for group in groups:
             for cell in score_group(load, group, key, store):
                 cells[len(cells)] = cell
@@ -295,23 +275,23 @@ def _score_elsewhere(
     cells: dict[int, Cell] = {}
     first = 0
     for group in groups:
-        found = {} if store is None else stored_cells(group, key, store)
-        cells |= {first + place: cell for place, cell in found.items()}
-        missing = [place for place in range(len(group.conditions)) if place not in found]
+        stored = {} if store is None else stored_cells(group, key, store)
+        cells |= {first + number: cell for number, cell in stored.items()}
+        missing = [number for number in range(len(group.conditions)) if number not in stored]
         if missing:
             where = None if store is None else store.directory
-            rest = replace(group, conditions=tuple(group.conditions[place] for place in missing))
-            indices = [first + place for place in missing]
+            rest = replace(group, conditions=tuple(group.conditions[number] for number in missing))
+            indices = [first + number for number in missing]
             job = pack(rest, source=source, key=key, cells_dir=where, cell_indices=indices)
             jobs += job.split(size)
         first += len(group.conditions)
-    with tqdm(total=_count(groups), initial=len(cells), desc="cells", unit="cell") as progress:
+    with tqdm(total=first, initial=len(cells), desc="cells", unit="cell") as progress:
 
-        def keep(job: Job, found: list[Cell]) -> None:
-            cells.update(zip(job.cell_indices, found, strict=True))
-            progress.update(len(found))
+        def keep(job: Job, scored: list[Cell]) -> None:
+            cells.update(zip(job.cell_indices, scored, strict=True))
+            progress.update(len(scored))
             # Workers may not share the directory; where they do, the file is there already.
-            for spec, documents in found:
+            for spec, documents in scored:
                 if store is not None and not store.path(spec).is_file():
                     store.write(spec, documents)
 
@@ -319,32 +299,31 @@ def _score_elsewhere(
     return cells, failures
 
 
-def _count(groups: Sequence[CellGroup]) -> int:
-    return sum(len(group.conditions) for group in groups)
-
-
-def record_failures(
+def _record_failures(
     directory: Path,
     groups: Sequence[CellGroup],
     key: dict[str, Any],
     failures: Sequence[Failure[Job]],
 ) -> None:
     """Write what failed and why; take back the record of what has succeeded since."""
+
+    def path(cell: CellGroup) -> Path:
+        content = content_key([cell.describe(), cell.limit, cell.data, key])
+        return directory / "failed" / f"{cell.task}_{content}.json"
+
     records = {
-        _path(directory, single, key): {**single.describe(), "reason": failure.reason}
+        path(cell): {**cell.describe(), "reason": failure.reason}
         for failure in failures
-        for single in failure.job.group.split(1)
+        for cell in failure.job.group.split(1)
     }
     if (directory / "failed").is_dir():
-        for group in groups:
-            for single in group.split(1):
-                if (path := _path(directory, single, key)) not in records:
-                    path.unlink(missing_ok=True)
-    for path, record in records.items():
-        write_json(path, record)
+        for succeeded in {path(cell) for group in groups for cell in group.split(1)} - {*records}:
+            succeeded.unlink(missing_ok=True)
+    for failed, record in records.items():
+        write_json(failed, record)
 
 
-def describe_failures(failures: Sequence[Failure[Job]], directory: Path | None) -> str:
+def _describe_failures(failures: Sequence[Failure[Job]], directory: Path | None) -> str:
     """One sentence with the first failure, and where the others are."""
     count = sum(len(failure.job.cell_indices) for failure in failures)
     cell = failures[0].job.group.describe()
@@ -354,11 +333,6 @@ def describe_failures(failures: Sequence[Failure[Job]], directory: Path | None) 
         f"{cell['task']}, {cell['shots']} shots, seed {cell['demonstration_seed']}, "
         f"{cell['conditions'][0]}: {failures[0].reason}"
     )
-
-
-def _path(directory: Path, group: CellGroup, key: dict[str, Any]) -> Path:
-    content = [group.describe(), group.limit, group.data, key]
-    return directory / "failed" / f"{group.task}_{content_key(content)}.json"
 
 
 @dataclass(frozen=True)
@@ -401,15 +375,12 @@ class Job:
 
     def split(self, size: int = 1) -> list[Job]:
         """The same cells in jobs of at most ``size``."""
-        return [
-            replace(
-                self, group=group, means=self.means[start : start + size],
-                cell_indices=self.cell_indices[start : start + size],
-            )
-            for start, group in zip(
-                range(0, len(self.cell_indices), size), self.group.split(size), strict=True
-            )
-        ]  # fmt: skip
+        jobs = []
+        for number, group in enumerate(self.group.split(size)):
+            part = slice(number * size, (number + 1) * size)
+            means, indices = self.means[part], self.cell_indices[part]
+            jobs.append(replace(self, group=group, means=means, cell_indices=indices))
+        return jobs
 
 
 def pack(
@@ -421,14 +392,19 @@ def pack(
     cell_indices: Sequence[int],
 ) -> Job:
     """The job of scoring a group whose cells have these numbers."""
-    means = tuple(_pack_means(condition) for condition in group.conditions)
+    means: list[bytes | None] = []
+    for condition in group.conditions:
+        outputs = condition.head_outputs
+        vectors = () if outputs is None else [outputs[h.layer, :, h.head] for h in condition.heads]
+        packed = save({"means": torch.stack(vectors).contiguous().cpu()}) if vectors else None
+        means.append(packed)
     bare = tuple(replace(condition, head_outputs=None) for condition in group.conditions)
     directory = None if cells_dir is None else str(cells_dir.resolve())
     # A worker may stand in another folder.
     named = group.data in ("synthetic", "original")
     data = group.data if named else os.path.abspath(user_path(group.data))
     group = replace(group, conditions=bare, data=data)
-    return Job(group, source, key, directory, means, tuple(cell_indices))
+    return Job(group, source, key, directory, tuple(means), tuple(cell_indices))
 
 
 def run_job(job: Job) -> list[Cell]:
@@ -438,23 +414,19 @@ def run_job(job: Job) -> list[Cell]:
     worker's model is not the caller's.
     """
     with _BUSY:
-        return _run(job)
-
-
-def _run(job: Job) -> list[Cell]:
-    lm, key = _loaded(job.source)
-    if key != job.key:
-        different = sorted(name for name in key if key[name] != job.key.get(name))
-        raise InputError(
-            f"the worker's model differs from the caller's in {', '.join(different)}; give every "
-            f"machine the same package version and the same files of {job.source.name!r}"
+        lm, key = _loaded(job.source)
+        if key != job.key:
+            different = sorted(name for name in key if key[name] != job.key.get(name))
+            raise InputError(
+                f"the worker's model differs from the caller's in {', '.join(different)}; give "
+                f"every machine the same package version and the same files of {job.source.name!r}"
+            )
+        conditions = tuple(
+            condition if means is None else _with_means(condition, means, lm)
+            for condition, means in zip(job.group.conditions, job.means, strict=True)
         )
-    conditions = tuple(
-        condition if means is None else _with_means(condition, means, lm)
-        for condition, means in zip(job.group.conditions, job.means, strict=True)
-    )
-    store = None if job.cells_dir is None else CellStore(Path(job.cells_dir))
-    return score_group(lambda: lm, replace(job.group, conditions=conditions), key, store)
+        store = None if job.cells_dir is None else CellStore(Path(job.cells_dir))
+        return score_group(lambda: lm, replace(job.group, conditions=conditions), key, store)
 
 
 # The one model of this process and its key; a dask worker may serve several runs in turn.
@@ -465,21 +437,12 @@ _BUSY = threading.Lock()
 def _loaded(source: ModelSource) -> tuple[InterventionLM, dict[str, Any]]:
     if source not in _KEPT:
         _KEPT.clear()
-        model, tokenizer = load_model(
-            source.name, revision=source.revision, dtype=source.dtype, device=source.device,
-            device_map=source.device_map, quantization=source.quantization,
-            trust_remote_code=source.trust_remote_code, gguf_file=source.gguf_file,
-        )  # fmt: skip
-        lm = InterventionLM(model, tokenizer, batch_size=source.batch_size)
+        loading = asdict(source)
+        batch_size = loading.pop("batch_size")
+        model, tokenizer = load_model(**loading)
+        lm = InterventionLM(model, tokenizer, batch_size=batch_size)
         _KEPT[source] = lm, model_key(model, tokenizer, source.revision)
     return _KEPT[source]
-
-
-def _pack_means(condition: Condition) -> bytes | None:
-    if condition.head_outputs is None:
-        return None
-    vectors = [condition.head_outputs[head.layer, :, head.head] for head in condition.heads]
-    return save({"means": torch.stack(vectors).contiguous().cpu()})
 
 
 def _with_means(condition: Condition, means: bytes, lm: InterventionLM) -> Condition:

@@ -89,18 +89,6 @@ class _Row:
         return [0, *range(first, first + len(branch))]
 
 
-@contextmanager
-def _without_notices() -> Iterator[None]:
-    """Keep to errors what lm-eval logs: its warnings about a model that is loaded fit none here."""
-    logger = logging.getLogger(HFLM.__module__)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 class InterventionLM(HFLM):
     """lm-eval's Hugging Face model with a condition applied to every forward pass.
 
@@ -128,11 +116,17 @@ class InterventionLM(HFLM):
                 f"batch_size must be 'auto' or a whole number >= 1, got {batch_size!r}"
             )
         kwargs.setdefault("max_length", context_length(model))
-        with _without_notices():
+        # What lm-eval warns of when it is given a loaded model fits none here.
+        logger = logging.getLogger(HFLM.__module__)
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
             super().__init__(
                 pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=add_bos_token,
                 **kwargs,
             )  # fmt: skip
+        finally:
+            logger.setLevel(level)
         self.condition: Condition = FULL
         self._batch_size_wanted = batch_size
         self._patterns: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}
@@ -169,15 +163,20 @@ class InterventionLM(HFLM):
         same tokens, or a sequence longer than the model's context.
         """
         # As in lm-eval: spaces at a context's end belong to the label.
-        moved = [_move_spaces(context, label) for context, label in pairs]
-        contexts = list(dict.fromkeys(context for context, _ in moved))
+        bare = [context.rstrip() for context, _ in pairs]
+        moved = [(c, pair[0][len(c) :] + pair[1]) for c, pair in zip(bare, pairs, strict=True)]
+        contexts = list(dict.fromkeys(bare))
         context_ids = dict(zip(contexts, self._ids(contexts), strict=True))
         whole_ids = self._ids([context + label for context, label in moved])
         encoded: list[Encoded] = []
         labels: dict[tuple[str, tuple[int, ...]], str] = {}
         for pair, (context, label), whole in zip(pairs, moved, whole_ids, strict=True):
             ids = context_ids[context]
-            self._check_encoded(pair, ids, whole)
+            if not ids:
+                raise InputError("a prompt without any token cannot be scored")
+            if len(whole) <= len(ids):
+                raise InputError(f"label {pair[1]!r} has no tokens of its own after the prompt")
+            self._check_length(pair[0], len(whole) - 1)
             other = labels.setdefault((context, tuple(whole[len(ids) :])), label)
             if other != label:
                 raise InputError(
@@ -190,13 +189,6 @@ class InterventionLM(HFLM):
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-
-    def _check_encoded(self, pair: tuple[str, str], ids: list[int], whole: list[int]) -> None:
-        if not ids:
-            raise InputError("a prompt without any token cannot be scored")
-        if len(whole) <= len(ids):
-            raise InputError(f"label {pair[1]!r} has no tokens of its own after the prompt")
-        self._check_length(pair[0], len(whole) - 1)
 
     def _check_length(self, text: str, length: int) -> None:
         if length > self.max_length:
@@ -224,24 +216,35 @@ class InterventionLM(HFLM):
         turned = switch is not None and max(len(row.ids) for row in rows) > switch[0]
         if _branched(rows) and (turned or not shares_context(self.model, self.condition.ablation)):
             rows = _rows(requests, together=False)
-        self._check_knockout(requests)
+        condition = self.condition
+        of = condition.categories
+        if condition.ablation == "knockout" and not any(self.blocked_pairs(requests, of)):
+            raise InputError(
+                f"a knockout of {', '.join(of)} blocks nothing in any of these prompts; it needs "
+                f"demonstrations (shots, in lm-eval --num_fewshot), and categories that the "
+                f"prompts have"
+            )
         scored: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        shown: dict[str, Any] = {"unit": "prompt", "leave": False, "desc": self._description()}
-        with tqdm(total=len(rows), disable=disable_tqdm, **shown) as progress:
+        share = f" {condition.fraction:.3g}" if condition.fraction else ""
+        seed = "" if condition.ablation_seed is None else f" seed {condition.ablation_seed}"
+        shown: dict[str, Any] = {"unit": "prompt", "leave": False, "disable": disable_tqdm}
+        with tqdm(total=len(rows), desc=f"{condition.name}{share}{seed}", **shown) as progress:
             # Long prompts first, so that running out of memory shows at once; equal lengths meet.
             rows.sort(key=lambda row: len(row.ids), reverse=True)
             budget = _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS["cuda"])
             shared = None if turned else self._shared_start(rows)
             start = 0
             while start < len(rows):
-                size = override_bs or self._batch_rows(rows[start], budget)
+                fitting = max(1, budget // len(rows[start].ids))
+                wanted = self._batch_size_wanted
+                size = override_bs or (fitting if wanted == "auto" else int(wanted))
                 batch = rows[start : start + size]
                 if turned:
                     batch = [row for row in batch if len(row.ids) == len(batch[0].ids)]
                 try:
                     self._score_batch(batch, requests, scored, shared)
                 except torch.cuda.OutOfMemoryError:
-                    if size == 1 or self._batch_size_wanted != "auto":
+                    if size == 1 or wanted != "auto":
                         raise
                     self._reuse.forget()
                     torch.cuda.empty_cache()
@@ -250,27 +253,6 @@ class InterventionLM(HFLM):
                 start += len(batch)
                 progress.update(len(batch))
         return scored
-
-    def _description(self) -> str:
-        condition = self.condition
-        seed = "" if condition.ablation_seed is None else f" seed {condition.ablation_seed}"
-        share = f" {condition.fraction:.3g}" if condition.fraction else ""
-        return f"{condition.name}{share}{seed}"
-
-    def _batch_rows(self, longest: _Row, budget: int) -> int:
-        if self._batch_size_wanted != "auto":
-            return int(self._batch_size_wanted)
-        return max(1, budget // len(longest.ids))
-
-    def _check_knockout(self, requests: Sequence[Encoded]) -> None:
-        """Raise :class:`InputError` for a knockout that blocks nothing in any of the prompts."""
-        of = self.condition.categories
-        if self.condition.ablation == "knockout" and not any(self.blocked_pairs(requests, of)):
-            raise InputError(
-                f"a knockout of {', '.join(of)} blocks nothing in any of these prompts; it needs "
-                f"demonstrations (shots, in lm-eval --num_fewshot), and categories that the "
-                f"prompts have"
-            )
 
     def blocked_pairs(self, requests: Sequence[Encoded], of: tuple[str, ...]) -> list[int]:
         """How many query-key pairs a knockout of these categories blocks in each prompt."""
@@ -292,14 +274,6 @@ class InterventionLM(HFLM):
             )
         return torch.nn.functional.pad(pattern, (1, 0, 1, 0))
 
-    def _blocked(self, batch: Sequence[_Row], width: int) -> torch.Tensor | None:
-        if self.condition.ablation != "knockout":
-            return None
-        blocked = torch.zeros(len(batch), width, width, dtype=torch.bool)
-        for index, row in enumerate(batch):
-            blocked[index, : row.n_context, : row.n_context] = self._pattern(row)
-        return blocked.to(self.device)
-
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
@@ -310,8 +284,8 @@ class InterventionLM(HFLM):
                 "rolling log-likelihoods begin with a BOS or EOS token, and this tokenizer has "
                 "neither; name one with prefix_token_id"
             )
-        found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
-        return found
+        sums: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        return sums
 
     def _refuse_knockout(self, what: str) -> None:
         if self.condition.ablation == "knockout":
@@ -330,8 +304,8 @@ class InterventionLM(HFLM):
             self._check_length(text, len(ids) + room - 1)
             check_tokens(self.model, torch.tensor(ids))
         with intervene(self.model, *self.condition.interventions()):
-            found: list[str] = super().generate_until(requests, disable_tqdm)
-        return found
+            answers: list[str] = super().generate_until(requests, disable_tqdm)
+        return answers
 
     @torch.inference_mode()
     def _shared_start(self, rows: Sequence[_Row]) -> SharedStart | None:
@@ -358,31 +332,36 @@ class InterventionLM(HFLM):
         scored: list[tuple[float, bool]],
         shared: SharedStart | None,
     ) -> None:
-        width = max(len(row.ids) for row in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        for index, row in enumerate(batch):
-            ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        branches = self._branches(batch)
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad([torch.tensor(row.ids) for row in batch], batch_first=True)
+        branches = None
+        if _branched(batch):
+            shapes = [(row.n_context, [len(branch) for branch in row.branches]) for row in batch]
+            branches = Branches.of(shapes, self.device)
         # Rows with less to score repeat their last column.
         places = range(max(len(row.scored) for row in batch))
         columns = torch.tensor(
             [[row.scored[min(p, len(row.scored) - 1)] for p in places] for row in batch]
         )
-        interventions = self.condition.interventions(self._blocked(batch, width))
+        blocked = None
+        if self.condition.ablation == "knockout":
+            blocked = torch.zeros(*ids.shape, ids.shape[1], dtype=torch.bool)
+            for index, row in enumerate(batch):
+                blocked[index, : row.n_context, : row.n_context] = self._pattern(row)
+            blocked = blocked.to(self.device)
+        interventions = self.condition.interventions(blocked)
         layers = [head.layer for head in self.condition.heads]
         first = min(layers) if interventions else attention_layout(self.model).n_layers - 1
         with ExitStack() as stack:
             if interventions or branches is not None:
                 stack.enter_context(intervene(self.model, *interventions))
-            stack.enter_context(self._reuse.around(_batch_key(ids, branches, shared), first))
+            # Everything but the edits that decides the batch's hidden states.
+            parts = [ids] if branches is None else [ids, branches.positions, branches.owners]
+            heading = f"{0 if shared is None else shared.length} {tuple(ids.shape)} ".encode()
+            key = heading + b"".join(part.cpu().numpy().tobytes() for part in parts)
+            stack.enter_context(self._reuse.around(key, first))
             logits = scored_logits(self.model, ids, columns, start=shared, branches=branches)
         self._note(batch, requests, logits, scored)
-
-    def _branches(self, batch: Sequence[_Row]) -> Branches | None:
-        if not _branched(batch):
-            return None
-        shapes = [(row.n_context, [len(branch) for branch in row.branches]) for row in batch]
-        return Branches.of(shapes, self.device)
 
     def _note(
         self,
@@ -409,11 +388,6 @@ class InterventionLM(HFLM):
             scored[request] = (float(values.sum()), bool(hits.all()))
 
 
-def _move_spaces(context: str, label: str) -> tuple[str, str]:
-    stripped = context.rstrip()
-    return stripped, context[len(stripped) :] + label
-
-
 def _rows(requests: Sequence[Encoded], *, together: bool) -> list[_Row]:
     """Rows to run: one per context, or one per context and branch where a model needs that."""
     rows: dict[Any, _Row] = {}
@@ -424,14 +398,6 @@ def _rows(requests: Sequence[Encoded], *, together: bool) -> list[_Row]:
         row = rows.setdefault(key, _Row(text, list(context), len(context)))
         row.add(index, label)
     return list(rows.values())
-
-
-def _batch_key(ids: torch.Tensor, branches: Branches | None, start: SharedStart | None) -> bytes:
-    """Everything but the edits that decides a batch's hidden states."""
-    parts = [ids] if branches is None else [ids, branches.positions, branches.owners]
-    skipped = 0 if start is None else start.length
-    heading = f"{skipped} {tuple(ids.shape)} ".encode()
-    return heading + b"".join(part.cpu().numpy().tobytes() for part in parts)
 
 
 def _branched(rows: Sequence[_Row]) -> bool:

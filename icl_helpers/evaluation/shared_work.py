@@ -47,7 +47,7 @@ _KEPT_BYTES = {"cpu": 2**30, "cuda": 2**33}
 _SHORT_PROBE, _LONG_PROBE = 6, 160
 
 # What was found out about a model, by the name of the check.
-_FOUND: WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = WeakKeyDictionary()
+_OUTCOMES: WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = WeakKeyDictionary()
 
 
 def common_start(rows: Sequence[list[int]]) -> int:
@@ -115,13 +115,11 @@ class LayerReuse:
             return
         blocks = _blocks(self._model)
         known = max((layer for layer in usable if (key, layer) in self._kept), default=0)
-        seen: dict[int, torch.Tensor] = {}
+        new = [layer for layer in usable if layer > known]
         with ExitStack() as stack:
             if known:
                 stack.enter_context(_starting_at(blocks, known, self._kept[key, known]))
-            stack.enter_context(
-                _recording(blocks, [layer for layer in usable if layer > known], seen)
-            )
+            seen = stack.enter_context(_recording(blocks, new))
             yield
         for layer, states in seen.items():
             size = states.numel() * states.element_size()
@@ -170,7 +168,16 @@ def scored_logits(
 
 def shares_start(model: PreTrainedModel) -> bool:
     """Whether the model gives the same logits when its first tokens come from a cache."""
-    return _holds(model, "start", _cached_start_holds)
+
+    def check() -> bool:
+        ids = _probe_ids(model)
+        length = ids.shape[1] - 3
+        whole = model(input_ids=ids, use_cache=False).logits[:, length:]
+        start = SharedStart(model, ids[:1, :length])
+        rest = model(input_ids=ids[:, length:], **start.arguments(2)).logits
+        return equal_but_for_rounding(whole, rest)
+
+    return _holds(model, "start", check)
 
 
 def shares_context(model: PreTrainedModel, ablation: str) -> bool:
@@ -178,25 +185,38 @@ def shares_context(model: PreTrainedModel, ablation: str) -> bool:
 
     Found out for each kind of ablation (none, zero, mean or knockout) by itself, on a head a layer.
     """
-    return _holds(model, f"context, {ablation}", lambda model: _branches_hold(model, ablation))
+    return _holds(model, f"context, {ablation}", lambda: _branches_hold(model, ablation))
 
 
 def shares_layers(model: PreTrainedModel) -> bool:
     """Whether the model gives the same logits when its lower layers are skipped."""
-    return _holds(model, "layers", _skipped_layers_hold)
+
+    def check() -> bool:
+        blocks = _blocks(model)
+        ids = _probe_ids(model)[:, -_SHORT_PROBE:]
+        for layer in {1, len(blocks) - 1} - {0}:
+            with _recording(blocks, [layer]) as seen:
+                whole = model(input_ids=ids, use_cache=False).logits
+            with _starting_at(blocks, layer, seen[layer]):
+                above = model(input_ids=ids, use_cache=False).logits
+            if not torch.equal(whole, above):
+                return False
+        return len(blocks) > 1
+
+    return _holds(model, "layers", check)
 
 
-def _holds(model: PreTrainedModel, name: str, check: Callable[[PreTrainedModel], bool]) -> bool:
+def _holds(model: PreTrainedModel, name: str, check: Callable[[], bool]) -> bool:
     """The outcome of a check, which is made once for a model."""
-    found = _FOUND.setdefault(model, {})
-    if name not in found:
+    outcomes = _OUTCOMES.setdefault(model, {})
+    if name not in outcomes:
         try:
             with torch.inference_mode():
-                found[name] = check(model)
+                outcomes[name] = check()
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
             # A decoder of another make: sharing is a saving, not a need.
-            found[name] = False
-    return found[name]
+            outcomes[name] = False
+    return outcomes[name]
 
 
 def _probe_ids(model: PreTrainedModel) -> Int[torch.Tensor, "2 tokens"]:
@@ -206,15 +226,6 @@ def _probe_ids(model: PreTrainedModel) -> Int[torch.Tensor, "2 tokens"]:
     length = beyond if _SHORT_PROBE < beyond <= _LONG_PROBE else _SHORT_PROBE
     start = [1 + number * number % 7 % 3 for number in range(length - 3)]
     return torch.tensor([[*start, 3, 2, 1], [*start, 2, 3, 3]], device=model.device)
-
-
-def _cached_start_holds(model: PreTrainedModel) -> bool:
-    ids = _probe_ids(model)
-    length = ids.shape[1] - 3
-    whole = model(input_ids=ids, use_cache=False).logits[:, length:]
-    start = SharedStart(model, ids[:1, :length])
-    rest = model(input_ids=ids[:, length:], **start.arguments(2)).logits
-    return equal_but_for_rounding(whole, rest)
 
 
 def _branches_hold(model: PreTrainedModel, ablation: str) -> bool:
@@ -240,11 +251,12 @@ def _branches_hold(model: PreTrainedModel, ablation: str) -> bool:
         with intervene(model, *([] if ablation == "knockout" else edits)):
             start = SharedStart(model, ids[:1, :shared])
     with intervene(model, *edits):
-        found = [
-            scored_logits(model, together, columns, start=s, branches=branches)
+        return all(
+            equal_but_for_rounding(
+                expected, scored_logits(model, together, columns, start=s, branches=branches)
+            )
             for s in {None, start}
-        ]
-    return all(equal_but_for_rounding(expected, logits) for logits in found)
+        )
 
 
 def _probe_edits(
@@ -273,20 +285,6 @@ def _padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def _skipped_layers_hold(model: PreTrainedModel) -> bool:
-    blocks = _blocks(model)
-    ids = _probe_ids(model)[:, -_SHORT_PROBE:]
-    for layer in {1, len(blocks) - 1} - {0}:
-        seen: dict[int, torch.Tensor] = {}
-        with _recording(blocks, [layer], seen):
-            whole = model(input_ids=ids, use_cache=False).logits
-        with _starting_at(blocks, layer, seen[layer]):
-            above = model(input_ids=ids, use_cache=False).logits
-        if not torch.equal(whole, above):
-            return False
-    return len(blocks) > 1
-
-
 def _blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The decoder block around each attention module, from the first layer to the last."""
     parents = {child: module for module in model.modules() for child in module.children()}
@@ -295,25 +293,20 @@ def _blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 @contextmanager
 def _recording(
-    blocks: Sequence[torch.nn.Module], layers: Collection[int], into: dict[int, torch.Tensor]
-) -> Iterator[None]:
+    blocks: Sequence[torch.nn.Module], layers: Collection[int]
+) -> Iterator[dict[int, torch.Tensor]]:
     """Note the input of each of these layers: the output of the block below it."""
+    seen: dict[int, torch.Tensor] = {}
+    below = {blocks[layer - 1]: layer for layer in layers}
 
-    def note(layer: int, output: Any) -> None:
+    def note(block: torch.nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
-            into[layer] = output
+            seen[below[block]] = output
 
-    handles = [
-        blocks[layer - 1].register_forward_hook(
-            lambda _module, _args, output, layer=layer: note(layer, output)
-        )
-        for layer in layers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for block in below:
+            stack.callback(block.register_forward_hook(note).remove)
+        yield seen
 
 
 @contextmanager

@@ -52,8 +52,8 @@ class CellStore:
         folder = imported_dir(self.directory.parent)
         if folder is None:
             return {}
-        found: dict[str, str] = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-        return found
+        keys: dict[str, str] = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+        return keys
 
     def path(self, spec: dict[str, Any]) -> Path:
         """File of the cell that ``spec`` describes."""
@@ -72,8 +72,7 @@ class CellStore:
 
     def read(self, spec: dict[str, Any]) -> dict[str, Any] | None:
         """The cell's documents, or None when it is not there or damaged (then set aside)."""
-        path = self.path(spec)
-        cell = _read_checked(path, lambda content: content["spec"] == spec)
+        cell = _read_checked(self.path(spec), spec)
         return None if cell is None else cell["documents"]
 
     def write(self, spec: dict[str, Any], documents: dict[str, Any]) -> None:
@@ -84,12 +83,11 @@ class CellStore:
     def cells(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Every valid cell of this format in the directory: its spec and its documents."""
         for path in sorted(self.directory.glob("*.json")):
-            cell = _read_checked(path, lambda content: True)
-            if cell is not None:
+            if (cell := _read_checked(path)) is not None:
                 yield cell["spec"], cell["documents"]
 
 
-def _read_checked(path: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+def _read_checked(path: Path, spec: dict[str, Any] | None = None) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_bytes())
         checksum = content.pop("checksum")
@@ -97,7 +95,7 @@ def _read_checked(path: Path, fits: Callable[[dict[str, Any]], bool]) -> dict[st
             raise ValueError("checksum differs")
         if content["format"] != _FORMAT:
             return None
-        if not fits(content):
+        if spec not in (None, content["spec"]):
             raise ValueError("another cell's file")
     except FileNotFoundError:
         return None
@@ -143,18 +141,6 @@ def document_frame(
     setting: Callable[[str, str, str], str] = lambda *_: "",
 ) -> pd.DataFrame:
     """A cell's documents under its key, at one demonstration seed; see :func:`document_results`."""
-    frame = _judged(documents)
-    values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}
-    # Of the full model no share of the heads is removed, not a share of 0.
-    values |= {"fraction": spec["fraction"] or np.nan, "control": spec.get("control", "")}
-    for position, key in enumerate(KEYS):
-        frame.insert(position, key, values[key])
-    frame["setting"] = setting(spec["task"], spec["condition"], spec["ablation"])
-    return frame.astype({"ablation_seed": "Int64", "demonstration_seed": "Int64", "shots": "int64"})
-
-
-def _judged(documents: dict[str, Any]) -> pd.DataFrame:
-    """What the scores that a cell keeps of each document say of it."""
     # In a cell's file a number that is not finite is null. Arrays are what a table on disk gives.
     scores = [np.array(values, dtype=np.float64) for values in documents["log_probabilities"]]
     valid = [bool(np.isfinite(values).all()) for values in scores]
@@ -180,7 +166,14 @@ def _judged(documents: dict[str, Any]) -> pd.DataFrame:
     # Whole numbers that may be missing: rows of an earlier version have none.
     for name in _COUNTED:
         frame[name] = documents.get(name, pd.NA)
-    return frame.astype(dict.fromkeys(("target", "chosen", *_COUNTED), "Int64"))
+    values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}
+    # Of the full model no share of the heads is removed, not a share of 0.
+    values |= {"fraction": spec["fraction"] or np.nan, "control": spec.get("control", "")}
+    for position, key in enumerate(KEYS):
+        frame.insert(position, key, values[key])
+    frame["setting"] = setting(spec["task"], spec["condition"], spec["ablation"])
+    whole = ("ablation_seed", "demonstration_seed", "target", "chosen", *_COUNTED)
+    return frame.astype({**dict.fromkeys(whole, "Int64"), "shots": "int64"})
 
 
 def accuracies(documents: pd.DataFrame) -> pd.DataFrame:
@@ -217,9 +210,9 @@ def write_results(documents: pd.DataFrame, directory: Path | None) -> Evaluation
         )
     if directory is not None:
         merge_into_run_tables(directory, documents)
-    found = EvaluationResults(results.drop(columns="setting"))
-    found.documents = documents
-    return found
+    shown = EvaluationResults(results.drop(columns="setting"))
+    shown.documents = documents
+    return shown
 
 
 def merge_into_run_tables(run_dir: str | os.PathLike[str], documents: pd.DataFrame) -> pd.DataFrame:
@@ -230,43 +223,30 @@ def merge_into_run_tables(run_dir: str | os.PathLike[str], documents: pd.DataFra
     so that several at once lose nothing and need no locks.
     """
     directory = check_run_dir(run_dir)
-    _write_part(directory / "parts", documents)
-    while True:
-        parts = _parts(directory)
-        whole = _assembled(parts, documents)
-        results = accuracies(whole)
-        for frame, name in ((whole, "documents"), (results, "results")):
-            write_parquet(directory / f"{name}.parquet", frame)
-        # Whoever adds a part later sees this one; what was added meanwhile is not in these tables.
-        if _parts(directory) == parts:
-            return results
-
-
-def _write_part(folder: Path, documents: pd.DataFrame) -> None:
-    """Rows under their keys' name and the time; earlier parts with the same keys go."""
+    folder = directory / "parts"
+    # A part is named by its keys and the time; earlier ones with the same keys go.
     keys = keyed(documents)[KEYS].drop_duplicates().astype(object)
     name = content_key(sorted(map(str, keys.itertuples(index=False, name=None))))
     earlier = list(folder.glob(f"*-{name}.parquet"))
     write_parquet(folder / f"{time.time_ns():020}-{name}.parquet", documents)
     for path in earlier:
         path.unlink(missing_ok=True)
-
-
-def _parts(directory: Path) -> list[Path]:
-    """Files of the parts, oldest first."""
-    return sorted((directory / "parts").glob("*.parquet"))
-
-
-def _assembled(parts: list[Path], own: pd.DataFrame) -> pd.DataFrame:
-    """Rows of all parts, in their order; of those with the same key the newest part's.
-
-    ``own`` rows count as the oldest: another writer may replace their part while parts are read.
-    """
-    frames: list[pd.DataFrame] = []
-    for frame in [*map(_read_parquet, reversed(parts)), own]:
-        if frame is not None:
-            frames.append(frame[~_keys(frame).isin(_keys(pd.concat(frames)))] if frames else frame)
-    return pd.concat([frame for frame in reversed(frames) if len(frame)], ignore_index=True)
+    parts: list[Path] | None = None
+    # Whoever adds a part later sees this one; what was added meanwhile is not in these tables.
+    while (newest := sorted(folder.glob("*.parquet"), reverse=True)) != parts:
+        parts = newest
+        frames: list[pd.DataFrame] = []
+        # These rows count as the oldest: another writer may replace their part while it is read.
+        for frame in [*map(_read_parquet, parts), documents]:
+            if frame is not None and frames:
+                frame = frame[~_keys(frame).isin(_keys(pd.concat(frames)))]
+            if frame is not None:
+                frames.append(frame)
+        whole = pd.concat([rows for rows in reversed(frames) if len(rows)], ignore_index=True)
+        results = accuracies(whole)
+        write_parquet(directory / "documents.parquet", whole)
+        write_parquet(directory / "results.parquet", results)
+    return results
 
 
 def _keys(frame: pd.DataFrame) -> pd.MultiIndex:

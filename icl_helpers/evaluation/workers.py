@@ -124,10 +124,7 @@ def process_workers(count: int) -> Iterator[Workers]:
 
 
 def _call(function: Callable[[Any], ResultT], job: Any) -> ResultT:
-    """Run a job in a process; an error that the parent may not know how to unpickle leaves as text.
-
-    It would break the pool: one of the model's own code, say.
-    """
+    """Run a job in a process; an error that its parent may not know how to unpickle is text."""
     try:
         return function(job)
     except Exception as error:
@@ -201,12 +198,12 @@ def dask_workers(scheduler: str | os.PathLike[str]) -> Iterator[Workers]:
         if not client.scheduler_info(n_workers=-1)["workers"]:
             print(f"icl: waiting for the first worker of {where}", file=sys.stderr)
             client.wait_for_workers(1)
-        found = client.scheduler_info(n_workers=-1)["workers"].values()
-        gpus = any("GPU" in worker.get("resources", {}) for worker in found)
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        gpus = any("GPU" in worker.get("resources", {}) for worker in workers)
         executor = client.get_executor(
             pure=False, retries=_ATTEMPTS - 1, resources={"GPU": 1} if gpus else None
         )
-        yield Workers(executor.submit, len(found), attempts=1)
+        yield Workers(executor.submit, len(workers), attempts=1)
 
 
 def workers_from_environment() -> Any:
@@ -257,7 +254,12 @@ def run_jobs(
     while waiting or running:
         while waiting and len(running) < (workers.max_in_flight or math.inf):
             job, attempt = waiting.popleft()
-            running[_submit(workers, function, job)] = job, attempt
+            try:
+                running[workers.submit(function, job)] = job, attempt
+            except BrokenExecutor as broke:
+                raise FailedCellsError(
+                    "a worker died and this executor cannot be replaced; run again to go on"
+                ) from broke
         ended = wait(running, return_when=FIRST_COMPLETED).done
         broken = next((e for f in ended if isinstance(e := f.exception(), BrokenExecutor)), None)
         # A pool that breaks forgets the jobs that no worker has asked for: their futures never end.
@@ -284,12 +286,3 @@ def run_jobs(
             reason = f"{_DEATH}, as every worker did"
             return failures + [Failure(job, reason) for job, _ in (*running.values(), *waiting)]
     return failures
-
-
-def _submit(workers: Workers, function: Callable[[JobT], ResultT], job: JobT) -> Future[ResultT]:
-    try:
-        return workers.submit(function, job)
-    except BrokenExecutor as error:
-        raise FailedCellsError(
-            "a worker died and this executor cannot be replaced; run again to go on"
-        ) from error

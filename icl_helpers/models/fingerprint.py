@@ -13,17 +13,14 @@ import os
 import platform
 import sys
 import tempfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
@@ -52,9 +49,13 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "lm_eval", "numpy", "pandas"
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
     """What ``run.json`` tells of a loaded model and of the software around it."""
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {
         "model_type": model.config.model_type,
-        "versions": {**_versions(), "icl_helpers": icl_helpers.__version__},
+        "versions": {**versions, "icl_helpers": icl_helpers.__version__},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "device": str(model.device.type),
@@ -76,56 +77,46 @@ def checkpoint_state(
     ``source`` is the directory or hub id behind the model's name. None where the files do not
     decide everything: remote code, an adapter of another model.
     """
-    path = _source(source, revision)
-    if path is None or trust_remote_code or (path / "adapter_config.json").exists():
+    path = Path(source)
+    if not os.path.exists(source):
+        config = None
+        with suppress(OSError, ValueError):
+            # Asks the hub, where it can be reached, so that a moved branch is another folder.
+            config = cached_file(source, "config.json", revision=revision)
+        if config is None:
+            return None
+        path = Path(config).parent
+    if trust_remote_code or (path / "adapter_config.json").exists():
         return None
-    found = [path] if path.is_file() else sorted(path.iterdir())
-    files = [file_state(file) for file in found if file.is_file()]
+    paths = [path] if path.is_file() else sorted(path.iterdir())
+    files = [file_state(file) for file in paths if file.is_file()]
     read = [revision, dtype, device, quantization]
     versions = [version("torch"), version("transformers"), icl_helpers.__version__]
     return content_key([str(path.resolve()), files, read, versions])
-
-
-def _source(source: str, revision: str | None) -> Path | None:
-    """The folder of the checkpoint's files, or its GGUF file; None where not on this machine."""
-    if os.path.exists(source):
-        return Path(source)
-    try:
-        # Asks the hub, where it can be reached, so that a moved branch is another folder.
-        config = cached_file(source, "config.json", revision=revision)
-    except (OSError, ValueError):
-        return None
-    return None if config is None else Path(config).parent
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _config_key(config: PreTrainedConfig) -> str:
-    """Hash of a configuration: the same weights compute something else under another one."""
-    # Where it was read from and by which version says nothing of what it is.
-    settings = {k: v for k, v in config.to_dict().items() if k not in _NO_SETTINGS}
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def model_key(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, revision: str | None
 ) -> dict[str, Any]:
     """Everything about a model that decides a result, as JSON values."""
+    # The same weights compute something else under another configuration; where that was read from
+    # and by which version says nothing of what it is.
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in _NO_SETTINGS}
+    config = json.dumps(settings, sort_keys=True, default=str).encode()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = backend.to_str().encode()
+    else:
+        # How one of Python cuts a text is in its files: merges, or the scores of pieces.
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(path).read_bytes() for path in tokenizer.save_vocabulary(folder)]
+        content = b"\0".join([repr(sorted(tokenizer.get_vocab().items())).encode(), *files])
     return {
         "fingerprint": weights_fingerprint(model),
-        "config": _config_key(model.config),
+        "config": hashlib.sha256(config).hexdigest()[:16],
         "revision": revision,
         "dtype": str(model.dtype),
-        "tokenizer": hashlib.sha256(_tokenizer_content(tokenizer)).hexdigest()[:16],
+        "tokenizer": hashlib.sha256(content).hexdigest()[:16],
         "version": icl_helpers.__version__,
         **_remote_code(model),
     }
@@ -142,17 +133,6 @@ def _remote_code(model: PreTrainedModel) -> dict[str, str]:
     }
     code = b"".join(file.read_bytes() for file in sorted(files))
     return {"code": hashlib.sha256(code).hexdigest()[:16]} if files else {}
-
-
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        text: str = backend.to_str()
-        return text.encode()
-    # How one of Python cuts a text is in its files: merges, or the scores of pieces.
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(path).read_bytes() for path in tokenizer.save_vocabulary(folder)]
-    return b"\0".join([repr(sorted(tokenizer.get_vocab().items())).encode(), *files])
 
 
 _PAPER_FRACTIONS = (0.01, 0.03)
@@ -253,17 +233,17 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 def _edited_frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Rotary frequencies that are not those of the configuration; dynamic ones change with use."""
-    found = {}
+    edited = {}
     steady = [kind for kind in ("default", *ROPE_INIT_FUNCTIONS) if kind not in _LENGTHWISE]
     for name, module in model.named_modules():
-        kind, own = getattr(module, "rope_type", None), getattr(module, "inv_freq", None)
-        if own is None or own.device.type == "meta" or kind not in steady:
+        kind, used = getattr(module, "rope_type", None), getattr(module, "inv_freq", None)
+        if used is None or used.device.type == "meta" or kind not in steady:
             continue
         compute = ROPE_INIT_FUNCTIONS.get(kind) or module.compute_default_rope_parameters
-        expected = compute(module.config)[0].to(own.device)
-        if own.shape != expected.shape or not torch.allclose(own.float(), expected, rtol=1e-4):
-            found[f"{name}.inv_freq"] = own
-    return found
+        expected = compute(module.config)[0].to(used.device)
+        if used.shape != expected.shape or not torch.allclose(used.float(), expected, rtol=1e-4):
+            edited[f"{name}.inv_freq"] = used
+    return edited
 
 
 def _offloaded(model: PreTrainedModel, key: str) -> torch.Tensor:

@@ -14,7 +14,6 @@ Example
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
@@ -37,6 +36,7 @@ from icl_helpers.files import (
     SMOLLM2_SHA256,
     atomic_directory,
     embedded_dir,
+    files_digest,
     smollm2_dir,
     user_path,
 )
@@ -75,8 +75,8 @@ def gguf_arguments(source: str, gguf_file: str | None) -> tuple[str, dict[str, A
         raise InputError(f"gguf_file must name a file that ends in .gguf, got {gguf_file!r}")
     folder = Path(source)
     if folder.is_dir() and not user_path(folder / gguf_file).is_file():
-        found = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
-        raise MissingArtefactError(f"{folder} holds no {gguf_file}; its GGUF files are: {found}")
+        files = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
+        raise MissingArtefactError(f"{folder} holds no {gguf_file}; its GGUF files are: {files}")
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise InputError(
@@ -130,7 +130,7 @@ def convert_smollm2() -> Path:
     if target.is_dir():
         return target
     file = smollm2_file()
-    if _sha256(file) != SMOLLM2_SHA256:
+    if files_digest(file) != SMOLLM2_SHA256:
         raise MissingArtefactError(
             f"{file} does not match its SHA-256 ({SMOLLM2_SHA256[:12]}...): it is damaged, or not "
             f"that of version {_VERSION}; get it again with: {_GET} --force-reinstall"
@@ -146,14 +146,6 @@ def convert_smollm2() -> Path:
         written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         check_smollm2(written, AutoTokenizer.from_pretrained(folder))
     return target
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read(file: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -184,8 +176,16 @@ def check_smollm2(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """
     layer, head = _HEAD
     score = _prefix_score(model, layer, head)
-    continued = _greedy(model, tokenizer)
-    perplexity = _perplexity(model, tokenizer)
+    with torch.no_grad():
+        # What the model would put for each token of the continuation, after those before it.
+        ids = tokenizer(_COUNTING + _CONTINUATION, return_tensors="pt").input_ids
+        start = len(tokenizer(_COUNTING).input_ids)
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+        continued = str(tokenizer.decode(logits[0, start - 1 : -1].argmax(dim=-1)))
+        text = (embedded_dir() / "icl-tiny" / "reference.txt").read_text(encoding="utf-8")
+        ids = tokenizer("\n".join(text.splitlines()[:_LINES]), return_tensors="pt").input_ids
+        ids = ids.to(model.device)
+        perplexity = float(model(input_ids=ids, labels=ids, use_cache=False).loss.exp())
     # Written so that NaN fails too.
     fine = score >= _LEAST_SCORE and perplexity <= _MOST_PERPLEXITY and continued == _CONTINUATION
     if not fine:
@@ -212,23 +212,6 @@ def _prefix_score(model: PreTrainedModel, layer: int, head: int, *, length: int 
     pairs = [(q, k + 1) for q in range(length, 4 * length) for k in range(q % length, q, length)]
     queries, keys = torch.tensor(pairs).unbind(1)
     return float(attention[queries, keys].sum()) / (3 * length)
-
-
-@torch.no_grad()
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model would put for each token of the continuation, after those before it."""
-    ids = tokenizer(_COUNTING + _CONTINUATION, return_tensors="pt").input_ids
-    start = len(tokenizer(_COUNTING).input_ids)
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-    return str(tokenizer.decode(logits[0, start - 1 : -1].argmax(dim=-1)))
-
-
-@torch.no_grad()
-def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    text = (embedded_dir() / "icl-tiny" / "reference.txt").read_text(encoding="utf-8")
-    ids = tokenizer("\n".join(text.splitlines()[:_LINES]), return_tensors="pt").input_ids
-    ids = ids.to(model.device)
-    return float(model(input_ids=ids, labels=ids, use_cache=False).loss.exp())
 
 
 def _refusal(what: str) -> InputError:

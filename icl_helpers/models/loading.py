@@ -15,6 +15,8 @@ Example
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +52,53 @@ __all__ = [
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def _located(
-    name: str, revision: str | None, gguf_file: str | None, trust_remote_code: bool
-) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
-    """The directory or hub id to read, transformers' arguments for it, and InternLM2's settings.
+class _Checkpoint:
+    """Where a model is read from: a directory or hub id, and transformers' arguments for it.
 
-    A directory is there; a hub id is given after a look whether the hub answers. No settings for
-    any other model.
+    ``settings`` are InternLM2's, None for any other model.
     """
-    if name == SMOLLM2:
-        convert_smollm2()
-    source, gguf = gguf_arguments(resolve_model(name), gguf_file)
-    if not Path(source).is_dir():
-        go_offline_if_hub_unreachable()
-    reading = {"revision": revision, "trust_remote_code": trust_remote_code, **gguf}
+
+    def __init__(
+        self, name: str, revision: str | None, gguf_file: str | None, trust_remote_code: bool
+    ) -> None:
+        if name == SMOLLM2:
+            convert_smollm2()
+        self.name = name
+        self.source, gguf = gguf_arguments(resolve_model(name), gguf_file)
+        if not Path(self.source).is_dir():
+            go_offline_if_hub_unreachable()
+        self.reading = {"revision": revision, "trust_remote_code": trust_remote_code, **gguf}
+        with _explained(name):
+            self.settings = None if gguf else internlm2_settings(self.source, revision=revision)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        with _explained(self.name):
+            if self.settings is not None:
+                return load_internlm2_tokenizer(self.source, revision=self.reading["revision"])
+            return AutoTokenizer.from_pretrained(self.source, **self.reading)
+
+    def config(self) -> PreTrainedConfig:
+        with _explained(self.name):
+            if self.settings is not None:
+                return internlm2_config(self.settings)
+            config = AutoConfig.from_pretrained(self.source, **self.reading)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedArchitectureError(
+                f"{self.name} is an encoder-decoder ({config.model_type}); only decoder models can "
+                f"be used"
+            )
+        return config
+
+
+@contextmanager
+def _explained(name: str, *passing: type[Exception]) -> Iterator[None]:
+    """One clear error for the many ways in which malformed and damaged files fail their readers."""
     try:
-        settings = None if gguf else internlm2_settings(source, revision=revision)
+        yield
     except Exception as error:
-        # A malformed file fails in whatever way its reader does.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError, *passing)):
+            raise
         raise _loading_error(name, error) from error
-    return source, reading, settings
 
 
 def load_model(
@@ -117,15 +146,15 @@ def load_model(
     torch_dtype = check_dtype(dtype)
     target = _check_device(device, device_map)
     check_quantization(quantization)
-    source, reading, settings = _located(name, revision, gguf_file, trust_remote_code)
-    gguf = "gguf_file" in reading
+    checkpoint = _Checkpoint(name, revision, gguf_file, trust_remote_code)
+    gguf = "gguf_file" in checkpoint.reading
     if gguf and quantization is not None:
         raise InputError(
             f"quantization={quantization!r} does not go with a GGUF file, which is unpacked to "
             f"ordinary weights; leave quantization out"
         )
-    config = _load_config(name, source, reading, settings)
-    options = dict(reading)
+    config = checkpoint.config()
+    options = dict(checkpoint.reading)
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, torch_dtype)
     if gguf:
@@ -134,19 +163,25 @@ def load_model(
     elif device_map is None:
         # Placed while they are read, weights take no memory elsewhere; quantised ones cannot move.
         device_map = {"": target}
-    try:
-        tokenizer = _load_tokenizer(name, source, reading, settings)
-        kind = AutoModelForCausalLM if settings is None else InternLM2ForCausalLM
+    tokenizer = checkpoint.tokenizer()
+    kind = AutoModelForCausalLM if checkpoint.settings is None else InternLM2ForCausalLM
+    with _explained(name, ICLError):
         model, report = kind.from_pretrained(
-            source, config=config, dtype=torch_dtype, device_map=device_map,
+            checkpoint.source, config=config, dtype=torch_dtype, device_map=device_map,
             output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    except (MemoryError, torch.OutOfMemoryError, ICLError):
-        raise
-    except Exception as error:
-        # A damaged file fails in whatever way its reader does.
-        raise _loading_error(name, error) from error
-    _refuse_random_weights(name, report)
+    # transformers goes on with random weights where the files hold none that fit.
+    if report["mismatched_keys"]:
+        weight, found, expected = min(report["mismatched_keys"])
+        raise InputError(
+            f"model {name!r} does not fit its config.json: {weight} has shape {tuple(found)}, "
+            f"expected {tuple(expected)}"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"model {name!r} lacks the weights {', '.join(missing[:5])}; its files are incomplete "
+            f"(they lack {len(missing)} tensors), fetch them again"
+        )
     if device_map is None:
         model.to(target)
     if quantization is not None:
@@ -154,45 +189,23 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _refuse_random_weights(name: str, report: dict[str, Any]) -> None:
-    """transformers goes on with random weights where the files hold none that fit."""
-    if report["mismatched_keys"]:
-        weight, found, expected = min(report["mismatched_keys"])
-        raise InputError(
-            f"model {name!r} does not fit its config.json: {weight} has shape {tuple(found)}, "
-            f"expected {tuple(expected)}"
-        )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(
-            f"model {name!r} lacks the weights {', '.join(missing[:5])}; its files are incomplete "
-            f"(they lack {len(missing)} tensors), fetch them again"
-        )
-
-
 def load_tokenizer(
-    name: str,
-    *,
-    revision: str | None = None,
-    gguf_file: str | None = None,
+    name: str, *, revision: str | None = None, gguf_file: str | None = None,
     trust_remote_code: bool = False,
-) -> PreTrainedTokenizerBase:
+) -> PreTrainedTokenizerBase:  # fmt: skip
     """The tokenizer alone. Raises as :func:`load_model` does."""
-    source, reading, settings = _located(name, revision, gguf_file, trust_remote_code)
-    return _load_tokenizer(name, source, reading, settings)
+    return _Checkpoint(name, revision, gguf_file, trust_remote_code).tokenizer()
 
 
-def _load_tokenizer(
-    name: str, source: str, reading: dict[str, Any], settings: dict[str, Any] | None
-) -> PreTrainedTokenizerBase:
-    try:
-        if settings is not None:
-            return load_internlm2_tokenizer(source, revision=reading["revision"])
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **reading)
-    except Exception as error:
-        # A damaged file fails in whatever way its reader does.
-        raise _loading_error(name, error) from error
-    return tokenizer
+def load_config(
+    name: str, *, revision: str | None = None, gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedConfig:  # fmt: skip
+    """A model's configuration alone; InternLM2's as that of the Llama it is loaded as.
+
+    Raises as :func:`load_model` does.
+    """
+    return _Checkpoint(name, revision, gguf_file, trust_remote_code).config()
 
 
 def check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -207,53 +220,19 @@ def check_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def _check_device(device: str | torch.device | None, device_map: Any) -> torch.device:
     if device is not None and device_map is not None:
         raise InputError(f"give device ({device}) or device_map ({device_map}), not both")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(
-            device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        target = torch.device(usual if device is None else device)
     except RuntimeError as error:
         raise InputError(
             f"device must be a torch device such as 'cpu', 'cuda' or 'cuda:1', got {device!r}"
         ) from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if target.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device!r} was asked for, but torch sees no CUDA GPU here")
-    return chosen
-
-
-def load_config(
-    name: str,
-    *,
-    revision: str | None = None,
-    gguf_file: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedConfig:
-    """A model's configuration alone; InternLM2's as that of the Llama it is loaded as.
-
-    Raises as :func:`load_model` does.
-    """
-    source, reading, settings = _located(name, revision, gguf_file, trust_remote_code)
-    return _load_config(name, source, reading, settings)
-
-
-def _load_config(
-    name: str, source: str, reading: dict[str, Any], settings: dict[str, Any] | None
-) -> PreTrainedConfig:
-    try:
-        if settings is not None:
-            return internlm2_config(settings)
-        config = AutoConfig.from_pretrained(source, **reading)
-    except Exception as error:
-        # A malformed file fails in whatever way its reader does.
-        raise _loading_error(name, error) from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedArchitectureError(
-            f"{name} is an encoder-decoder ({config.model_type}); only decoder models can be used"
-        )
-    return config
+    return target
 
 
 def _loading_error(name: str, error: Exception) -> Exception:
-    """One clear error for the many ways in which loading from the hub or a directory fails."""
     text = str(error)
     what = text.splitlines()[0] if text else repr(error)
     if name == SMOLLM2:

@@ -13,12 +13,10 @@ import hashlib
 import json
 import os
 import random
-import urllib.error
 import urllib.request
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -52,8 +50,7 @@ HOLD_OUT_SEED = 42
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TextSplits:
+class TextSplits(NamedTuple):
     """Checked rows: demonstrations come from ``train``, documents from ``validation``.
 
     Each row's ``label`` is 0 or 1.
@@ -85,7 +82,7 @@ def load_splits(spec: TextTaskSpec, *, data: str | os.PathLike[str] = "synthetic
         files = _local_files(spec, synthetic_dir() / "text" / spec.name)
     else:
         return _from_hub(spec, spec.hub)
-    return _read(spec, tuple(files), tuple(map(file_state, files)))
+    return _from_files(spec, tuple(files), tuple(map(file_state, files)))
 
 
 def hold_out(rows: list[Row], *, seed: int = HOLD_OUT_SEED) -> tuple[list[Row], list[Row]]:
@@ -129,38 +126,31 @@ def _local_files(spec: TextTaskSpec, folder: Path) -> list[Path]:
     """The files of a task's splits."""
     train = folder / "train.jsonl"
     names = ["validation", (spec.hub and spec.hub.validation) or "validation"]
-    found = [path for name in names if (path := folder / f"{name}.jsonl").is_file()]
+    others = [path for name in names if (path := folder / f"{name}.jsonl").is_file()]
     needs_split = spec.hub is not None and spec.hub.validation is None
-    if not train.is_file() or not (found or needs_split):
+    if not train.is_file() or not (others or needs_split):
         missing = folder / "validation.jsonl" if train.is_file() else train
         raise MissingArtefactError(
             f"{missing} is missing; task {spec.name} needs one JSON Lines file per split, "
             f"train.jsonl and validation.jsonl, in {folder}"
         )
-    return [train, *found[:1]]
+    return [train, *others[:1]]
 
 
 @functools.lru_cache(maxsize=8)
-def _read(spec: TextTaskSpec, files: tuple[Path, ...], states: tuple[Any, ...]) -> TextSplits:
+def _from_files(spec: TextTaskSpec, files: tuple[Path, ...], states: tuple[Any, ...]) -> TextSplits:
     """Splits of local files; their states are there so that a changed file is read again."""
-    splits = [_checked(spec, _json_lines(path), str(path)) for path in files]
-    return _as_splits(*(splits if len(splits) == 2 else hold_out(splits[0])))
-
-
-def _as_splits(train: list[Row], validation: list[Row]) -> TextSplits:
-    return TextSplits(tuple(train), tuple(validation))
-
-
-def _json_lines(path: Path) -> list[Any]:
-    rows = []
-    # Not str.splitlines: a text may hold other line separators.
-    for number, line in enumerate(read_text(path).split("\n")):
-        if line.strip():
+    splits: list[tuple[str, list[Any]]] = []
+    for path in files:
+        rows = []
+        # Not str.splitlines: a text may hold other line separators.
+        for number, line in enumerate(read_text(path).split("\n"), 1):
             try:
-                rows.append(json.loads(line))
+                rows += [json.loads(line)] if line.strip() else []
             except ValueError as error:
-                raise InputError(f"{path}, line {number + 1}: not valid JSON ({error})") from error
-    return rows
+                raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
+        splits.append((str(path), rows))
+    return _as_splits(spec, splits)
 
 
 @functools.lru_cache(maxsize=8)
@@ -169,7 +159,7 @@ def _from_hub(spec: TextTaskSpec, hub: HubSource) -> TextSplits:
 
     go_offline_if_hub_unreachable()
     where = f"{hub.path}{f' ({hub.config})' if hub.config else ''}"
-    splits = []
+    splits: list[tuple[str, list[Any]]] = []
     for split in filter(None, (hub.train, hub.validation)):
         try:
             rows = load_dataset(hub.path, hub.config, split=split, revision=hub.revision).to_list()
@@ -181,14 +171,19 @@ def _from_hub(spec: TextTaskSpec, hub: HubSource) -> TextSplits:
                 f"data_dir=DIRECTORY with {spec.name}/train.jsonl and "
                 f"{spec.name}/validation.jsonl, or leave the text tasks out: nlp_tasks=[]"
             ) from error
-        splits.append(_checked(spec, rows, f"{where}, {split}"))
-    return _as_splits(*(splits if len(splits) == 2 else hold_out(splits[0])))
+        splits.append((f"{where}, {split}", rows))
+    return _as_splits(spec, splits)
 
 
-def _checked(spec: TextTaskSpec, rows: list[Any], where: str) -> list[Row]:
-    if not rows:
-        raise InputError(f"{where} holds no rows")
-    return [_checked_row(spec, row, f"{where}, row {index}") for index, row in enumerate(rows)]
+def _as_splits(spec: TextTaskSpec, splits: list[tuple[str, list[Any]]]) -> TextSplits:
+    """The rows that were found where it is said, checked; of a single split a part is held out."""
+    checked = []
+    for where, rows in splits:
+        if not rows:
+            raise InputError(f"{where} holds no rows")
+        checked.append([_checked_row(spec, row, f"{where}, row {i}") for i, row in enumerate(rows)])
+    train, validation = checked if len(checked) == 2 else hold_out(checked[0])
+    return TextSplits(tuple(train), tuple(validation))
 
 
 def _checked_row(spec: TextTaskSpec, row: Any, where: str) -> Row:
@@ -238,51 +233,40 @@ def fetch_original(
     written only when it is whole.
     """
     target = original_data_dir() if cache_dir is None else user_path(cache_dir)
-    if source is not None:
-        # A wrong source is an error even if nothing is missing any more.
-        found = {name: _find(Path(source), name) for name in HASHES}
+    files: dict[str, Path] = {}
+    # A wrong source is an error even if nothing is missing any more.
+    for name in () if source is None else HASHES:
+        clone = Path(source or "")
+        places = [folder / name for folder in (user_path(clone), user_path(clone) / _FOLDER)]
+        if not any(place.is_file() for place in places):
+            raise MissingArtefactError(f"{name} is neither in {clone} nor in {clone / _FOLDER}")
+        files[name] = next(place for place in places if place.is_file())
     for name in tqdm(HASHES, desc="original data", unit="file"):
         path = target / name
         if path.is_file() and files_digest(path) == HASHES[name]:
             continue
-        content = _download(name, target) if source is None else found[name].read_bytes()
-        if _digest(content) != HASHES[name]:
+        by_hand = (
+            f"Get {_FOLDER}/{name} of github.com/JoyC177/Induction_Heads_ICL at commit {COMMIT} "
+            f"and put it into {target}, or run: icl data original --from CLONE"
+        )
+        if source is not None:
+            content = files[name].read_bytes()
+        else:
+            try:
+                with urllib.request.urlopen(f"{_URL}/{name}", timeout=_TIMEOUT) as response:
+                    content = response.read()
+            except OSError as error:
+                raise MissingArtefactError(
+                    f"{name} cannot be downloaded ({error}). {by_hand}"
+                ) from error
+        if hashlib.sha256(content).hexdigest() != HASHES[name]:
             raise MissingArtefactError(
                 f"{name} does not match its SHA-256 ({HASHES[name][:12]}...): not the file of "
-                f"commit {COMMIT}. {_by_hand(name, target)}"
+                f"commit {COMMIT}. {by_hand}"
             )
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
     return target
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _by_hand(name: str, target: Path) -> str:
-    return (
-        f"Get {_FOLDER}/{name} of github.com/JoyC177/Induction_Heads_ICL at commit {COMMIT} and "
-        f"put it into {target}, or run: icl data original --from CLONE"
-    )
-
-
-def _download(name: str, target: Path) -> bytes:
-    try:
-        with urllib.request.urlopen(f"{_URL}/{name}", timeout=_TIMEOUT) as response:
-            content: bytes = response.read()
-            return content
-    except (urllib.error.URLError, OSError) as error:
-        raise MissingArtefactError(
-            f"{name} cannot be downloaded ({error}). {_by_hand(name, target)}"
-        ) from error
-
-
-def _find(source: Path, name: str) -> Path:
-    for folder in (user_path(source), user_path(source) / _FOLDER):
-        if (folder / name).is_file():
-            return folder / name
-    raise MissingArtefactError(f"{name} is neither in {source} nor in {source / _FOLDER}")
 
 
 def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:
@@ -356,17 +340,16 @@ def _checked_rows(
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, list) or not content:
         raise InputError(f"{path} must hold a list of rows, at least one")
-    return tuple(_checked_pattern_row(spec, path, index, row) for index, row in enumerate(content))
-
-
-def _checked_pattern_row(spec: TaskSpec, path: Path, index: int, row: Any) -> tuple[str, str]:
-    text = row.get(spec.field) if isinstance(row, dict) else None
-    label = row.get("label") if isinstance(row, dict) else None
-    if not isinstance(text, str) or not text.strip() or label not in spec.choices:
-        raise InputError(
-            f"{path}, row {index}: expected {{'{spec.field}': text, 'label': one of "
-            f"{', '.join(spec.choices)}}}, got {row!r}"
-        )
-    if spec.sampler == "disjoint_words" and len(text.split()) < 2:
-        raise InputError(f"{path}, row {index}: expected two words, got {text!r}")
-    return text, label
+    rows = []
+    for index, row in enumerate(content):
+        columns = row if isinstance(row, dict) else {}
+        text, label = columns.get(spec.field), columns.get("label")
+        if not isinstance(text, str) or not text.strip() or label not in spec.choices:
+            raise InputError(
+                f"{path}, row {index}: expected {{'{spec.field}': text, 'label': one of "
+                f"{', '.join(spec.choices)}}}, got {row!r}"
+            )
+        if spec.sampler == "disjoint_words" and len(text.split()) < 2:
+            raise InputError(f"{path}, row {index}: expected two words, got {text!r}")
+        rows.append((text, label))
+    return tuple(rows)

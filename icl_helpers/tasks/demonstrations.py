@@ -68,10 +68,9 @@ class Pool(Generic[Key]):
         self.contents = list(map(_content, texts if contents is None else contents))
         self.sampler, self.name = sampler, name
         self.classes = list(dict.fromkeys(self.labels))
-        self._rows = {
-            label: [i for i, found in enumerate(self.labels) if found == label]
-            for label in self.classes
-        }
+        self._rows: dict[str, list[int]] = {label: [] for label in self.classes}
+        for row, label in enumerate(self.labels):
+            self._rows[label].append(row)
         if sampler == "disjoint_words":
             words = np.array([text.split()[:2] for text in self.texts])
             self._words = {label: words[rows] for label, rows in self._rows.items()}
@@ -93,8 +92,8 @@ class Pool(Generic[Key]):
 
     def _disjoint_rows(self, label: str, first: str, second: str) -> list[int]:
         words = self._words[label]
-        kept = (words[:, 0] != first) & (words[:, 1] != second)
-        return list(itertools.compress(self._rows[label], kept.tolist()))
+        disjoint = (words[:, 0] != first) & (words[:, 1] != second)
+        return list(itertools.compress(self._rows[label], disjoint.tolist()))
 
 
 def draw_demonstrations(
@@ -130,7 +129,16 @@ def draw_demonstrations(
     InputError
         Negative shots, a pool with a single class, or more shots than the pool can give.
     """
-    _check(pool, shots, len(pool.texts) - same_split, rule)
+    most = len(pool.texts) - same_split
+    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0:
+        raise InputError(f"shots must be a whole number >= 0, got {shots!r}")
+    if len(pool.classes) < 2:
+        raise InputError(f"{pool.name} has a single class, {pool.classes}; at least two are needed")
+    if shots > most and rule != "fewer":
+        raise InputError(
+            f"{shots} shots are more than the {len(pool.texts)} rows of {pool.name} can give; ask "
+            f"for at most {most}"
+        )
     if shots == 0:
         return [Demonstrations([]) for _ in queries]
     rng = random.Random(seed)
@@ -149,18 +157,25 @@ def draw_demonstrations(
             drawn += rng.sample(candidates, min(share, len(candidates)))
         rng.shuffle(drawn)
         if rule == "published":
-            kept = [i for i in drawn if (pool.texts[i], pool.labels[i]) != (text, label)]
+            rows = [i for i in drawn if (pool.texts[i], pool.labels[i]) != (text, label)]
         else:
             # A generator of its own: what stands before the other queries stays as it is.
             again = random.Random(f"{seed} {number}")
-            kept = _without(pool, drawn, text, content, shots, again)
+            rows = _without(pool, drawn, text, content, shots, again)
         if rule == "exact":
             usable = {name: pool.usable(name, text, content) for name in shares}
-            if len(kept) < shots or min(usable.values()) < shots // len(usable):
-                raise _too_few(pool, content, shots, usable, shares)
+            if len(rows) < shots or min(usable.values()) < shots // len(usable):
+                # The class that is furthest from its share.
+                worst = max(shares, key=lambda name: shares[name] - usable[name])
+                raise InputError(
+                    f"{pool.name}: class {worst!r} has {usable[worst]} rows that can stand before "
+                    f"the document {content[:60]!r}, where {shares[worst]} are drawn for {shots} "
+                    f"demonstrations, which would be fewer or unbalanced. Ask for fewer shots, "
+                    f"give the pool more rows, or let that pass with demonstrations='fewer'"
+                )
         leaks = sum(pool.contents[i] == content for i in drawn)
-        leaked = sum(pool.contents[i] == content for i in kept[:shots])
-        drawn_for_all.append(Demonstrations(kept[:shots], leaked, leaks - leaked))
+        leaked = sum(pool.contents[i] == content for i in rows[:shots])
+        drawn_for_all.append(Demonstrations(rows[:shots], leaked, leaks - leaked))
     return drawn_for_all
 
 
@@ -173,41 +188,16 @@ def _without(
 ) -> list[int]:
     """``drawn`` without rows of this content; others of their class stand in for those missing."""
     missing = shots - sum(pool.contents[i] != content for i in drawn)
-    kept: list[int] = []
+    rows: list[int] = []
     for row in drawn:
         if pool.contents[row] != content:
-            kept.append(row)
+            rows.append(row)
         elif missing > 0:
             others = [
                 i
                 for i in pool.candidates(pool.labels[row], text)
-                if pool.contents[i] != content and i not in drawn and i not in kept
+                if pool.contents[i] != content and i not in drawn and i not in rows
             ]
-            kept += rng.sample(others, min(1, len(others)))
+            rows += rng.sample(others, min(1, len(others)))
             missing -= bool(others)
-    return kept
-
-
-def _too_few(
-    pool: Pool[str], content: str, shots: int, usable: dict[str, int], shares: dict[str, int]
-) -> InputError:
-    """Name the class that is furthest from its share."""
-    name = max(shares, key=lambda name: shares[name] - usable[name])
-    return InputError(
-        f"{pool.name}: class {name!r} has {usable[name]} rows that can stand before the document "
-        f"{content[:60]!r}, where {shares[name]} are drawn for {shots} demonstrations, which would "
-        f"be fewer or unbalanced. Ask for fewer shots, give the pool more rows, or let that pass "
-        f"with demonstrations='fewer'"
-    )
-
-
-def _check(pool: Pool[str], shots: int, most: int, rule: Rule) -> None:
-    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0:
-        raise InputError(f"shots must be a whole number >= 0, got {shots!r}")
-    if len(pool.classes) < 2:
-        raise InputError(f"{pool.name} has a single class, {pool.classes}; at least two are needed")
-    if shots > most and rule != "fewer":
-        raise InputError(
-            f"{shots} shots are more than the {len(pool.texts)} rows of {pool.name} can give; ask "
-            f"for at most {most}"
-        )
+    return rows

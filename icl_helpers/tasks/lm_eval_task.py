@@ -107,12 +107,9 @@ def load_task(
     config = yaml.safe_load((tasks_dir() / "_pattern.yaml").read_text())
     config |= {"task": name, "num_fewshot": shots}
     config["metadata"] |= {
-        "pattern_task": name,
-        "labels": labels,
-        "data": data,
-        "demonstrations": demonstrations,
+        "pattern_task": name, "labels": labels, "data": data, "demonstrations": demonstrations,
         "demonstration_seed": seed,
-    }
+    }  # fmt: skip
     task = PatternTask(config)
     task.prompts(shots)
     return task

@@ -93,10 +93,10 @@ def prompt_sets(
 
 def resolve_shots(task: str, shots: Shots) -> list[int]:
     """Numbers of demonstrations for a task: those given, or the task's own."""
-    given = shots.get(task) if isinstance(shots, Mapping) else shots
-    if given is None:
+    of_task = shots.get(task) if isinstance(shots, Mapping) else shots
+    if of_task is None:
         return list(get_task_spec(task).default_shots)
-    values = [given] if isinstance(given, int) else list(given)
+    values = [of_task] if isinstance(of_task, int) else list(of_task)
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise InputError(f"shots must be whole numbers >= 0, got {value!r} for {task}")
@@ -228,8 +228,7 @@ def _text_prompts(
 ) -> list[Prompt]:
     """Prompts of every row of the validation split, in order; the choices carry a space."""
     words = spec.labels(labels)
-    splits = load_splits(spec, data=data)
-    train, validation = splits.train, splits.validation
+    train, validation = load_splits(spec, data=data)
     documents = [spec.render(row) for row in train]
     pool: Pool[str] = Pool(
         [_key(row) for row in train], [str(row["label"]) for row in train], sampler=spec.sampler,
@@ -288,10 +287,10 @@ def shuffled_labels(prompt: Prompt, *, seed: int) -> Prompt:
 def _shown_labels(prompt: Prompt) -> list[re.Match[str]]:
     """The demonstrations' labels: what stands between a colon and a blank line."""
     names = "|".join(re.escape(choice) for choice in prompt.choices)
-    found = list(re.finditer(f"(?<=:)(?:{names})(?=\n\n)", prompt.context))
-    if len(found) != prompt.n_demonstrations:
+    labels = list(re.finditer(f"(?<=:)(?:{names})(?=\n\n)", prompt.context))
+    if len(labels) != prompt.n_demonstrations:
         raise InputError(
-            f"{len(found)} labels stand in a prompt of {prompt.n_demonstrations} demonstrations, "
+            f"{len(labels)} labels stand in a prompt of {prompt.n_demonstrations} demonstrations, "
             f"which begins {prompt.context[:60]!r}; pass prompts of build_prompts()"
         )
-    return found
+    return labels

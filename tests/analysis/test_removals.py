@@ -34,7 +34,7 @@ def prompts():
 def removals(llama, tokenizer, prompts):
     generator = torch.Generator().manual_seed(0)
     means = [torch.randn(3, 300, 4, 8, generator=generator) for _ in range(2)]
-    return Removals.of(
+    return Removals(
         llama, tokenizer, prompts, HEADS, OTHERS, means_of_inputs=means[0],
         means_of_outputs=means[1], categories=["words", "labels", "colons", "blank_lines"],
     )  # fmt: skip

@@ -34,7 +34,7 @@ from icl_helpers.results.statistics import (
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
-    "Difference", "KindOutcome", "Span", "TaskOutcome", "Verdict", "doubts", "findings",
+    "Difference", "KindOutcome", "Said", "Span", "TaskOutcome", "Verdict", "doubts", "findings",
     "headline", "kind_lines", "kind_outcomes", "listed", "outcome_sentence", "predicted",
     "range_in_words", "read_measurements", "removal_caption", "seed_doubts", "task_kind",
     "task_name", "task_outcomes", "tasks_under", "training_seed_doubts", "verdict",
@@ -645,6 +645,10 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
             where = f"{task_name(str(task))} ({str(condition).replace('_', ' ')})"
             lines.append(f"Training seeds disagree on {where}: {each}.")
     return lines
+
+
+# What was found, and what became of the predictions: a sentence each.
+Said = tuple[list[str], list[str]]
 
 
 def predicted(text: str, tasks: Mapping[str, tuple[bool, str]], *, of: str = "tasks") -> str:

@@ -23,7 +23,7 @@ from icl_helpers.tasks.specs import task_names
 
 __all__ = [
     "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results", "annotated_table",
-    "cell_frame", "markdown_table", "name_heads", "published_accuracy",
+    "bounds_in_words", "cell_frame", "markdown_table", "name_heads", "published_accuracy",
     "read_published", "table_rows", "write_table",
 ]  # fmt: skip
 
@@ -128,12 +128,12 @@ def annotated_table(documents: pd.DataFrame, number: int, *, n_heads: int) -> An
     tests["change"] = " (" + change + ")" + mark
     gaps = tests.assign(
         condition=_GAP, control=tests["against_control"],
-        text=change + mark + _bounds(tests, "{:+.1f}"),
+        text=change + mark + bounds_in_words(tests, "{:+.1f}"),
     )  # fmt: skip
     to_full = tests.loc[tests["against"] == "full", [*CELL, "change"]]
     cells = accuracy_intervals(rows).merge(to_full, how="left", on=CELL)
     accuracy = cells["accuracy"].map("{:.1f}".format)
-    cells["text"] = accuracy + cells["change"].fillna("") + _bounds(cells, "{:.1f}")
+    cells["text"] = accuracy + cells["change"].fillna("") + bounds_in_words(cells, "{:.1f}")
     columns = ["against", "against_control", "difference", "low", "high", "p", "p_holm"]
     columns += ["cohens_g", "distinguishable"]
     tests = _with_draws(tests[[*CELL, *columns]], rows)
@@ -159,7 +159,8 @@ def _with_draws(tests: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return tests.assign(induction_heads_in_draws=[again.get(key, "") for key in keys])
 
 
-def _bounds(frame: pd.DataFrame, form: str) -> pd.Series:
+def bounds_in_words(frame: pd.DataFrame, form: str) -> pd.Series:
+    """Write the columns ``low`` and ``high`` to stand behind a value, each in this format."""
     return " [" + frame["low"].map(form.format) + ", " + frame["high"].map(form.format) + "]"
 
 

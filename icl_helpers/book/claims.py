@@ -11,11 +11,11 @@ Example
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from icl_helpers.run.plan import run_info, run_table
 
 __all__ = [
     "VERDICTS", "Claim", "Evidence", "Finding", "claims", "judged_lines", "published_gaps",
-    "range_of_gaps",
+    "published_rows", "range_of_gaps",
 ]  # fmt: skip
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "undecided", "not testable here")
@@ -103,7 +103,7 @@ class Evidence:
         rows = self.documents(text)
         return [] if rows.empty else sorted(set(rows["fraction"].dropna()) - {0.0})
 
-    @functools.cache  # noqa: B019 -- an object lives as long as its page is made
+    @cache  # noqa: B019 -- an object lives as long as its page is made
     def outcomes(
         self, text: bool, ablation: str, share: str = "larger", shots: str = "most"
     ) -> tuple[TaskOutcome, ...]:
@@ -153,29 +153,31 @@ class Claim:
     later: str = ""
 
 
-# One task's share in a claim: its name, whether the claim holds of it, whether it contradicts it.
+# One task's share in a claim: its effect, whether the claim holds of it, whether it contradicts it.
 _Seen = tuple[str, bool, bool]
+_Rule = Callable[[Evidence], list[_Seen]]
 
 
-def _finding(seen: Sequence[_Seen]) -> Finding:
+def _judged(rule: _Rule, evidence: Evidence) -> Finding:
+    seen = rule(evidence)
     if not seen:
         return Finding("not testable here")
     judged = verdict([holds for _, holds, _ in seen], [against for *_, against in seen])
-    failed = tuple(text for text, holds, _ in seen if not holds)
-    return Finding(_JUDGED[judged], tuple(text for text, *_ in seen), failed)
+    failed = tuple(effect for effect, holds, _ in seen if not holds)
+    return Finding(_JUDGED[judged], tuple(effect for effect, *_ in seen), failed)
 
 
 def _tasks(
     evidence: Evidence, condition: str, *, text: bool = False, ablation: str = "mean",
-    share: str = "larger", shots: str = "most", labels: str | None = None,
+    share: str = "larger", shots: str = "most", labels: str | None = None, learnt: bool = True,
 ) -> list[TaskOutcome]:  # fmt: skip
-    """Outcomes of a condition on the tasks that the full model has learnt."""
-    learnt = evidence.learnt(text)
+    """Outcomes of a condition, on the tasks that the full model has learnt or on all."""
+    known = evidence.learnt(text)
     return [
         it
         for it in evidence.outcomes(text, ablation, share, shots)
         if it.condition == condition
-        and (it.task, it.labels) in learnt
+        and (not learnt or (it.task, it.labels) in known)
         and labels in (None, it.labels)
     ]
 
@@ -184,209 +186,154 @@ def _name(task: TaskOutcome, text: bool = False) -> str:
     return f"{task_name(task.task)}{f' ({task.labels} labels)' if text else ''}"
 
 
-def _points(name: str, found: Difference) -> str:
-    doubt = "" if found.distinguishable else ", not distinguishable"
+def _points(name: str, gap: Difference) -> str:
+    doubt = "" if gap.distinguishable else ", not distinguishable"
     return (
-        f"{name}: {round(found.points):+d} points "
-        f"({round(found.low):+d} to {round(found.high):+d}{doubt})"
+        f"{name}: {round(gap.points):+d} points "
+        f"({round(gap.low):+d} to {round(gap.high):+d}{doubt})"
     )
 
 
 def _falls(
-    against: str, *, condition: str = "induction_heads", control: str = "", text: bool = False,
-    **options: Any,
-) -> Callable[[Evidence], Finding]:  # fmt: skip
+    evidence: Evidence, *, against: str = "full", condition: str = "induction_heads",
+    control: str = "", text: bool = False, **options: Any,
+) -> list[_Seen]:  # fmt: skip
     """Accuracy without the heads is lower than that of the full model, or of the control."""
-
-    def judge(evidence: Evidence) -> Finding:
-        seen = []
-        for task in _tasks(evidence, condition, text=text, **options):
-            rivals = (it for it in task.differences if it.against == against)
-            found = next((it for it in rivals if it.control in ("", control or it.control)), None)
-            if found is not None:
-                seen.append(_seen_difference(_name(task, text), found, -1))
-        return _finding(seen)
-
-    return judge
-
-
-def _seen_difference(name: str, found: Difference, sign: int) -> _Seen:
-    return _points(name, found), found.sign == sign, found.sign == -sign
-
-
-def _unmoved(evidence: Evidence) -> Finding:
-    """Without examples, removal changes little: the whole interval is small."""
     seen = []
-    for text in (False, True):
-        for task in _tasks(evidence, "induction_heads", text=text, shots="none"):
-            found = task.to_full
-            if found is not None:
-                effect = _points(_name(task, text), found)
-                seen.append((effect, _is_small(found), _is_large(found)))
-    return _finding(seen)
+    for task in _tasks(evidence, condition, text=text, **options):
+        rivals = (gap for gap in task.differences if gap.against == against)
+        gap = next((gap for gap in rivals if gap.control in ("", control or gap.control)), None)
+        if gap is not None:
+            seen.append((_points(_name(task, text), gap), gap.sign < 0, gap.sign > 0))
+    return seen
 
 
-def _paired(
-    evidence: Evidence, pairs: Sequence[tuple[str, pd.DataFrame, pd.DataFrame]]
-) -> list[Difference]:
-    """Differences of pairs of cells, with the tests corrected over the pairs."""
-    found = [paired_difference(first, second) for _, first, second in pairs]
-    if not found:
-        return []
-    lows, highs = (pd.Series([getattr(it, side) for it, _ in found]) for side in ("low", "high"))
-    told = is_distinguishable(pd.Series(holm([p for _, p in found])), lows, highs)
+def _unmoved(evidence: Evidence) -> list[_Seen]:
+    """Without examples, removal changes little: the whole interval is small."""
     return [
-        Difference("", "", it.mean, it.low, it.high, bool(yes))
-        for (it, _), yes in zip(found, told, strict=True)
+        (_points(_name(task, text), task.to_full), _is_small(task.to_full), _is_large(task.to_full))
+        for text in (False, True)
+        for task in _tasks(evidence, "induction_heads", text=text, shots="none")
+        if task.to_full is not None
     ]
 
 
-def _pairs_claim(
-    pairs: Callable[[Evidence], list[tuple[str, pd.DataFrame, pd.DataFrame]]],
-    holds: Callable[[Difference], bool], against: Callable[[Difference], bool],
-) -> Callable[[Evidence], Finding]:  # fmt: skip
-    """Judge a claim about differences between cells that no table compares."""
-
-    def judge(evidence: Evidence) -> Finding:
-        wanted = [pair for pair in pairs(evidence) if len(pair[1]) and len(pair[2])]
-        return _finding(
-            [
-                (_points(name, it), holds(it), against(it))
-                for (name, *_), it in zip(wanted, _paired(evidence, wanted), strict=True)
-            ]
-        )
-
-    return judge
+def _is_small(gap: Difference) -> bool:
+    return max(-gap.low, gap.high) <= SMALL
 
 
-def _is_small(found: Difference) -> bool:
-    return max(-found.low, found.high) <= SMALL
+def _is_large(gap: Difference) -> bool:
+    return gap.low > SMALL or gap.high < -SMALL
 
 
-def _is_large(found: Difference) -> bool:
-    return found.low > SMALL or found.high < -SMALL
+def _pairs(
+    evidence: Evidence, other: Callable[[Evidence, TaskOutcome], dict[str, Any]],
+    holds: Callable[[Difference], bool] = _is_small,
+    against: Callable[[Difference], bool] = _is_large, *,
+    condition: str = "induction_heads", text: bool = False, ablation: str = "mean",
+) -> list[_Seen]:  # fmt: skip
+    """Compare a condition's cells with those that differ in some keys, where no table does.
+
+    ``other`` gives these keys, none where there is no such cell. Tests are corrected over the
+    pairs.
+    """
+    gaps = {}
+    for task in _tasks(evidence, condition, text=text, ablation=ablation):
+        keys = other(evidence, task)
+        first, second = evidence.cell(task, text), evidence.cell(task, text, **keys)
+        if keys and len(first) and len(second):
+            gaps[_name(task, text)] = paired_difference(first, second)
+    lows, highs = (pd.Series([gap[side] for gap, _ in gaps.values()]) for side in (1, 2))
+    p = pd.Series(holm([p for _, p in gaps.values()]))
+    seen = []
+    for (name, (gap, _)), told in zip(
+        gaps.items(), is_distinguishable(p, lows, highs), strict=True
+    ):
+        difference = Difference("", "", *gap, bool(told))
+        seen.append((_points(name, difference), holds(difference), against(difference)))
+    return seen
 
 
-def _shares(evidence: Evidence) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """The larger share of heads removed, and the smaller."""
+def _fewer_heads(evidence: Evidence, _: TaskOutcome) -> dict[str, Any]:
     fractions = evidence.fractions()
-    if len(fractions) < 2:
-        return []
-    return [
-        (_name(it), evidence.cell(it), evidence.cell(it, fraction=fractions[0]))
-        for it in _tasks(evidence, "induction_heads")
-    ]
+    return {"fraction": fractions[0]} if len(fractions) > 1 else {}
 
 
-def _blocked_and_removed(evidence: Evidence) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    return [
-        (
-            _name(it),
-            evidence.cell(it),
-            evidence.cell(it, condition="induction_heads", ablation="mean"),
+def _fewer_examples(evidence: Evidence, task: TaskOutcome) -> dict[str, Any]:
+    """Fewer than the most, but some."""
+    rows = evidence.abstract[evidence.abstract["task"] == task.task]
+    fewer = sorted(set(rows["shots"]) - {0, task.shots})
+    return {"shots": fewer[-1]} if fewer else {}
+
+
+def _level(
+    evidence: Evidence, condition: str, holds: Callable[[TaskOutcome], bool], *,
+    against: Callable[[TaskOutcome], bool] = lambda _: True, **options: Any,
+) -> list[_Seen]:  # fmt: skip
+    """Judge the accuracy of one condition beside chance."""
+    seen = []
+    for it in _tasks(evidence, condition, **options):
+        one = ", one label for nearly all documents" if it.level == "one label" else ""
+        effect = (
+            f"{_name(it)}: {it.accuracy.mean:.0f} % ({it.accuracy.low:.0f} to "
+            f"{it.accuracy.high:.0f}; chance {it.chance:.0f}{one})"
         )
-        for it in _tasks(evidence, "induction_pattern")
-    ]
-
-
-def _zero_and_mean(evidence: Evidence) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    return [
-        (_name(it), evidence.cell(it), evidence.cell(it, ablation="mean"))
-        for it in _tasks(evidence, "induction_heads", ablation="zero")
-    ]
-
-
-def _more_examples(evidence: Evidence) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """The full model with the most examples and with fewer, but some."""
-    pairs = []
-    for task in _tasks(evidence, "full"):
-        rows = evidence.abstract[evidence.abstract["task"] == task.task]
-        fewer = sorted(set(rows["shots"]) - {0, task.shots})
-        if fewer:
-            pairs.append((_name(task), evidence.cell(task), evidence.cell(task, shots=fewer[-1])))
-    return pairs
-
-
-def _removed_and_zero_shot(evidence: Evidence) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """On text, with examples and without the heads, beside the full model without examples."""
-    full = {"shots": 0, "condition": "full", "ablation": "none", "fraction": 0.0, "control": ""}
-    return [
-        (_name(it, True), evidence.cell(it, True), evidence.cell(it, True, **full))
-        for it in _tasks(evidence, "induction_heads", text=True)
-    ]
-
-
-def _level_claim(
-    condition: str, holds: Callable[[TaskOutcome], bool], *, shots: str = "most",
-    learnt: bool = True, against: Callable[[TaskOutcome], bool] = lambda _: True,
-) -> Callable[[Evidence], Finding]:  # fmt: skip
-    """Judge a claim about the accuracy of one condition beside chance."""
-
-    def judge(evidence: Evidence) -> Finding:
-        found = _tasks(evidence, condition, shots=shots) if learnt else [
-            it for it in evidence.outcomes(False, "mean", "larger", shots)
-            if it.condition == condition
-        ]  # fmt: skip
-        return _finding(
-            [
-                (f"{_name(it)}: {it.accuracy.mean:.0f} % ({it.accuracy.low:.0f} to "
-                 f"{it.accuracy.high:.0f}; chance {it.chance:.0f}"
-                 f"{', one label for nearly all documents' if it.level == 'one label' else ''})",
-                 holds(it), against(it) and not holds(it))
-                for it in found
-            ]
-        )  # fmt: skip
-
-    return judge
+        seen.append((effect, holds(it), against(it) and not holds(it)))
+    return seen
 
 
 def _near_chance(task: TaskOutcome, margin: float = 0.0) -> bool:
     return task.accuracy.low - margin <= task.chance <= task.accuracy.high + margin
 
 
-def _few_heads(evidence: Evidence) -> Finding:
+def _few_heads(evidence: Evidence) -> list[_Seen]:
     if evidence.scores is None:
-        return _finding([])
+        return []
     total = evidence.scores.size
     count = int((evidence.scores >= SCORE_THRESHOLD).sum())
     said = heads_in_words(count / total, total) if count else f"none of {total:,} heads"
-    return _finding([(f"{said} score {SCORE_THRESHOLD} or more", 0 < count <= _FEW * total, True)])
+    return [(f"{said} score {SCORE_THRESHOLD} or more", 0 < count <= _FEW * total, True)]
 
 
-def _best_head(evidence: Evidence) -> Finding:
+def _best_head(evidence: Evidence) -> list[_Seen]:
     if evidence.scores is None:
-        return _finding([])
+        return []
     layer, head = divmod(int(evidence.scores.argmax()), evidence.scores.shape[1])
     best = float(evidence.scores.max())
-    return _finding([(f"layer {layer} head {head}: {best:.2f}", best >= 0.9, best < 0.9)])
+    return [(f"layer {layer} head {head}: {best:.2f}", best >= 0.9, best < 0.9)]
 
 
-def _looks(category: str) -> Callable[[Evidence], Finding]:
-    def judge(evidence: Evidence) -> Finding:
-        shares = (evidence.followers or {}).get(category, [])
-        return _finding(
-            [(f"best head: {100 * share:.0f} % of its attention, on one prompt", share > 0.5, True)
-             for share in shares[:1]]
-        )  # fmt: skip
-
-    return judge
+def _looks(evidence: Evidence, category: str) -> list[_Seen]:
+    return [
+        (f"best head: {100 * share:.0f} % of its attention, on one prompt", share > 0.5, True)
+        for share in (evidence.followers or {}).get(category, [])[:1]
+    ]
 
 
-def _benefit(evidence: Evidence) -> Finding:
+def _benefit(evidence: Evidence) -> list[_Seen]:
     """On text, what examples add is smaller without the heads."""
-    rows = evidence.text
-    if rows.empty or not evidence.fractions(True) or rows["shots"].nunique() < 2:
-        return _finding([])
-    changes = benefit_changes(accuracies(rows), rows)
-    chosen = changes[
-        (changes["condition"] == "induction_heads") & (changes["ablation"] == "mean")
-        & (changes["fraction"] == evidence.fractions(True)[-1]) & (changes["left_out"] == "")
+    rows, fractions = evidence.text, evidence.fractions(True)
+    if not fractions or rows["shots"].nunique() < 2:
+        return []
+    changes = benefit_changes(accuracies(rows), rows).query(
+        "condition == 'induction_heads' and ablation == 'mean' and fraction == @fractions[-1] "
+        "and left_out == ''"
+    )
+    return [
+        (f"{task_name(it.task)} ({it.labels} labels): {it.relative_change:+.0f} % of the benefit "
+         f"({it.low:+.0f} to {it.high:+.0f})", it.high < 0, it.low > 0)
+        for it in changes.itertuples()
     ]  # fmt: skip
-    return _finding(
-        [(f"{task_name(it.task)} ({it.labels} labels): {it.relative_change:+.0f} % of the "
-          f"benefit ({it.low:+.0f} to {it.high:+.0f})", it.high < 0, it.low > 0)
-         for it in chosen.itertuples()]
-    )  # fmt: skip
+
+
+def published_rows(
+    number: int, condition: str, *, fraction: float = 0.0, shots: str = "most"
+) -> pd.DataFrame:
+    """Select a published table's rows of a condition at each task's ``most`` or ``none`` shots."""
+    rows = published_accuracy().query("table == @number")
+    most = rows.groupby(["model", "task", "labels"])["shots"].transform("max")
+    rows = rows[rows["shots"] == (most if shots == "most" else 0)]
+    return rows[(rows["condition"] == condition) & (rows["fraction"] == fraction)]
 
 
 def published_gaps(
@@ -397,13 +344,12 @@ def published_gaps(
 
     Columns: model, task, labels, shots (each task's ``most``, or ``none``) and gap, in points.
     """
-    rows, key = published_accuracy().query("table == @number"), ["model", "task", "labels"]
-    most = rows.groupby(key)["shots"].transform("max")
-    rows = rows[rows["shots"] == (most if shots == "most" else 0)]
-    value = rows[(rows["condition"] == condition) & (rows["fraction"] == fraction)]
-    rival = rows[(rows["condition"] == against) & rows["fraction"].isin([fraction, 0])]
-    both = value.merge(rival, on=[*key, "shots"], suffixes=("", "_against"))
-    return both[[*key, "shots"]].assign(gap=both["accuracy"] - both["accuracy_against"])
+    key = ["model", "task", "labels", "shots"]
+    value = published_rows(number, condition, fraction=fraction, shots=shots)
+    beside = 0.0 if against == "full" else fraction
+    rival = published_rows(number, against, fraction=beside, shots=shots)
+    both = value.merge(rival, on=key, suffixes=("", "_against"))
+    return both[key].assign(gap=both["accuracy"] - both["accuracy_against"])
 
 
 def range_of_gaps(gaps: pd.Series, by: pd.Series) -> dict[str, str]:
@@ -415,36 +361,26 @@ def range_of_gaps(gaps: pd.Series, by: pd.Series) -> dict[str, str]:
 
 
 def _published(
-    number: int, condition: str = "induction_heads", *, labels: str | None = None, **options: Any
-) -> Callable[[], str]:
+    number: int = 1, condition: str = "induction_heads", *, labels: str | None = None,
+    **options: Any,
+) -> str:  # fmt: skip
     """Word the published differences of a condition as a range over tasks, by model."""
-
-    def say() -> str:
-        gaps = published_gaps(number, condition, **options)
-        gaps = gaps[gaps["labels"] == labels] if labels else gaps
-        ranges = sorted(range_of_gaps(gaps["gap"], gaps["model"]).items())
-        return "; ".join(f"{model} {of} points (Table {number})" for model, of in ranges)
-
-    return say
+    gaps = published_gaps(number, condition, **options)
+    gaps = gaps[gaps["labels"] == labels] if labels else gaps
+    ranges = sorted(range_of_gaps(gaps["gap"], gaps["model"]).items())
+    return "; ".join(f"{model} {of} points (Table {number})" for model, of in ranges)
 
 
-def _published_level(
-    condition: str, *, shots: str = "most", fraction: float = 0.0
-) -> Callable[[], str]:
+def _published_level(condition: str, fraction: float = 0.0) -> str:
     """Word the published accuracies of a condition on the abstract tasks, by number of labels."""
-
-    def say() -> str:
-        rows = published_accuracy().query("table == 1")
-        most = rows.groupby(["model", "task"])["shots"].transform("max")
-        rows = rows[rows["shots"] == (most if shots == "most" else 0)]
-        rows = rows[(rows["condition"] == condition) & (rows["fraction"] == fraction)]
-        said = []
-        for (model, four), part in rows.groupby(["model", rows["task"].str.contains("4way")]):
-            span = Span.of(list(part["accuracy"]))
-            said.append(f"{model}, {'four' if four else 'two'} labels, {range_in_words(span)} %")
-        return f"{'; '.join(said)} (Table 1)" if said else "no number is published"
-
-    return say
+    rows = published_rows(1, condition, fraction=fraction)
+    said = [
+        f"{model}, {'four' if four else 'two'} labels, {range_in_words(Span.of(list(accuracy)))} %"
+        for (model, four), accuracy in rows.groupby(["model", rows["task"].str.contains("4way")])[
+            "accuracy"
+        ]
+    ]
+    return f"{'; '.join(said)} (Table 1)"
 
 
 def _published_more() -> str:
@@ -455,62 +391,76 @@ def _published_more() -> str:
     return f"{'; '.join(said)} from 5 to 10 examples (Table 1)"
 
 
-_JUDGES: Mapping[str, tuple[Callable[[Evidence], Finding], Callable[[], str] | None]] = {
+_ZERO_SHOT = {"shots": 0, "condition": "full", "ablation": "none", "fraction": 0.0, "control": ""}
+# By claim the rule that judges it, and what says the published values where they are accuracies.
+_RULES: Mapping[str, tuple[_Rule, Callable[[], str] | None]] = {
     "few-heads": (_few_heads, None),
     "best-head": (_best_head, None),
     "zero-shot-chance": (
-        _level_claim("full", _near_chance, shots="none", learnt=False), None,
+        partial(_level, condition="full", holds=_near_chance, shots="none", learnt=False), None,
     ),
     "few-shot": (
-        _level_claim(
-            "full", lambda task: task.level == "above chance", learnt=False,
-            against=lambda task: task.accuracy.high <= task.chance + SMALL,
+        partial(
+            _level, condition="full", holds=lambda task: task.level == "above chance",
+            against=lambda task: task.accuracy.high <= task.chance + SMALL, learnt=False,
         ),
-        _published_level("full"),
+        partial(_published_level, "full"),
     ),
     "more-examples": (
-        _pairs_claim(_more_examples, lambda it: it.sign > 0, lambda it: it.sign < 0),
+        partial(
+            _pairs, condition="full", other=_fewer_examples, holds=lambda gap: gap.sign > 0,
+            against=lambda gap: gap.sign < 0,
+        ),
         _published_more,
     ),
-    "one-percent": (_falls("full", share="smaller"), _published(1, fraction=0.01)),
-    "three-percent": (_falls("full"), _published(1)),
+    "one-percent": (partial(_falls, share="smaller"), partial(_published, fraction=0.01)),
+    "three-percent": (_falls, _published),
     "more-heads": (
-        _pairs_claim(_shares, lambda it: it.sign < 0, lambda it: it.sign > 0),
-        lambda: f"1 %: {_published(1, fraction=0.01)()}; 3 %: {_published(1)()}",
+        partial(
+            _pairs, other=_fewer_heads, holds=lambda gap: gap.sign < 0,
+            against=lambda gap: gap.sign > 0,
+        ),
+        lambda: f"1 %: {_published(fraction=0.01)}; 3 %: {_published()}",
     ),
     "random-control": (
-        _falls("random_heads", control="published"), _published(1, against="random_heads"),
+        partial(_falls, against="random_heads", control="published"),
+        partial(_published, against="random_heads"),
     ),
-    "strict-control": (_falls("random_heads", control="strict"), None),
+    "strict-control": (partial(_falls, against="random_heads", control="strict"), None),
     "near-chance": (
-        _level_claim("induction_heads", lambda task: _near_chance(task, CLOSE)),
-        _published_level("induction_heads", fraction=0.03),
+        partial(
+            _level, condition="induction_heads", holds=lambda task: _near_chance(task, CLOSE)
+        ),
+        partial(_published_level, "induction_heads", 0.03),
     ),
-    "zero-shot-unmoved": (_unmoved, _published(3, shots="none")),
+    "zero-shot-unmoved": (_unmoved, partial(_published, 3, shots="none")),
     "knockout": (
-        _falls("full", condition="induction_pattern"), _published(1, "induction_pattern"),
+        partial(_falls, condition="induction_pattern"), partial(_published, 1, "induction_pattern"),
     ),
     "knockout-as-removal": (
-        _pairs_claim(_blocked_and_removed, _is_small, _is_large),
-        _published(1, "induction_pattern", against="induction_heads"),
+        partial(
+            _pairs, condition="induction_pattern",
+            other=lambda *_: {"condition": "induction_heads", "ablation": "mean"},
+        ),
+        partial(_published, 1, "induction_pattern", against="induction_heads"),
     ),
-    "zero-ablation": (_falls("full", ablation="zero"), _published(4)),
+    "zero-ablation": (partial(_falls, ablation="zero"), partial(_published, 4)),
     "zero-as-mean": (
-        _pairs_claim(_zero_and_mean, _is_small, _is_large),
-        lambda: f"mean: {_published(1)()}; zero: {_published(4)()}",
+        partial(_pairs, ablation="zero", other=lambda *_: {"ablation": "mean"}),
+        lambda: f"mean: {_published()}; zero: {_published(4)}",
     ),
     "text-removal": (
-        _falls("random_heads", text=True),
-        _published(3, against="random_heads"),
+        partial(_falls, against="random_heads", text=True),
+        partial(_published, 3, against="random_heads"),
     ),
     "text-benefit": (_benefit, None),
-    "text-zero-shot": (_pairs_claim(_removed_and_zero_shot, _is_small, _is_large), None),
+    "text-zero-shot": (partial(_pairs, text=True, other=lambda *_: _ZERO_SHOT), None),
     "unrelated-labels": (
-        _falls("full", text=True, labels="unrelated"), _published(3, labels="unrelated"),
+        partial(_falls, text=True, labels="unrelated"), partial(_published, 3, labels="unrelated"),
     ),
-    "text-zero-ablation": (_falls("full", text=True, ablation="zero"), _published(5)),
-    "looks-at-labels": (_looks("colons"), None),
-    "looks-at-followers": (_looks("words"), None),
+    "text-zero-ablation": (partial(_falls, text=True, ablation="zero"), partial(_published, 5)),
+    "looks-at-labels": (partial(_looks, category="colons"), None),
+    "looks-at-followers": (partial(_looks, category="words"), None),
 }  # fmt: skip
 
 _SHARED = {
@@ -523,21 +473,17 @@ _SHARED = {
 }  # fmt: skip
 
 
-@functools.cache
+@cache
 def claims() -> tuple[Claim, ...]:
     """Return the paper's claims in order, with their rules."""
     stated = yaml.safe_load((assets_dir() / "claims.yaml").read_text(encoding="utf-8"))
     found = []
-    for name, (judge, published) in _JUDGES.items():
+    for name, (rule, published) in _RULES.items():
         claim = stated.pop(name)
-        typed = claim.pop("published", "")
-        rule = claim.pop("rule").format(**_SHARED)
-        found.append(
-            Claim(
-                name, **claim, rule=rule, judge=judge,
-                published=published() if published else typed,
-            )
-        )  # fmt: skip
+        claim["rule"] = claim["rule"].format(**_SHARED)
+        if published is not None:
+            claim["published"] = published()
+        found.append(Claim(name, **claim, judge=partial(_judged, rule)))
     if stated:
         raise InputError(f"no rule judges the claim {next(iter(stated))!r}")
     return tuple(found)
@@ -547,13 +493,11 @@ def judged_lines(evidence: Evidence, stages: Sequence[int]) -> list[str]:
     """Say of every claim that these stages measure what the evidence makes of it."""
     lines = []
     for claim in claims():
-        if claim.stage not in stages:
-            continue
-        found = claim.judge(evidence)
-        count, held = len(found.effects), len(found.effects) - len(found.failed)
-        on = f"; it holds {held} of {count} times, not for {'; '.join(found.failed)}"
-        every = f" ({'; '.join(found.effects)})" if found.effects else ""
-        lines.append(
-            f"*{claim.text}* **{found.verdict.capitalize()}**{on if found.failed else every}."
-        )
+        if claim.stage in stages:
+            finding = claim.judge(evidence)
+            count, failed = len(finding.effects), finding.failed
+            on = f"; it holds {count - len(failed)} of {count} times, not for {'; '.join(failed)}"
+            every = f" ({'; '.join(finding.effects)})" if count else ""
+            word = finding.verdict.capitalize()
+            lines.append(f"*{claim.text}* **{word}**{on if failed else every}.")
     return lines

@@ -130,6 +130,7 @@ class MadeUpRun:
 
     parameters = type("parameters", (), {"model": "some/model"})
     plan = type("plan", (), {"fractions": [2 / 64, 4 / 64]})
+    n_heads = 64
 
     def __init__(self, documents: pd.DataFrame) -> None:
         self._documents = documents

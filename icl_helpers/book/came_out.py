@@ -20,10 +20,10 @@ import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, heads_in_words, top_heads
 from icl_helpers.book.claims import Evidence, judged_lines
-from icl_helpers.book.published import published_gaps, range_of_gaps
 from icl_helpers.errors import NotMeasuredError
 from icl_helpers.results.outcomes import (
     KindOutcome,
+    Said,
     Span,
     headline,
     kind_lines,
@@ -35,7 +35,7 @@ from icl_helpers.results.outcomes import (
     task_kind,
     tasks_under,
 )
-from icl_helpers.results.tables import published_accuracy
+from icl_helpers.results.tables import published_gaps, published_rows, range_of_gaps
 from icl_helpers.results.viewer import PromptView, looks_in_words, query_followers, query_word
 
 __all__ = ["in_short", "measured_section", "section", "what_came_out"]
@@ -56,10 +56,37 @@ def what_came_out(run: Any, stage: int) -> str:
     Which of the paper's claims hold is judged as on the page on them
     (:mod:`icl_helpers.book.claims`), from what the stage has measured.
     """
-    say, evidence = _STAGES[stage]
+    parts, evidence = _stage(run, stage)
     # The results sum up the stages on removal and knockout.
-    judged = judged_lines(evidence(run), (4, 5) if stage == 8 else (stage,))
-    return section(*say(run), judged=judged)
+    judged = judged_lines(evidence, (4, 5) if stage == 8 else (stage,))
+    return section(*parts, judged=judged)
+
+
+def _stage(run: Any, stage: int) -> tuple[_Parts, Evidence]:
+    """Say what a stage's section says, and what its claims are judged by."""
+    model = str(run.parameters.model)
+    if stage == 1:
+        scores = run.prefix_scores()
+        evidence = Evidence(scores=scores.mean(0).numpy())
+        return score_parts(scores, run.plan.fractions), evidence
+    if stage == 2:
+        return mean_parts(run.mean_norms(), run.induction_heads()), Evidence()
+    if stage == 3:
+        documents = _only(run.documents())
+        return full_parts(documents), Evidence(documents)
+    if stage == 4:
+        documents = _only(run.documents(), "mean", "zero")
+        return removal_parts(documents, run.n_heads, model), Evidence(documents)
+    if stage == 5:
+        documents = _only(run.documents(), "mean", "knockout")
+        return knockout_parts(documents, run.n_heads, model), Evidence(documents)
+    if stage == 6:
+        documents = run.documents("nlp_tasks")
+        return text_parts(documents, run.n_heads), Evidence(text=documents)
+    if stage == 7:
+        view = run.first_view()
+        return pattern_parts(view), Evidence(followers=run.followers())
+    return _result_parts(run), Evidence(run.documents())
 
 
 def section(
@@ -81,17 +108,14 @@ def section(
 
 
 def measured_section(
-    paper: Sequence[str], parts: Sequence[Callable[[], tuple[list[str], list[str]]]],
-    sure: Sequence[str],
-) -> str:  # fmt: skip
+    paper: Sequence[str], parts: Sequence[Callable[[], Said]], sure: Sequence[str]
+) -> str:
     """Write the section of a stage whose parts were measured one by one.
 
     A part gives what was found and what became of its predictions. Of an imported run whose bundle
     lacks a part's measurement the section says that in its place.
     """
-    said: list[str] = []
-    predictions: list[str] = []
-    missing: list[str] = []
+    said, predictions, missing = [], [], []
     for part in parts:
         try:
             sentences, verdicts = part()
@@ -105,8 +129,8 @@ def measured_section(
 
 def in_short(run: Any) -> str:
     """Say of a whole run what came out, as Markdown: doubts, the headline, and each kind."""
-    found = _result_parts(run)
-    return section([], found.model, [], found.doubts)
+    parts = _result_parts(run)
+    return section([], parts.model, [], parts.doubts)
 
 
 def _published(number: int, conditions: Mapping[str, str]) -> list[str]:
@@ -114,8 +138,7 @@ def _published(number: int, conditions: Mapping[str, str]) -> list[str]:
     said = []
     for condition, name in conditions.items():
         gaps = published_gaps(number, condition).query("model == 'Llama-3-8B'")
-        kinds = gaps.apply(lambda row: task_kind(row["task"], row["labels"]), axis="columns")
-        ranges = range_of_gaps(gaps["gap"], kinds).items()
+        ranges = range_of_gaps(gaps["gap"], _kinds(gaps)).items()
         said.append(f"{name}: {'; '.join(f'{kind} {of}' for kind, of in ranges)} points")
     return [
         f"Llama-3-8B with the most examples, change to the full model with 3 % of the heads "
@@ -123,20 +146,24 @@ def _published(number: int, conditions: Mapping[str, str]) -> list[str]:
     ]
 
 
+def _kinds(rows: pd.DataFrame) -> pd.Series:
+    kinds = [task_kind(*pair) for pair in zip(rows["task"], rows["labels"], strict=True)]
+    return pd.Series(kinds, rows.index, dtype=object)
+
+
 def _published_levels(number: int) -> list[str]:
     """Word the paper's accuracies of the full Llama-3-8B, without and with the most examples."""
-    rows = published_accuracy().query(
-        "model == 'Llama-3-8B' and table == @number and condition == 'full'"
+    without, most = (
+        rows.groupby(_kinds(rows), sort=False)["accuracy"].agg(list)
+        for rows in (
+            published_rows(number, "full", shots=shots).query("model == 'Llama-3-8B'")
+            for shots in ("none", "most")
+        )
     )
     said = []
-    for kind, part in rows.groupby(
-        [task_kind(*pair) for pair in zip(rows["task"], rows["labels"], strict=True)], sort=False
-    ):
-        most = part["shots"] == part.groupby("task")["shots"].transform("max")
-        none = part.loc[part["shots"] == 0, "accuracy"]
-        some = Span.of(list(part.loc[most & (part["shots"] > 0), "accuracy"]))
-        without = f"{range_in_words(Span.of(list(none)))} % without, " if len(none) else ""
-        said.append(f"{kind} {without}{range_in_words(some)} % with the most")
+    for kind, accuracies in most.items():
+        none = f"{range_in_words(Span.of(without[kind]))} % without, " if kind in without else ""
+        said.append(f"{kind} {none}{range_in_words(Span.of(accuracies))} % with the most")
     return [
         f"Llama-3-8B's accuracy without and with examples (Table {number}, published, not measured "
         f"here): {'; '.join(said)}."
@@ -190,9 +217,9 @@ def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
     mean = scores.mean(0)
     total, count = mean.numel(), int((mean >= SCORE_THRESHOLD).sum())
     best = top_heads(mean, 1 / total)[0]
-    chosen = set(top_heads(mean, max(fractions)))
-    same = [len(chosen & set(top_heads(one, max(fractions)))) for one in scores]
-    always = sum(found == len(chosen) for found in same)
+    heads = set(top_heads(mean, max(fractions)))
+    same = [len(heads & set(top_heads(sequence, max(fractions)))) for sequence in scores]
+    always = same.count(len(heads))
     return _Parts(
         ["About 3 % of the heads of Llama-3-8B score 0.3 or more; the best, layer 15 head 30, has "
          "0.98 (Figure 2)."],
@@ -200,7 +227,7 @@ def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
          f"0.3 or more; the best, "
          f"layer {best.layer} head {best.head}, has {float(mean[best]):.2f}. Removed in the later "
          f"stages: {listed([heads_in_words(f, total) for f in fractions])}."],
-        [f"The {len(chosen)} heads with the highest mean are also the highest on {always} of "
+        [f"The {len(heads)} heads with the highest mean are also the highest on {always} of "
          f"{len(scores)} sequences taken alone"
          + (f"; at least {min(same)} of them on every one" if always < len(scores) else "") + ". "
          "A score says what a head does on random tokens, not what the model needs it for."],
@@ -209,15 +236,14 @@ def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
 
 def mean_parts(norms: torch.Tensor, heads: Sequence[Head]) -> _Parts:
     """Stage 2: how large the constants are that take the removed heads' places."""
-    own = Span.of([float(norms[head]) for head in heads])
-    median = float(norms.median())
-    side = [float(norms[head]) > median for head in heads]
+    removed, median = [float(norms[head]) for head in heads], float(norms.median())
     return _Parts(
         ["A removed head gives one fixed vector at each position; no sizes of these vectors are "
          "published."],
         [f"The vectors' norms are {float(norms.min()):.2f} to {float(norms.max()):.2f}, with a "
          f"median of {median:.2f}; those of the {len(heads)} induction heads that are removed are "
-         f"{range_in_words(own, 2)}, above the median for {sum(side)} of {len(side)}."],
+         f"{range_in_words(Span.of(removed), 2)}, above the median for "
+         f"{sum(norm > median for norm in removed)} of {len(removed)}."],
         ["The means depend on the reference text. What a constant of this size does to accuracy is "
          "measured in the next stages, beside zero ablation, which has none."],
     )  # fmt: skip
@@ -245,12 +271,10 @@ def removal_parts(
         paper += [line.replace("3 % of the heads", f"3 % of the heads under {ablation} ablation")
                   for line in _published(number, names)]  # fmt: skip
         some = _outcomes(_only(documents, ablation), ablation)
-        title = f"{ablation} ablation"
-        said += [f"{title.capitalize()}. {line}" for line in
+        said += [f"{ablation.capitalize()} ablation. {line}" for line in
                  _sentences(some, n_heads, "induction_heads", "random_heads")]  # fmt: skip
         all_outcomes += some
-    doubted = seed_doubts(all_outcomes, model=model)
-    return _Parts(paper, said, _sure(all_outcomes), doubted)
+    return _Parts(paper, said, _sure(all_outcomes), seed_doubts(all_outcomes, model=model))
 
 
 def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
@@ -293,14 +317,13 @@ _FOLLOWERS = {
 def pattern_parts(view: PromptView) -> _Parts:
     """Stage 7: where the heads look from the last colon and from the query's first word."""
     word, last = query_word(view), len(view.spans) - 1
-    places = ((last, "the final colon"), (word, None))
-    said = []
-    for position, name in places:
-        name = name or f"*{view.tokens[word].strip()}*, the query's first word"
-        said.append(f"From {name}: {looks_in_words(view, position)}.")
-    followers = query_followers(view)
-    for category, what in _FOLLOWERS.items():
-        shares = [100 * share for share in followers[category]]
+    said = [
+        f"From the final colon: {looks_in_words(view, last)}.",
+        f"From *{view.tokens[word].strip()}*, the query's first word: "
+        f"{looks_in_words(view, word)}.",
+    ]
+    for category, followers in query_followers(view).items():
+        shares, what = [100 * share for share in followers], _FOLLOWERS[category]
         if not shares:
             said.append(f"No number for {what}: the prompt has none.")
             continue
@@ -320,7 +343,7 @@ def pattern_parts(view: PromptView) -> _Parts:
 def _result_parts(run: Any) -> _Parts:
     text = run.documents("nlp_tasks")
     every = pd.concat([run.documents(), text], ignore_index=True) if len(text) else run.documents()
-    return result_parts(every, _n_heads(run), _model(run))
+    return result_parts(every, run.n_heads, str(run.parameters.model))
 
 
 def result_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
@@ -335,46 +358,3 @@ def result_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Par
         _sure(some, model),
         seed_doubts(some, model=model),
     )
-
-
-def _n_heads(run: Any) -> int:
-    return int(run.prefix_scores()[0].numel())
-
-
-def _model(run: Any) -> str:
-    return str(run.parameters.model)
-
-
-def _scored(run: Any) -> Evidence:
-    return Evidence(scores=run.prefix_scores().mean(0).numpy())
-
-
-def _looked(run: Any) -> Evidence:
-    return Evidence(followers=run.followers())
-
-
-# Of each stage what its section says, and what its claims are judged by.
-_STAGES: dict[int, tuple[Callable[[Any], _Parts], Callable[[Any], Evidence]]] = {
-    1: (lambda run: score_parts(run.prefix_scores(), run.plan.fractions), _scored),
-    2: (lambda run: mean_parts(run.mean_norms(), run.induction_heads()), lambda _: Evidence()),
-    3: (
-        lambda run: full_parts(_only(run.documents())),
-        lambda run: Evidence(_only(run.documents())),
-    ),
-    4: (
-        lambda run: removal_parts(run.documents(), _n_heads(run), _model(run)),
-        lambda run: Evidence(_only(run.documents(), "mean", "zero")),
-    ),
-    5: (
-        lambda run: knockout_parts(
-            _only(run.documents(), "mean", "knockout"), _n_heads(run), _model(run)
-        ),
-        lambda run: Evidence(_only(run.documents(), "mean", "knockout")),
-    ),
-    6: (
-        lambda run: text_parts(run.documents("nlp_tasks"), _n_heads(run)),
-        lambda run: Evidence(text=run.documents("nlp_tasks")),
-    ),
-    7: (lambda run: pattern_parts(run.first_view()), _looked),
-    8: (_result_parts, lambda run: Evidence(run.documents())),
-}

@@ -11,11 +11,11 @@ Example
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,15 @@ import yaml
 
 from icl_helpers.analysis.bias import skill_change
 from icl_helpers.attention.heads import SCORE_THRESHOLD, heads_in_words
-from icl_helpers.book.published import published_levels, published_more, published_ranges
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import CELL, accuracies
 from icl_helpers.files import assets_dir
 from icl_helpers.results.outcomes import (
     Difference,
+    Span,
     TaskOutcome,
     listed,
+    range_in_words,
     task_name,
     task_outcomes,
     verdict,
@@ -44,6 +45,7 @@ from icl_helpers.results.statistics import (
     is_distinguishable,
     paired_difference,
 )
+from icl_helpers.results.tables import published_more, published_ranges, published_rows
 from icl_helpers.run.plan import run_info, run_table
 from icl_helpers.tasks.specs import STAND_IN_TASKS
 
@@ -105,7 +107,7 @@ class Evidence:
         rows = self.documents(text)
         return [] if rows.empty else sorted(set(rows["fraction"].dropna()) - {0.0})
 
-    @functools.cache  # noqa: B019 -- an object lives as long as its page is made
+    @cache  # noqa: B019 -- an object lives as long as its page is made
     def outcomes(
         self, text: bool, ablation: str, share: str = "larger", shots: str = "most"
     ) -> tuple[TaskOutcome, ...]:
@@ -515,6 +517,25 @@ def _benefit(evidence: Evidence) -> Finding:
     )  # fmt: skip
 
 
+def _published_levels(condition: str, fraction: float = 0.0, *, close: float | None = None) -> str:
+    """Word the published accuracies of a condition on the abstract tasks, by number of labels.
+
+    With ``close`` how many of them lie within so many points of chance.
+    """
+    rows = published_rows(1, condition, fraction=fraction)
+    four = rows["task"].str.contains("4way")
+    said = [
+        f"{model}, {'four' if of_four else 'two'} labels, "
+        f"{range_in_words(Span.of(list(accuracy)))} %"
+        for (model, of_four), accuracy in rows.groupby(["model", four])["accuracy"]
+    ]
+    if close is None:
+        return f"{'; '.join(said)} (Table 1)"
+    near = int(((rows["accuracy"] - four.map({True: 25.0, False: 50.0})).abs() <= close).sum())
+    within = f"within {close:.0f} points of chance in {near} of {len(rows)} rows"
+    return f"{'; '.join(said)} (Table 1); {within}"
+
+
 _JUDGES: Mapping[str, tuple[Callable[[Evidence], Finding], Callable[[], str] | None]] = {
     "few-heads": (_few_heads, None),
     "best-head": (_best_head, None),
@@ -526,48 +547,53 @@ _JUDGES: Mapping[str, tuple[Callable[[Evidence], Finding], Callable[[], str] | N
             "full", lambda task: task.level == "above chance",
             against=lambda task: task.accuracy.high <= task.chance + SMALL,
         ),
-        published_levels("full"),
+        partial(_published_levels, "full"),
     ),
     "more-examples": (
         _pairs_claim(_more_examples, lambda it: it.sign > 0, lambda it: it.sign < 0),
         published_more,
     ),
-    "one-percent": (_falls("full", share="smaller"), published_ranges(1, fraction=0.01)),
-    "three-percent": (_falls("full"), published_ranges(1)),
+    "one-percent": (_falls("full", share="smaller"), partial(published_ranges, 1, fraction=0.01)),
+    "three-percent": (_falls("full"), partial(published_ranges, 1)),
     "more-heads": (
         _pairs_claim(_shares, lambda it: it.sign < 0, lambda it: it.sign > 0),
-        lambda: f"1 %: {published_ranges(1, fraction=0.01)()}; 3 %: {published_ranges(1)()}",
+        lambda: f"1 %: {published_ranges(1, fraction=0.01)}; 3 %: {published_ranges(1)}",
     ),
     "random-control": (
-        _falls("random_heads", control="published"), published_ranges(1, against="random_heads"),
+        _falls("random_heads", control="published"),
+        partial(published_ranges, 1, against="random_heads"),
     ),
     "strict-control": (_falls("random_heads", control="strict"), None),
     "near-chance": (
-        _falls_to_chance, published_levels("induction_heads", fraction=0.03, close=CLOSE),
+        _falls_to_chance, partial(_published_levels, "induction_heads", fraction=0.03, close=CLOSE),
     ),
-    "zero-shot-unmoved": (_unmoved, published_ranges(3, shots="none")),
+    "zero-shot-unmoved": (_unmoved, partial(published_ranges, 3, shots="none")),
     "knockout": (
-        _falls("full", condition="induction_pattern"), published_ranges(1, "induction_pattern"),
+        _falls("full", condition="induction_pattern"),
+        partial(published_ranges, 1, "induction_pattern"),
     ),
     "knockout-as-removal": (
         _pairs_claim(_blocked_and_removed, _is_small, _is_large),
-        published_ranges(1, "induction_pattern", against="induction_heads", small=SMALL),
+        partial(published_ranges, 1, "induction_pattern", against="induction_heads", small=SMALL),
     ),
-    "zero-ablation": (_falls("full", ablation="zero"), published_ranges(4)),
+    "zero-ablation": (_falls("full", ablation="zero"), partial(published_ranges, 4)),
     "zero-as-mean": (
         _pairs_claim(_zero_and_mean, _is_small, _is_large),
-        lambda: f"mean: {published_ranges(1)()}; zero: {published_ranges(4)()}",
+        lambda: f"mean: {published_ranges(1)}; zero: {published_ranges(4)}",
     ),
     "text-removal": (
         _falls("random_heads", text=True),
-        published_ranges(3, against="random_heads"),
+        partial(published_ranges, 3, against="random_heads"),
     ),
     "text-benefit": (_benefit, None),
     "text-zero-shot": (_pairs_claim(_removed_and_zero_shot, _is_small, _is_large), None),
     "unrelated-labels": (
-        _falls("full", text=True, labels="unrelated"), published_ranges(3, labels="unrelated"),
+        _falls("full", text=True, labels="unrelated"),
+        partial(published_ranges, 3, labels="unrelated"),
     ),
-    "text-zero-ablation": (_falls("full", text=True, ablation="zero"), published_ranges(5)),
+    "text-zero-ablation": (
+        _falls("full", text=True, ablation="zero"), partial(published_ranges, 5),
+    ),
     "looks-at-labels": (_looks("colons"), None),
     "looks-at-followers": (_looks("words"), None),
 }  # fmt: skip
@@ -582,7 +608,7 @@ _SHARED = {
 }  # fmt: skip
 
 
-@functools.cache
+@cache
 def claims() -> tuple[Claim, ...]:
     """Return the paper's claims in order, with their rules."""
     stated = yaml.safe_load((assets_dir() / "claims.yaml").read_text(encoding="utf-8"))
@@ -610,7 +636,8 @@ def judged_lines(evidence: Evidence, stages: Sequence[int]) -> list[str]:
             continue
         found = claim.judge(evidence)
         count, held = len(found.effects), len(found.effects) - len(found.failed)
-        said = [f"holds in {held} of {count}"] if count > 1 else []
+        times = "all" if held == count else f"{held or 'none'} of"
+        said = [f"in {times} {count}"] if count > 1 else []
         said += [f"not in {'; '.join(found.failed)}"] if 0 < held < count else found.effects
         said += [found.reason] if found.reason else []
         because = f" ({'; '.join(said)})" if said else ""

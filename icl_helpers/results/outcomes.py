@@ -14,7 +14,7 @@ Example
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +34,7 @@ from icl_helpers.results.statistics import (
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
-    "Difference", "KindOutcome", "Span", "TaskOutcome", "Verdict", "doubts", "findings",
+    "Difference", "KindOutcome", "Said", "Span", "TaskOutcome", "Verdict", "doubts", "findings",
     "headline", "kind_lines", "kind_outcomes", "listed", "outcome_sentence", "predicted",
     "range_in_words", "read_measurements", "removal_caption", "seed_doubts", "task_kind",
     "task_name", "task_outcomes", "tasks_under", "training_seed_doubts", "verdict",
@@ -113,7 +113,7 @@ class TaskOutcome:
     @property
     def to_full(self) -> Difference | None:
         """The difference to the full model; None for itself, and where that was not evaluated."""
-        return next((found for found in self.differences if found.against == "full"), None)
+        return next((gap for gap in self.differences if gap.against == "full"), None)
 
     @property
     def level(self) -> str:
@@ -130,14 +130,13 @@ class TaskOutcome:
     @property
     def zero_shot_like(self) -> bool:
         """Whether nearly all answers with examples are those of the full model without any."""
-        found = self.zero_shot_answers
-        return self.shots > 0 and found is not None and found >= NEARLY_ALL
+        return self.shots > 0 and (self.zero_shot_answers or 0.0) >= NEARLY_ALL
 
     @property
-    def conclusion(self) -> tuple[str, bool, tuple[tuple[str, str, int], ...]]:
+    def conclusion(self) -> tuple[Any, ...]:
         """What is said of the task; tasks of a kind with equal conclusions have a common mean."""
-        signs = ((found.against, found.control, found.sign) for found in self.differences)
-        return self.level, self.zero_shot_like, tuple(signs)
+        signs = [(gap.against, gap.control, gap.sign) for gap in self.differences]
+        return self.level, self.zero_shot_like, *signs
 
 
 @dataclass(frozen=True)
@@ -167,23 +166,10 @@ class KindOutcome:
         return Span.of([task.accuracy.mean for task in self.tasks])
 
     @property
-    def change(self) -> Span | None:
-        """Difference to the full model over the tasks, in points; None where there is none."""
-        return _known_span(task.to_full.points if task.to_full else None for task in self.tasks)
-
-    @property
-    def zero_shot_answers(self) -> Span | None:
-        """Percentage of answers that are the full model's without examples."""
-        return _known_span(task.zero_shot_answers for task in self.tasks)
-
-    @property
     def margin(self) -> Span | None:
         """Median margin of the right label over the tasks, in nats."""
-        return _known_span(task.margin for task in self.tasks)
-
-    def names(self, holds: Callable[[TaskOutcome], bool]) -> list[str]:
-        """Names of the tasks for which something holds."""
-        return [task_name(task.task) for task in self.tasks if holds(task)]
+        margins = [task.margin for task in self.tasks if task.margin is not None]
+        return Span.of(margins) if margins else None
 
 
 def task_kind(task: str, labels: str) -> str:
@@ -209,14 +195,12 @@ def kind_outcomes(
     Kinds are in the tasks' order, and for each of them the conditions, the full model first.
     """
     groups: dict[tuple[str, str, str, float, str], list[TaskOutcome]] = {}
-    for found in task_outcomes(documents, ablation=ablation, fraction=fraction, shots=shots):
-        kind = task_kind(found.task, found.labels)
-        key = kind, found.condition, found.ablation, found.fraction, found.control
-        groups.setdefault(key, []).append(found)
+    for it in task_outcomes(documents, ablation=ablation, fraction=fraction, shots=shots):
+        key = task_kind(it.task, it.labels), it.condition, it.ablation, it.fraction, it.control
+        groups.setdefault(key, []).append(it)
     kinds = list(dict.fromkeys(kind for kind, *_ in groups))
     outcomes = [KindOutcome(*key, tasks=tuple(tasks)) for key, tasks in groups.items()]
-    order = ["full", "induction_heads", "induction_pattern", "random_heads"]
-    return sorted(outcomes, key=lambda it: (kinds.index(it.kind), order.index(it.condition)))
+    return sorted(outcomes, key=lambda it: (kinds.index(it.kind), list(_NAMES).index(it.condition)))
 
 
 def task_outcomes(
@@ -233,44 +217,50 @@ def task_outcomes(
     there is no such row.
     """
     documents = filled_keys(documents)
-    kept = documents[documents["ablation"].isin(["none", ablation, "knockout"])]
-    if shots not in ("most", "none") or kept.empty:
+    documents = documents[documents["ablation"].isin(["none", ablation, "knockout"])]
+    if shots not in ("most", "none") or documents.empty:
         raise InputError(
             f"shots must be 'most' or 'none' and ablation one that was evaluated, got {shots!r} "
             f"and {ablation!r}"
         )
-    largest = kept["fraction"].max() if fraction is None else fraction
-    rows = kept[kept["fraction"].isin([0.0, largest])]
-    wanted = rows.groupby(_ROW)["shots"].transform("max") if shots == "most" else 0
-    chosen = rows[rows["shots"] == wanted]
-    is_text = kept["task"].map(lambda task: isinstance(get_task_spec(task), TextTaskSpec))
-    families = [part for _, part in kept.groupby(is_text)]
-    tests = filled_keys(pd.concat([comparisons(part) for part in families], ignore_index=True))
-    answers = _with_zero_shot(chosen, rows)
+    largest = documents["fraction"].max() if fraction is None else fraction
+    at_share = documents[documents["fraction"].isin([0.0, largest])]
+    number = at_share.groupby(_ROW)["shots"].transform("max") if shots == "most" else 0
+    rows = _with_zero_shot(at_share[at_share["shots"] == number], at_share)
+    is_text = documents["task"].map(lambda task: isinstance(get_task_spec(task), TextTaskSpec))
+    families = [comparisons(family) for _, family in documents.groupby(is_text)]
+    tests = dict(list(filled_keys(pd.concat(families, ignore_index=True)).groupby(CELL)))
+    cells = dict(list(rows.groupby(CELL)))
     by_seed, by_draw = (
-        _levels(chosen, name) if levels else {} for name in ("demonstration_seed", "ablation_seed")
+        _levels(rows, name) if levels else {} for name in ("demonstration_seed", "ablation_seed")
     )
     outcomes = []
-    for row in filled_keys(accuracy_intervals(chosen)).to_dict("records"):
+    for row in filled_keys(accuracy_intervals(rows)).to_dict("records"):
         named = {name: row[name] for name in CELL}
         key = tuple(named.values())
-        own = answers[_equal(answers, named)]
-        same = tests[_equal(tests, named)]
-        share, one_label, margin = _answer_facts(own[own["valid"]] if "valid" in own else own)
+        cell = cells[key]
+        share, one_label, margin = _answer_facts(cell[cell["valid"]] if "valid" in cell else cell)
+        differences = tuple(
+            Difference(
+                test["against"], test["against_control"] or test["control"],
+                test["difference"], test["low"], test["high"], test["distinguishable"],
+            )
+            for test in (tests[key].to_dict("records") if key in tests else ())
+        )  # fmt: skip
         seeds, draws = by_seed.get(key, {}), by_draw.get(key, {})
         outcomes.append(
             TaskOutcome(
                 **named,
                 chance=_chance(row["task"]),
                 documents=row["documents"],
-                left_out=own["doc_id"].nunique() - row["documents"],
+                left_out=cell["doc_id"].nunique() - row["documents"],
                 accuracy=Interval(row["accuracy"], row["low"], row["high"]),
-                differences=tuple(_difference(test) for test in same.to_dict("records")),
+                differences=differences,
                 zero_shot_answers=share, one_label=one_label, margin=margin,
-                by_seed={level: found[0].mean for level, found in seeds.items()},
-                by_draw={level: found[0].mean for level, found in draws.items()},
-                seeds_disagree=_disagree(seeds.values()),
-                draws_disagree=_disagree(draws.values()),
+                by_seed={seed: level.accuracy for seed, level in seeds.items()},
+                by_draw={draw: level.accuracy for draw, level in draws.items()},
+                seeds_disagree=_disagree(list(seeds.values())),
+                draws_disagree=_disagree(list(draws.values())),
             )
         )  # fmt: skip
     return outcomes
@@ -280,23 +270,13 @@ def _chance(task: Any) -> float:
     return 100 / len(get_task_spec(str(task)).choices)
 
 
-def _difference(test: Mapping[Any, Any]) -> Difference:
-    bounds = (test[name] for name in ("difference", "low", "high", "distinguishable"))
-    return Difference(test["against"], test["against_control"] or test["control"], *bounds)
-
-
-def _equal(frame: pd.DataFrame, key: dict[str, Any]) -> pd.Series:
-    """Tell which rows of a frame have this key."""
-    return pd.concat([frame[name] == value for name, value in key.items()], axis=1).all(axis=1)
-
-
-def _with_zero_shot(chosen: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+def _with_zero_shot(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Add ``zero_shot``, the full model's answer to the same document without examples."""
-    if "chosen" not in chosen:
-        return chosen
+    if "chosen" not in cells:
+        return cells
     full = rows[(rows["condition"] == "full") & (rows["shots"] == 0)]
     answer = full.drop_duplicates([*_ROW, "doc_id"]).set_index([*_ROW, "doc_id"])["chosen"]
-    return chosen.join(answer.rename("zero_shot"), on=[*_ROW, "doc_id"])
+    return cells.join(answer.rename("zero_shot"), on=[*_ROW, "doc_id"])
 
 
 def _answer_facts(rows: pd.DataFrame) -> tuple[float | None, float | None, float | None]:
@@ -312,50 +292,50 @@ def _answer_facts(rows: pd.DataFrame) -> tuple[float | None, float | None, float
     return share, 100 * float(known["chosen"].value_counts(normalize=True).max()), margin
 
 
-# Of one seed or draw: its accuracy, the interval of what is concluded from, and the conclusion.
-_Level = tuple[Interval, Interval, tuple[int, int]]
+class _Level(NamedTuple):
+    """What a cell gives at one seed or draw: ``basis`` is what is concluded from."""
+
+    accuracy: float
+    basis: Interval
+    conclusion: tuple[int, int]
 
 
 def _levels(rows: pd.DataFrame, name: str) -> dict[tuple[Any, ...], dict[int, _Level]]:
     """Compute accuracy and conclusion of every cell at each single seed (``name``) on its own."""
-    found: dict[tuple[Any, ...], dict[int, _Level]] = {}
-    for value in sorted(rows[name].dropna().unique()):
-        part = rows[(rows[name] == value) | (rows[name].isna() & (rows["condition"] == "full"))]
+    levels: dict[tuple[Any, ...], dict[int, _Level]] = {}
+    for seed in sorted(rows[name].dropna().unique()):
+        part = rows[(rows[name] == seed) | (rows[name].isna() & (rows["condition"] == "full"))]
         tests = filled_keys(comparisons(part, over_draws=False)).query("against == 'full'")
-        tests = tests.set_index(CELL)
-        own = set(part.loc[part[name].notna(), CELL].itertuples(index=False, name=None))
-        for row in filled_keys(accuracy_intervals(part, over_draws=False)).to_dict("records"):
-            key = tuple(row[name] for name in CELL)
+        seen = is_distinguishable(tests["p"], tests["low"], tests["high"])
+        accuracies = filled_keys(accuracy_intervals(part, over_draws=False)).merge(
+            part.loc[part[name].notna(), CELL].drop_duplicates()
+        )
+        both = accuracies.merge(
+            tests.assign(seen=seen), how="left", on=CELL, suffixes=("", "_of_test")
+        )
+        for row in both.to_dict("records"):
             accuracy = basis = Interval(row["accuracy"], row["low"], row["high"])
             sign = 0
-            if key in tests.index:
-                test = tests.loc[[key]]
-                basis = Interval(*test.iloc[0][["difference", "low", "high"]])
-                seen = is_distinguishable(test["p"], test["low"], test["high"]).item()
-                sign = int(np.sign(basis.mean)) if seen else 0
-            if key in own:
-                side = _side(accuracy, _chance(key[0]))
-                found.setdefault(key, {})[int(value)] = accuracy, basis, (sign, side)
-    return found
+            if pd.notna(row["difference"]):
+                basis = Interval(row["difference"], row["low_of_test"], row["high_of_test"])
+                sign = int(np.sign(basis.mean)) if row["seen"] else 0
+            conclusion = sign, _side(accuracy, _chance(row["task"]))
+            key = tuple(row[column] for column in CELL)
+            levels.setdefault(key, {})[int(seed)] = _Level(accuracy.mean, basis, conclusion)
+    return levels
 
 
-def _side(interval: Interval, value: float, *, upper: float | None = None) -> int:
+def _side(interval: Any, value: float, *, upper: float | None = None) -> int:
     """Return -1 where an interval lies below a value, 1 above it (or above ``upper``), else 0."""
     above = value if upper is None else upper
     return int(interval.low > above) - int(interval.high < value)
 
 
-def _disagree(levels: Iterable[_Level]) -> bool:
+def _disagree(levels: Sequence[_Level]) -> bool:
     """Tell whether single seeds conclude differently, and not by a hair: intervals lie apart."""
-    found = list(levels)
-    conclusions = {conclusion for _, _, conclusion in found}
-    lows, highs = ([basis[at] for _, basis, _ in found] for at in (1, 2))
-    return len(conclusions) > 1 and max(lows) > min(highs)
-
-
-def _known_span(values: Iterable[float | None]) -> Span | None:
-    known = [value for value in values if value is not None]
-    return Span.of(known) if known else None
+    conclusions = {level.conclusion for level in levels}
+    apart = [level.basis.low for level in levels], [level.basis.high for level in levels]
+    return len(conclusions) > 1 and max(apart[0]) > min(apart[1])
 
 
 _TASK_NAMES = {
@@ -400,8 +380,7 @@ def outcome_sentence(outcome: KindOutcome, *, heads: str) -> str:
     ``heads`` is how many heads are removed or blocked, as of
     :func:`icl_helpers.attention.heads.heads_in_words`.
     """
-    control = f" ({outcome.control} control)" if outcome.control else ""
-    condition = _CONDITIONS[outcome.condition].format(heads=heads, control=control)
+    condition = _CONDITIONS[outcome.condition].format(heads=heads, control=_of(outcome.control))
     start = f"{outcome.kind.capitalize()}, {_shots(outcome)}, {condition}"
     accuracy, *remarks = findings(outcome)
     chance = f"(chance {outcome.chance:.0f} %)"
@@ -419,54 +398,44 @@ def findings(outcome: KindOutcome, *, brief: bool = False) -> list[str]:
     ``brief`` leaves out what follows from the rest: a loss to the full model beside one to the
     control, and the margin.
     """
-    found = [f"{range_in_words(outcome.accuracy)} %"]
+    said = [f"{range_in_words(outcome.accuracy)} %"]
     if not outcome.agree:
         each = (f"{task_name(task.task)} {task.accuracy.mean:.0f} %" for task in outcome.tasks)
-        found = [", ".join(each)]
-    for text, holds in _REMARKS.items():
-        names = outcome.names(holds)
-        if names and not (brief and text == _BELOW_FULL):
-            found.append(text if len(names) == len(outcome.tasks) else f"{text} on {listed(names)}")
+        said = [", ".join(each)]
+    remarks = pd.DataFrame(
+        [_remarks(task) for task in outcome.tasks],
+        index=[task_name(task.task) for task in outcome.tasks],
+    )
+    for text, holds in remarks.items():
+        if holds.any() and not (brief and text == _BELOW_FULL):
+            on = "" if holds.all() else f" on {listed(list(holds.index[holds]))}"
+            said.append(f"{text}{on}")
     margin = outcome.margin
     if margin is not None and margin.low < 0 and outcome.condition != "full" and not brief:
-        found.append(f"median margin of the right label {range_in_words(margin, 1)} nats")
-    return found
-
-
-def _differs(against: str, sign: int) -> Callable[[TaskOutcome], bool]:
-    return lambda task: any(
-        found.against == against and found.sign == sign for found in task.differences
-    )
-
-
-def _beside_controls(sign: int, *, every: bool) -> Callable[[TaskOutcome], bool]:
-    """Whether the difference to every control has this sign, or that to some and not to every."""
-
-    def holds(task: TaskOutcome) -> bool:
-        signs = [it.sign == sign for it in task.differences if it.against == "random_heads"]
-        return any(signs) and all(signs) == every
-
-    return holds
-
-
-def _undecided(task: TaskOutcome) -> bool:
-    return task.to_full is not None and task.to_full.sign == 0
+        said.append(f"median margin of the right label {range_in_words(margin, 1)} nats")
+    return said
 
 
 _BELOW_FULL = "distinguishably below the full model"
-_REMARKS: dict[str, Callable[[TaskOutcome], bool]] = {
-    "below chance": lambda task: task.level == "below chance",
-    "not distinguishable from chance": lambda task: task.level == "at chance",
-    "one label for nearly all documents": lambda task: task.level == "one label",
-    "nearly always the answer that it gives without examples": lambda task: task.zero_shot_like,
-    _BELOW_FULL: _differs("full", -1),
-    "distinguishably above the full model": _differs("full", 1),
-    "not distinguishable from the full model": _undecided,
-    "distinguishably below the random control": _beside_controls(-1, every=True),
-    "distinguishably above the random control": _beside_controls(1, every=True),
-    "distinguishably below one random control and not the other": _beside_controls(-1, every=False),
-    "distinguishably above one random control and not the other": _beside_controls(1, every=False),
-}
+
+
+def _remarks(task: TaskOutcome) -> dict[str, bool]:
+    """Say what holds of a task, in the order of a sentence."""
+    to_full = None if task.to_full is None else task.to_full.sign
+    signs = {gap.sign for gap in task.differences if gap.against == "random_heads"}
+    return {
+        "below chance": task.level == "below chance",
+        "not distinguishable from chance": task.level == "at chance",
+        "one label for nearly all documents": task.level == "one label",
+        "nearly always the answer that it gives without examples": task.zero_shot_like,
+        _BELOW_FULL: to_full == -1,
+        "distinguishably above the full model": to_full == 1,
+        "not distinguishable from the full model": to_full == 0,
+        "distinguishably below the random control": signs == {-1},
+        "distinguishably above the random control": signs == {1},
+        "distinguishably below one random control and not the other": signs > {-1},
+        "distinguishably above one random control and not the other": signs > {1},
+    }
 
 
 def range_in_words(span: Span, digits: int = 0) -> str:
@@ -530,7 +499,10 @@ def headline(outcomes: Sequence[KindOutcome], *, heads: str) -> str:
     if not removed:
         return "No head was removed in this run: there is nothing to compare yet."
     learnt = sum(task.level == "above chance" for task in tasks_under(outcomes, "full"))
-    fell = sum(_sign(task, "full") < 0 for task in removed)
+    signs: dict[tuple[str, str], list[int]] = {("full", ""): []}
+    for gap in (gap for task in removed for gap in task.differences):
+        signs.setdefault((gap.against, gap.control), []).append(gap.sign)
+    fell, *more = (gaps.count(-1) for gaps in signs.values())
     parts = [
         f"With the most examples the full model is above chance on {learnt} of {len(removed)} "
         f"tasks. Without {heads}, those with the highest induction score, accuracy is "
@@ -538,26 +510,31 @@ def headline(outcomes: Sequence[KindOutcome], *, heads: str) -> str:
     ]
     below = sum(task.level == "below chance" for task in removed)
     parts += [f"below chance on {below}"] if below else []
-    for control in _controls(removed):
-        more = sum(_sign(task, "random_heads", control) < 0 for task in removed)
-        parts.append(f"lower than without as many random heads{_of(control)} on {more}")
+    parts += [
+        f"lower than without as many random heads{_of(control)} on {count}"
+        for (_, control), count in zip(list(signs)[1:], more, strict=True)
+    ]
     return "; ".join(parts) + "."
 
 
 def kind_lines(outcomes: Sequence[KindOutcome]) -> list[str]:
     """Say of each kind of tasks what it gives under each condition, one line a kind."""
-    lines: dict[str, list[str]] = {}
+    kinds: dict[str, list[KindOutcome]] = {}
     for outcome in outcomes:
-        said = f"{_NAMES[outcome.condition]}{_of(outcome.control)} "
-        said += "; ".join(findings(outcome, brief=True))
-        lines.setdefault(outcome.kind, []).append(said)
-    chances = {outcome.kind: outcome.chance for outcome in outcomes}
-    tasks = {outcome.kind: len(outcome.tasks) for outcome in outcomes}
-    return [
-        f"**{kind.capitalize()}** ({tasks[kind]} {'task' if tasks[kind] == 1 else 'tasks'}, chance "
-        f"{chances[kind]:.0f} %): {'. '.join(part[0].upper() + part[1:] for part in said)}."
-        for kind, said in lines.items()
-    ]
+        kinds.setdefault(outcome.kind, []).append(outcome)
+    lines = []
+    for kind, conditions in kinds.items():
+        said = [
+            f"{_NAMES[it.condition].capitalize()}{_of(it.control)} "
+            f"{'; '.join(findings(it, brief=True))}"
+            for it in conditions
+        ]
+        last = conditions[-1]
+        tasks = f"{len(last.tasks)} {'task' if len(last.tasks) == 1 else 'tasks'}"
+        lines.append(
+            f"**{kind.capitalize()}** ({tasks}, chance {last.chance:.0f} %): {'. '.join(said)}."
+        )
+    return lines
 
 
 def removal_caption(documents: pd.DataFrame, *, ablation: str = "mean") -> str:
@@ -593,18 +570,8 @@ def tasks_under(outcomes: Iterable[KindOutcome], condition: str) -> list[TaskOut
     return [task for it in outcomes if it.condition == condition for task in it.tasks]
 
 
-def _controls(tasks: Iterable[TaskOutcome]) -> list[str]:
-    found = (it.control for task in tasks for it in task.differences if it.against != "full")
-    return list(dict.fromkeys(found))
-
-
 def _of(control: str) -> str:
     return control and f" ({control} control)"
-
-
-def _sign(task: TaskOutcome, against: str, control: str = "") -> int:
-    signs = (it.sign for it in task.differences if (it.against, it.control) == (against, control))
-    return next(signs, 0)
 
 
 def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
@@ -629,22 +596,23 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
     A conclusion is on which side of chance the interval lies, and on which of the full model's.
     """
     most = effect[effect["shots"] == effect.groupby(_ROW)["shots"].transform("max")]
-    full = most[most["condition"] == "full"].set_index(["training_seed", "task"])
+    full = most[most["condition"] == "full"]
+    both = most.merge(full, on=["training_seed", "task"], suffixes=("", "_full"))
     lines = []
-    for (condition, task), rows in most.groupby(["condition", "task"], sort=False):
-        conclusions = set()
-        for row in rows.itertuples():
-            interval, whole = (
-                Interval(row.accuracy, row.low, row.high),
-                full.loc[(row.training_seed, task)],
-            )
-            to_full = _side(interval, whole["low"], upper=whole["high"])
-            conclusions.add((_side(interval, _chance(task)), to_full))
-        if len(conclusions) > 1 and rows["low"].max() > rows["high"].min():
+    for (condition, task), rows in both.groupby(["condition", "task"], sort=False):
+        sides = [
+            (_side(row, _chance(task)), _side(row, row.low_full, upper=row.high_full))
+            for row in rows.itertuples()
+        ]
+        if len(set(sides)) > 1 and rows["low"].max() > rows["high"].min():
             each = ", ".join(f"{r.training_seed}: {r.accuracy:.0f} %" for r in rows.itertuples())
             where = f"{task_name(str(task))} ({str(condition).replace('_', ' ')})"
             lines.append(f"Training seeds disagree on {where}: {each}.")
     return lines
+
+
+# What was found, and what became of the predictions: a sentence each.
+Said = tuple[list[str], list[str]]
 
 
 def predicted(text: str, tasks: Mapping[str, tuple[bool, str]], *, of: str = "tasks") -> str:

@@ -23,7 +23,8 @@ from icl_helpers.tasks.specs import task_names
 
 __all__ = [
     "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results", "annotated_table",
-    "cell_frame", "markdown_table", "name_heads", "published_accuracy",
+    "bounds_in_words", "cell_frame", "markdown_table", "name_heads", "published_accuracy",
+    "published_gaps", "published_more", "published_ranges", "published_rows", "range_of_gaps",
     "read_published", "table_rows", "write_table",
 ]  # fmt: skip
 
@@ -128,12 +129,12 @@ def annotated_table(documents: pd.DataFrame, number: int, *, n_heads: int) -> An
     tests["change"] = " (" + change + ")" + mark
     gaps = tests.assign(
         condition=_GAP, control=tests["against_control"],
-        text=change + mark + _bounds(tests, "{:+.1f}"),
+        text=change + mark + bounds_in_words(tests, "{:+.1f}"),
     )  # fmt: skip
     to_full = tests.loc[tests["against"] == "full", [*CELL, "change"]]
     cells = accuracy_intervals(rows).merge(to_full, how="left", on=CELL)
     accuracy = cells["accuracy"].map("{:.1f}".format)
-    cells["text"] = accuracy + cells["change"].fillna("") + _bounds(cells, "{:.1f}")
+    cells["text"] = accuracy + cells["change"].fillna("") + bounds_in_words(cells, "{:.1f}")
     columns = ["against", "against_control", "difference", "low", "high", "p", "p_holm"]
     columns += ["cohens_g", "distinguishable"]
     tests = _with_draws(tests[[*CELL, *columns]], rows)
@@ -159,7 +160,8 @@ def _with_draws(tests: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return tests.assign(induction_heads_in_draws=[again.get(key, "") for key in keys])
 
 
-def _bounds(frame: pd.DataFrame, form: str) -> pd.Series:
+def bounds_in_words(frame: pd.DataFrame, form: str) -> pd.Series:
+    """Write the columns ``low`` and ``high`` to stand behind a value, each in this format."""
     return " [" + frame["low"].map(form.format) + ", " + frame["high"].map(form.format) + "]"
 
 
@@ -205,3 +207,63 @@ def read_published(name: str) -> pd.DataFrame:
 def published_accuracy() -> pd.DataFrame:
     """Read every accuracy that the paper published, in percent."""
     return read_published("accuracy.csv")
+
+
+def published_rows(
+    number: int, condition: str, *, fraction: float = 0.0, shots: str = "most"
+) -> pd.DataFrame:
+    """Select a published table's rows of a condition at each task's ``most`` or ``none`` shots."""
+    rows = published_accuracy().query("table == @number")
+    most = rows.groupby(["model", "task", "labels"])["shots"].transform("max")
+    rows = rows[rows["shots"] == (most if shots == "most" else 0)]
+    return rows[(rows["condition"] == condition) & (rows["fraction"] == fraction)]
+
+
+def published_gaps(
+    number: int, condition: str, *, fraction: float = 0.03, against: str = "full",
+    shots: str = "most",
+) -> pd.DataFrame:  # fmt: skip
+    """Return what a published table says of a condition beside another one of the same row.
+
+    Columns: model, task, labels, shots (each task's ``most``, or ``none``) and gap, in points.
+    """
+    key = ["model", "task", "labels", "shots"]
+    value = published_rows(number, condition, fraction=fraction, shots=shots)
+    beside = 0.0 if against == "full" else fraction
+    rival = published_rows(number, against, fraction=beside, shots=shots)
+    both = value.merge(rival, on=key, suffixes=("", "_against"))
+    return both[key].assign(gap=both["accuracy"] - both["accuracy_against"])
+
+
+def range_of_gaps(gaps: pd.Series, by: pd.Series) -> dict[str, str]:
+    """Word the range of differences, in points, by a key in the order of its appearance."""
+    bounds = gaps.groupby(by, sort=False).agg(["min", "max"]).round()
+    return {
+        str(name): f"{low or 0:+.0f} to {high or 0:+.0f}" for name, low, high in bounds.itertuples()
+    }
+
+
+def published_ranges(
+    number: int = 1, condition: str = "induction_heads", *, labels: str | None = None,
+    small: float | None = None, **options: Any,
+) -> str:  # fmt: skip
+    """Word the published differences of a condition as a range over tasks, by model.
+
+    With ``small`` how many of them lie within so many points.
+    """
+    gaps = published_gaps(number, condition, **options)
+    gaps = gaps[gaps["labels"] == labels] if labels else gaps
+    ranges = sorted(range_of_gaps(gaps["gap"], gaps["model"]).items())
+    said = "; ".join(f"{model} {of} points (Table {number})" for model, of in ranges)
+    if small is None:
+        return said
+    count = int((gaps["gap"].abs() <= small).sum())
+    return f"{said}; within {small:.0f} points in {count} of {len(gaps)} rows"
+
+
+def published_more() -> str:
+    rows = published_accuracy().query("table == 1 and condition == 'full' and shots in (5, 10)")
+    wide = rows.pivot(index=["model", "task"], columns="shots", values="accuracy").dropna()
+    gaps = (wide[10] - wide[5]).groupby("model").agg(["min", "max"]).round()
+    said = [f"{model} {low:+.0f} to {high:+.0f} points" for model, (low, high) in gaps.T.items()]
+    return f"{'; '.join(said)} from 5 to 10 examples (Table 1)"

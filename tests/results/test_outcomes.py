@@ -96,7 +96,7 @@ def test_equal_tasks_have_one_number_and_the_same_is_said_of_all():
     removed = found(documents, "letters", "induction_heads")
     assert removed.agree
     assert removed.accuracy == pytest.approx((60, 60, 60))
-    assert removed.change == pytest.approx((-30, -30, -30))
+    assert [task.to_full.points for task in removed.tasks] == pytest.approx([-30] * 3)
     assert {task.to_full.sign for task in removed.tasks} == {-1}
     text = outcome_sentence(removed, heads=HEADS)
     assert "60 % (chance 50 %)" in text
@@ -137,12 +137,12 @@ def test_opposite_tasks_have_no_mean_and_are_named():
 def test_blocked_pattern_that_brings_back_the_zero_shot_answer_is_named():
     documents = run(dict.fromkeys(WORDS, (99, 6, 50, 99)), blocked_is_zero_shot=True)
     blocked = found(documents, "words, two labels", "induction_pattern")
-    assert blocked.zero_shot_answers == (100, 100, 100)
+    assert [task.zero_shot_answers for task in blocked.tasks] == [100, 100]
     assert {task.level for task in blocked.tasks} == {"one label"}
     text = outcome_sentence(blocked, heads=HEADS)
     assert "nearly always the answer that it gives without examples" in text
     full = found(documents, "words, two labels", "full")
-    assert full.zero_shot_answers.high < 60
+    assert max(task.zero_shot_answers for task in full.tasks) < 60
     assert "without examples" not in outcome_sentence(full, heads=HEADS)
     zero = found(documents, "words, two labels", "full", shots="none")
     assert "one label for nearly all documents" in outcome_sentence(zero, heads=HEADS)

@@ -29,20 +29,9 @@ from icl_helpers.analysis.circuits import (
 )
 from icl_helpers.analysis.dose_response import ChosenHeads, judged
 from icl_helpers.analysis.function_vectors import function_vector_scores
-from icl_helpers.analysis.measured import (
-    analysis_group,
-    analysis_groups,
-    prompts_of,
-    removals,
-)
+from icl_helpers.analysis.measured import analysis_group, analysis_groups, prompts_of, removals
 from icl_helpers.analysis.removals import score_prompts, sequence_losses
-from icl_helpers.attention.heads import (
-    SCORE_THRESHOLD,
-    Head,
-    doses,
-    layer_matched_heads,
-    top_heads,
-)
+from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, doses, layer_matched_heads, top_heads
 from icl_helpers.attention.induction_pattern import (
     control_pattern,
     repeated_token_pattern,
@@ -58,30 +47,8 @@ from icl_helpers.attention.interventions import (
 )
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
 from icl_helpers.book.came_out import measured_section
-from icl_helpers.book.chapters.families import (
-    CONTROL,
-    EXCLUDED,
-    FAMILIES,
-    PATTERNS,
-    circuit_sentence,
-    circuit_table,
-    circuit_verdict,
-    family_sentences,
-    family_table,
-    family_verdict,
-    loss_sentence,
-    loss_table,
-    loss_verdict,
-    overlap_sentence,
-    overlap_table,
-    overlap_verdict,
-    repair_sentences,
-    repair_table,
-    repair_verdict,
-    text_sentences,
-    text_table,
-    text_verdicts,
-)
+from icl_helpers.book.chapters import families
+from icl_helpers.book.chapters.families import CONTROL, EXCLUDED, FAMILIES, PATTERNS
 from icl_helpers.evaluation.cells import CellGroup
 from icl_helpers.files import file_name
 from icl_helpers.models.reference_text import reference_ids, reference_texts
@@ -102,22 +69,21 @@ _EARLIER = 5
 
 def function_vectors(run: Any) -> Float[torch.Tensor, "layers heads"]:
     """Function-vector score of every head, the mean over the tasks that are looked at closely."""
-    found = []
-    for prompts in run.plan.analysis_sets():
-        task, seed, data = prompts.task, run.parameters.seeds[0], run.plan.data(prompts.task)
-        compute = functools.partial(_vectors, run, task, seed, data)
-        of = [task, _SHOTS, _PROMPTS, seed, file_name(data)]
-        found.append(torch.tensor(run.measurement("function vectors", of, compute)))
-    return torch.stack(found).mean(0)
+    seed = run.parameters.seeds[0]
 
+    def compute(task: str) -> Any:
+        scores = function_vector_scores(
+            run.model, run.tokenizer, tasks=[task], shots=_SHOTS, n_prompts=_PROMPTS, seed=seed,
+            data=run.plan.data(task),
+        )  # fmt: skip
+        return scores.double().round(decimals=6).tolist()
 
-def _vectors(run: Any, task: str, seed: int, data: str) -> list[list[float]]:
-    scores = function_vector_scores(
-        run.model, run.tokenizer, tasks=[task], shots=_SHOTS, n_prompts=_PROMPTS, seed=seed,
-        data=data,
-    )  # fmt: skip
-    rounded: list[list[float]] = scores.double().round(decimals=6).tolist()
-    return rounded
+    scores = []
+    for task in (prompts.task for prompts in run.plan.analysis_sets()):
+        of = [task, _SHOTS, _PROMPTS, seed, file_name(run.plan.data(task))]
+        values = run.measurement("function vectors", of, functools.partial(compute, task))
+        scores.append(torch.tensor(values))
+    return torch.stack(scores).mean(0)
 
 
 def family_sets(
@@ -126,12 +92,12 @@ def family_sets(
     counts: Sequence[int],
 ) -> list[ChosenHeads]:
     """Heads of each family at each number, none of them among the best of the other."""
-    found = []
-    for family, own, other in zip(FAMILIES, (prefix, vectors), (vectors, prefix), strict=True):
+    sets = []
+    for family, scores, other in zip(FAMILIES, (prefix, vectors), (vectors, prefix), strict=True):
         excluded = set(top_heads(other, EXCLUDED))
-        ranked = [head for head in top_heads(own, 1.0) if head not in excluded]
-        found += [ChosenHeads(tuple(ranked[:count]), family) for count in counts]
-    return found
+        ranked = [head for head in top_heads(scores, 1.0) if head not in excluded]
+        sets += [ChosenHeads(tuple(ranked[:count]), family) for count in counts]
+    return sets
 
 
 def _sets(run: Any) -> list[ChosenHeads]:
@@ -164,17 +130,16 @@ def token_losses(run: Any) -> pd.DataFrame:
         texts = reference_texts(p.model, reference=p.reference)
         return reference_ids(run.tokenizer, texts, n_samples=_TEXTS, n_positions=length)
 
-    def compute(heads: Sequence[Head]) -> list[float]:
+    def compute(heads: Sequence[Head]) -> Any:
         edits = [MeanAblation(heads, run.mean_head_outputs())] if heads else []
         losses = sequence_losses(run.model, samples(), edits)
-        found: list[float] = (losses[:, _EARLY].mean(1) - losses[:, _LATE].mean(1)).tolist()
-        return found
+        return (losses[:, _EARLY].mean(1) - losses[:, _LATE].mean(1)).tolist()
 
     rows = []
-    for one in tqdm(_sets(run), desc="loss on text", unit="set", leave=False):
-        of = [run.plan.means_parameters(), one.heads, _TEXTS, length]
-        values = run.measurement("token losses", of, functools.partial(compute, one.heads))
-        rows.append((len(one.heads), one.chosen_by, np.array(values)))
+    for chosen in tqdm(_sets(run), desc="loss on text", unit="set", leave=False):
+        of = [run.plan.means_parameters(), chosen.heads, _TEXTS, length]
+        values = run.measurement("token losses", of, functools.partial(compute, chosen.heads))
+        rows.append((len(chosen.heads), chosen.chosen_by, np.array(values)))
     return pd.DataFrame(rows, columns=["heads", "chosen_by", "values"])
 
 
@@ -190,22 +155,23 @@ def circuits(run: Any) -> pd.DataFrame:
     heads, at ``rank`` among all ``of`` earlier heads.
     """
     heads = run.induction_heads()
-    kept = run.measurement("circuits", [heads, _EARLIER], functools.partial(_circuits, run, heads))
+    compute = functools.partial(_circuits, run, heads)
+    values = run.measurement("circuits", [heads, _EARLIER], compute)
     prefix, vectors = run.prefix_scores().mean(0), function_vectors(run)
-    alone, composition = torch.tensor(kept["alone"]), torch.tensor(kept["composition"])
+    alone, composition = torch.tensor(values["alone"]), torch.tensor(values["composition"])
     rows = []
     for number, head in enumerate(heads):
         best = int(alone[:, number].argmax())
-        group = [Head(*one) for one in kept["previous"] if one[0] < head.layer]
+        group = [tuple(other) for other in values["previous"] if other[0] < head.layer]
         before = composition[number, : head.layer]
-        largest = max((float(before[one]) for one in group), default=0.0)
+        largest = max((float(before[other]) for other in group), default=0.0)
         rows.append(
             {
-                "layer": head.layer, "head": head.head, "prefix": float(prefix[head]),
-                "vector": float(vectors[head]), "copying": kept["copying"][number],
-                "logit": kept["logit"][number], "earlier": str(Head(*kept["earlier"][best])),
-                "alone": float(alone[best, number]), "together": kept["together"][number],
-                "control": kept["control"][number], "n": len(group), "composition": largest,
+                **head._asdict(), "prefix": float(prefix[head]), "vector": float(vectors[head]),
+                "copying": values["copying"][number], "logit": values["logit"][number],
+                "earlier": str(Head(*values["earlier"][best])), "alone": float(alone[best, number]),
+                "together": values["together"][number], "control": values["control"][number],
+                "n": len(group), "composition": largest,
                 "rank": int((before > largest).sum()) + 1, "of": before.numel(),
             }
         )  # fmt: skip
@@ -217,11 +183,13 @@ def _circuits(run: Any, heads: Sequence[Head]) -> dict[str, Any]:
     scores = previous_token_scores(model, sequences)
     earlier = top_heads(scores, 1.0)[:_EARLIER]
     last = max(head.layer for head in heads)
-    previous = [h for h in top_heads(scores, 1.0) if scores[h] >= SCORE_THRESHOLD]
-    previous = [h for h in previous if h.layer < last and h not in heads]
-    n_layers, n_heads = scores.shape
+    previous = [
+        head
+        for head in top_heads(scores, 1.0)
+        if scores[head] >= SCORE_THRESHOLD and head.layer < last and head not in heads
+    ]
     others, _ = layer_matched_heads(
-        previous, n_heads, n_layers, seed=0, exclude=[*previous, *heads]
+        previous, scores.shape[1], len(scores), seed=0, exclude=[*previous, *heads]
     )
     whole = run.prefix_scores().mean(0)
     at = [head.layer for head in heads], [head.head for head in heads]
@@ -256,19 +224,14 @@ def natural_text(run: Any) -> pd.DataFrame:
             task, "semantic", most, p.seeds[:1], run.plan.data(task), rule, run.plan.sampling(task)
         )
         group = analysis_group(run, prompts)
-        for name in ("none", *(f"{one}{of_}" for one in PATTERNS for of_ in ("", CONTROL))):
-            kept = run.measurement(
+        for name in ("none", *(kind + end for kind in PATTERNS for end in ("", CONTROL))):
+            blocked = run.measurement(
                 "natural text", [name, group.spec(), group.seed, heads],
                 functools.partial(_blocked_margins, run, group, heads, name),
             )  # fmt: skip
-            margins = np.array(kept["margins"], dtype=np.float64)
-            rows.append(
-                {
-                    "task": task, "pattern": name, "pairs": kept["pairs"],
-                    "accuracy": 100 * np.mean(margins > 0), "margins": margins,
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows)
+            margins = np.array(blocked["margins"], dtype=np.float64)
+            rows.append((task, name, blocked["pairs"], 100 * np.mean(margins > 0), margins))
+    return pd.DataFrame(rows, columns=["task", "pattern", "pairs", "accuracy", "margins"])
 
 
 def _blocked_margins(
@@ -277,22 +240,21 @@ def _blocked_margins(
     prompts = prompts_of(group)
     if name == "none":
         return {"margins": _margins(run, prompts, lambda _: []), "pairs": 0.0}
-    blocked = [_pattern(run, prompt, name.removesuffix(CONTROL)) for prompt in prompts]
+    patterns = [_pattern(run, prompt, name.removesuffix(CONTROL)) for prompt in prompts]
     if name.endswith(CONTROL):
-        blocked = [control_pattern(one, seed=number) for number, one in enumerate(blocked)]
-    found = _margins(run, prompts, lambda number: [AttentionKnockout(heads, blocked[number])])
-    return {"margins": found, "pairs": float(np.mean([int(one.sum()) for one in blocked]))}
+        patterns = [control_pattern(each, seed=number) for number, each in enumerate(patterns)]
+    margins = _margins(run, prompts, lambda number: [AttentionKnockout(heads, patterns[number])])
+    return {"margins": margins, "pairs": float(np.mean([int(each.sum()) for each in patterns]))}
 
 
 def _pattern(run: Any, prompt: Prompt, name: str) -> torch.Tensor:
     if name == "same word":
         return repeated_word_pattern(prompt.context, run.tokenizer)
-    ids = run.tokenizer(prompt.context, add_special_tokens=False).input_ids
+    ids = torch.tensor(run.tokenizer(prompt.context, add_special_tokens=False).input_ids)
     if name == "same token":
-        return repeated_token_pattern(torch.tensor(ids))
-    spans = demonstration_spans(prompt)
-    segments = token_segments(prompt.context, run.tokenizer, spans)
-    return repeated_token_pattern(torch.tensor(ids), segments=segments)
+        return repeated_token_pattern(ids)
+    segments = token_segments(prompt.context, run.tokenizer, demonstration_spans(prompt))
+    return repeated_token_pattern(ids, segments=segments)
 
 
 def _margins(
@@ -321,12 +283,10 @@ def repair(run: Any) -> pd.DataFrame:
     rows = []
     for group in tqdm(analysis_groups(run), desc="direct effects", unit="task", leave=False):
         decided = [group.spec(), group.seed, run.plan.means_parameters(), heads]
-        kept = run.measurement("direct effects", decided, functools.partial(compute, group))
-        whole, direct, total = (
-            np.array(kept[name], dtype=np.float64) for name in ("whole", "direct", "total")
-        )
-        rows.append({"task": group.task, "direct": whole - direct, "total": whole - total})
-    return pd.DataFrame(rows)
+        margins = run.measurement("direct effects", decided, functools.partial(compute, group))
+        whole, *left = (np.array(margins[name], float) for name in ("whole", "direct", "total"))
+        rows.append((group.task, *(whole - each for each in left)))
+    return pd.DataFrame(rows, columns=["task", "direct", "total"])
 
 
 _PAPER = [
@@ -343,35 +303,18 @@ def what_came_out(run: Any) -> str:
     Of an imported run whose bundle lacks a measurement it says that in its place.
     """
     removed = len(run.induction_heads())
-
-    def overlap() -> tuple[list[str], list[str]]:
-        scores = run.prefix_scores().mean(0), function_vectors(run)
-        table = overlap_table(*scores, run.plan.fractions)
-        return [overlap_sentence(table)], [overlap_verdict(table)]
-
-    def families() -> tuple[list[str], list[str]]:
-        table = family_table(family_removals(run))
-        return family_sentences(table, removed), [family_verdict(table, removed)]
-
-    def losses() -> tuple[list[str], list[str]]:
-        table = loss_table(token_losses(run))
-        return [loss_sentence(table, removed)], [loss_verdict(table, removed)]
-
-    def mechanism() -> tuple[list[str], list[str]]:
-        table = circuit_table(circuits(run), run.n_heads)
-        return [circuit_sentence(table)], [circuit_verdict(table)]
-
-    def text() -> tuple[list[str], list[str]]:
-        frame = natural_text(run)
-        if frame.empty:
-            return ["No text task is evaluated in this run."], []
-        table = text_table(frame)
-        return text_sentences(table), text_verdicts(table)
-
-    def repaired() -> tuple[list[str], list[str]]:
-        table = repair_table(repair(run))
-        return repair_sentences(table), [repair_verdict(table)]
-
+    parts = [
+        lambda: families.overlap_said(
+            families.overlap_table(
+                run.prefix_scores().mean(0), function_vectors(run), run.plan.fractions
+            )
+        ),
+        lambda: families.family_said(families.family_table(family_removals(run)), removed),
+        lambda: families.loss_said(families.loss_table(token_losses(run)), removed),
+        lambda: families.circuit_said(families.circuit_table(circuits(run), run.n_heads)),
+        lambda: families.text_said(families.text_table(natural_text(run))),
+        lambda: families.repair_said(families.repair_table(repair(run))),
+    ]
     sure = [
         f"At most {run.parameters.analysis_limit} documents a task and one demonstration seed: "
         f"intervals are over documents (or texts) alone. In the comparison of families the best "
@@ -379,5 +322,4 @@ def what_came_out(run: Any) -> str:
         "Weights show what a head could do: content alone, without positions, and without the MLPs "
         "between. A head that fails one of these tests may still do induction in another way.",
     ]
-    parts = (overlap, families, losses, mechanism, text, repaired)
     return measured_section(_PAPER, parts, sure)

@@ -11,7 +11,6 @@ Example
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,16 +28,15 @@ from icl_helpers.analysis.measured import (
 )
 from icl_helpers.attention.heads import Head, heads_in_words
 from icl_helpers.book.came_out import measured_section
-from icl_helpers.results.outcomes import listed, predicted, task_name, verdict
+from icl_helpers.results.outcomes import Said, listed, predicted, task_name, verdict
 from icl_helpers.results.statistics import LEVEL, Interval, finite_interval
+from icl_helpers.results.tables import bounds_in_words
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
-    "bias_sentences", "bias_verdict", "dose_sentences", "dose_table",
-    "dose_verdict", "effects_sentences", "effects_table", "effects_verdicts", "kinds_by_task",
-    "kinds_sentences", "kinds_table", "kinds_verdicts", "losses_alone", "points_alt",
-    "proxy_sentences", "proxy_table", "proxy_verdict", "shapley_table", "stability_sentence",
-    "stability_table", "stability_verdict", "what_came_out",
+    "bias_said", "dose_said", "dose_table", "effects_said", "effects_table", "kinds_by_task",
+    "kinds_said", "kinds_table", "losses_alone", "points_alt", "proxy_said", "proxy_table",
+    "shapley_table", "stability_said", "stability_table", "what_came_out",
 ]  # fmt: skip
 
 # Jaccard index from which on a set of heads is said to stay.
@@ -53,57 +51,59 @@ def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
     random sets' median loss and largest; how many sets, and how many there are; ``p`` by margin and
     ``p_accuracy``, the share of sets, the highest scores among them, that cost at least as much.
     """
+    full = frame[frame["chosen_by"] == "none"].set_index("task")
     rows = []
-    for task, part in frame.groupby("task", sort=False):
-        whole = part[part["chosen_by"] == "none"].iloc[0]
-        for heads, dose in part[part["heads"] > 0].groupby("heads"):
-            highest, lowest = (
-                dose[dose["chosen_by"] == way].iloc[0] for way in ("highest", "lowest")
-            )
-            draws = dose[dose["chosen_by"] == "random"]
-            loss = finite_interval(whole["margins"] - highest["margins"])
-            random = whole["margin"] - draws["margin"]
-            fell = whole["accuracy"] - draws["accuracy"]
-            rows.append(
-                {
-                    "task": task, "heads": heads, "loss": loss.mean, "low": loss.low,
-                    "high": loss.high, "accuracy": highest["accuracy"],
-                    "lowest": whole["margin"] - lowest["margin"],
-                    "random median": random.median(), "random largest": random.max(),
-                    "random sets": len(draws), "distinct sets": draws["distinct"].iloc[0],
-                    "p": permutation_p(whole["margin"] - highest["margin"], list(random)),
-                    "p_accuracy": permutation_p(
-                        whole["accuracy"] - highest["accuracy"], list(fell)
-                    ),
-                }
-            )  # fmt: skip
+    for (task, heads), dose in frame[frame["heads"] > 0].groupby(["task", "heads"], sort=False):
+        whole, by_choice = full.loc[task], dose.set_index("chosen_by")
+        highest, lowest = by_choice.loc["highest"], by_choice.loc["lowest"]
+        draws = by_choice.loc[["random"]]
+        loss = finite_interval(whole["margins"] - highest["margins"])
+        fall, random = (
+            {name: whole[name] - left[name] for name in ("margin", "accuracy")}
+            for left in (highest, draws)
+        )
+        rows.append(
+            {
+                "task": task, "heads": heads, "loss": loss.mean, "low": loss.low,
+                "high": loss.high, "accuracy": highest["accuracy"],
+                "lowest": whole["margin"] - lowest["margin"],
+                "random median": random["margin"].median(),
+                "random largest": random["margin"].max(), "random sets": len(draws),
+                "distinct sets": draws["distinct"].iloc[0],
+                "p": permutation_p(fall["margin"], list(random["margin"])),
+                "p_accuracy": permutation_p(fall["accuracy"], list(random["accuracy"])),
+            }
+        )  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def dose_sentences(table: pd.DataFrame) -> list[str]:
-    """Say of each task from how many heads on the highest scores cost more than random sets."""
-    said = []
+def dose_said(table: pd.DataFrame, removed: int) -> Said:
+    """Say from how many heads on the highest scores cost more than random sets.
+
+    And whether those do that a run removes, at most ``removed``.
+    """
+    said, tasks = [], {}
     for task, part in table.groupby("task", sort=False):
-        found = part[(part["p"] <= 1 - LEVEL) & (part["low"] > 0)]
-        largest = part.iloc[-1]
-        ends = (
-            f"{largest['heads']} heads cost {largest['loss']:+.1f} nats "
-            f"({largest['low']:+.1f} to {largest['high']:+.1f}), random sets at most "
-            f"{largest['random largest']:+.1f}, the {largest['heads']} of lowest score, which may "
-            f"lie in other layers, {largest['lowest']:+.1f}"
-        )
-        counts = list(found["heads"])
+        counts = list(part.loc[(part["p"] <= 1 - LEVEL) & (part["low"] > 0), "heads"])
         every = counts == list(part["heads"])[-len(counts) :]
         first = (
             "with no number of heads removed" if not counts
             else f"with {counts[0]} heads removed or more" if every and len(counts) > 1
             else f"with {listed([str(count) for count in counts])} heads removed"
         )  # fmt: skip
+        largest = part.iloc[-1]
         said.append(
             f"{_name(task)}: {first} do the highest scores cost distinguishably more margin than "
-            f"random sets of the same layers; {ends}."
+            f"random sets of the same layers; {largest['heads']} heads cost {largest['loss']:+.1f} "
+            f"nats ({largest['low']:+.1f} to {largest['high']:+.1f}), random sets at most "
+            f"{largest['random largest']:+.1f}, the {largest['heads']} of lowest score, which may "
+            f"lie in other layers, {largest['lowest']:+.1f}."
         )
-    return said
+        row = part[part["heads"] <= removed].iloc[-1]
+        tasks[str(task)] = row["heads"] in counts, f"p = {row['p']:.2f}, {row['loss']:+.1f} nats"
+    heads = int(table.loc[table["heads"] <= removed, "heads"].max())
+    claim = f"Without the {heads} highest scores more margin is lost than without any of the "
+    return said, [predicted(f"{claim}random sets", tasks)]
 
 
 def _name(task: Any) -> str:
@@ -119,9 +119,9 @@ def proxy_table(frame: pd.DataFrame) -> pd.DataFrame:
     """
     rows = {}
     for task, part in frame.groupby("task", sort=False):
-        whole = part[part["chosen_by"] == "none"].iloc[0]
+        whole = part.loc[part["chosen_by"] == "none", "margins"].item()
         alone = part[part["chosen_by"] == "alone"]
-        effects = np.stack([whole["margins"] - margins for margins in alone["margins"]])
+        effects = np.stack([whole - margins for margins in alone["margins"]])
         effects = effects[:, np.isfinite(effects).all(axis=0)]
         scores = alone["score"].to_numpy(np.float64)
         correlation, low, high = rank_correlation(scores, effects)
@@ -135,35 +135,50 @@ def proxy_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
 
 
-def proxy_sentences(table: pd.DataFrame) -> list[str]:
-    """Say of each task how far the score tells what a head's removal costs."""
-    return [
-        f"{_name(task)}: Spearman's correlation of score and loss {row['correlation']:+.2f} "
-        f"({row['low']:+.2f} to {row['high']:+.2f}); head {row['costs most']} costs most, "
-        f"{row['nats']:+.1f} nats, and has rank {row['rank by score']} by score."
-        for task, row in table.iterrows()
-    ]
+def proxy_said(table: pd.DataFrame, worth: pd.DataFrame) -> Said:
+    """Say how far the score tells what a head's removal costs, alone and in all companies.
+
+    ``worth`` is :func:`icl_helpers.analysis.measured.shapley`.
+    """
+    said, tasks = [], {}
+    for task, row in table.iterrows():
+        bounds = f"{row['low']:+.2f} to {row['high']:+.2f}"
+        said.append(
+            f"{_name(task)}: Spearman's correlation of score and loss {row['correlation']:+.2f} "
+            f"({bounds}); head {row['costs most']} costs most, {row['nats']:+.1f} nats, and has "
+            f"rank {row['rank by score']} by score."
+        )
+        tasks[str(task)] = bool(row["low"] > 0), bounds
+    if len(worth):
+        correlation = worth["score"].corr(worth["value"], method="spearman")
+        best = [set(worth.nlargest(10, column).index) for column in ("value", "score")]
+        said.append(
+            f"{_name(worth['task'].iloc[0])}: Spearman's correlation of score and Shapley value "
+            f"{correlation:+.2f}; of the ten heads worth most, {len(best[0] & best[1])} are among "
+            f"the ten of highest score."
+        )
+    claim = "A head with a higher score costs more when it alone is removed"
+    return said, [predicted(claim, tasks)]
 
 
 def losses_alone(frame: pd.DataFrame) -> pd.DataFrame:
     """Margin that each head's removal alone costs: task, layer, head, score and ``loss`` (nats)."""
     whole = frame[frame["chosen_by"] == "none"].set_index("task")["margin"]
-    alone = frame[frame["chosen_by"] == "alone"]
+    alone = frame[frame["chosen_by"] == "alone"].astype({"layer": int, "head": int})
     loss = alone["task"].map(whole) - alone["margin"]
-    places = {name: alone[name].astype(int) for name in ("layer", "head")}
-    return alone[["task", "score"]].assign(**places, loss=loss)
+    return alone[["task", "score", "layer", "head"]].assign(loss=loss)
 
 
 def points_alt(points: pd.DataFrame) -> str:
     """Write the alternative text of a figure of :func:`losses_alone`: each task's five largest."""
+    most = points.sort_values("loss", ascending=False, kind="stable").groupby("task").head(5)
     said = []
-    for task, part in points.groupby("task", sort=False):
-        most = part.sort_values("loss", ascending=False, kind="stable").head(5)
+    for task in points["task"].unique():
         heads = [
             f"{row.layer}.{row.head} {row.loss:+.2f} at score {row.score:.2f}"
-            for row in most.itertuples()
+            for row in most[most["task"] == task].itertuples()
         ]
-        said.append(f"{task_name(str(task))}: {', '.join(heads)}")
+        said.append(f"{task_name(task)}: {', '.join(heads)}")
     return f"Points of margin lost over score. The heads that cost most: {'; '.join(said)}."
 
 
@@ -178,58 +193,27 @@ def shapley_table(frame: pd.DataFrame) -> pd.DataFrame:
     return best.set_index(pd.Index(names, name="head"))[["value", "score", "rank by score"]]
 
 
-def shapley_sentence(frame: pd.DataFrame) -> str:
-    """Say how far the score tells what a head is worth in all companies."""
-    correlation = frame["score"].corr(frame["value"], method="spearman")
-    best = set(frame.nlargest(10, "value").index) & set(frame.nlargest(10, "score").index)
-    return (
-        f"{_name(frame['task'].iloc[0])}: Spearman's correlation of score and Shapley value "
-        f"{correlation:+.2f}; of the ten heads worth most, {len(best)} are among the ten of "
-        f"highest score."
-    )
-
-
 def stability_table(scores: Any, fractions: Sequence[float], n_heads: int) -> pd.DataFrame:
     """Say how much of each set stays when other sequences are drawn, a row a number of heads."""
-    rows = {
-        heads_in_words(fraction, n_heads): dict(
-            zip(("mean", "low", "high"), set_stability(scores, fraction), strict=True)
-        )
-        for fraction in fractions
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("heads")
+    names = pd.Index([heads_in_words(fraction, n_heads) for fraction in fractions], name="heads")
+    stays = [set_stability(scores, fraction) for fraction in fractions]
+    return pd.DataFrame(stays, index=names, columns=["mean", "low", "high"])
 
 
-def stability_sentence(table: pd.DataFrame) -> str:
-    """Say how much of each set stays."""
+def stability_said(table: pd.DataFrame) -> Said:
+    """Say how much of each set stays, and whether it is much the same in the mean of the draws."""
     said = [
         f"{heads}: {row['mean']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
         for heads, row in table.iterrows()
     ]
-    return f"Jaccard index of the set with sets from sequences drawn again: {'; '.join(said)}."
-
-
-def stability_verdict(table: pd.DataFrame) -> str:
-    """Say whether the sets stay much the same, in the mean of the draws."""
-    held = [bool(mean >= _STAYS) for mean in table["mean"]]
+    stays = [bool(mean >= _STAYS) for mean in table["mean"]]
     return (
-        f"*The index is {_STAYS} or more, in the mean of the draws*: "
-        f"**{verdict(held, [True])}**, for {sum(held)} of {len(table)} sets."
+        [f"Jaccard index of the set with sets from sequences drawn again: {'; '.join(said)}."],
+        [
+            f"*The index is {_STAYS} or more, in the mean of the draws*: "
+            f"**{verdict(stays, [True])}**, for {sum(stays)} of {len(table)} sets."
+        ],
     )
-
-
-def what_came_out(run: Any) -> str:
-    """Say what came out of the stage, as Markdown; ``run`` is an :class:`icl_helpers.Run`.
-
-    Of an imported run whose bundle lacks a measurement it says that in its place.
-    """
-    sure = [
-        f"At most {run.parameters.analysis_limit} documents of each of "
-        f"{len(run.plan.analysis_sets())} tasks and one demonstration seed: intervals are over "
-        f"documents alone, and other demonstrations are not tried here."
-    ]
-    parts = (_dose_part, _proxy_part, _kinds_part, _effects_part, _bias_part, _stability_part)
-    return measured_section([_PAPER], [functools.partial(part, run) for part in parts], sure)
 
 
 _PAPER = (
@@ -238,42 +222,29 @@ _PAPER = (
 )
 
 
-def _dose_part(run: Any) -> tuple[list[str], list[str]]:
-    table = dose_table(dose_response(run))
-    return dose_sentences(table), [dose_verdict(table, len(run.induction_heads()))]
+def what_came_out(run: Any) -> str:
+    """Say what came out of the stage, as Markdown; ``run`` is an :class:`icl_helpers.Run`.
 
-
-def dose_verdict(table: pd.DataFrame, removed: int) -> str:
-    """Say whether the heads that a run removes cost more than every random set."""
-    tasks = {}
-    for task, part in table.groupby("task", sort=False):
-        row = part[part["heads"] <= removed].iloc[-1]
-        held = row["p"] <= 1 - LEVEL and row["low"] > 0
-        tasks[str(task)] = bool(held), f"p = {row['p']:.2f}, {row['loss']:+.1f} nats"
-    heads = int(table.loc[table["heads"] <= removed, "heads"].max())
-    return predicted(f"Without the {heads} highest scores more margin is lost than without any of "
-                   f"the random sets", tasks)  # fmt: skip
-
-
-def _proxy_part(run: Any) -> tuple[list[str], list[str]]:
-    table = proxy_table(single_heads(run))
-    values = shapley(run)
-    worth = [shapley_sentence(values)] if len(values) else []
-    return [*proxy_sentences(table), *worth], [proxy_verdict(table)]
-
-
-def proxy_verdict(table: pd.DataFrame) -> str:
-    """Say whether scores and losses of single heads go together."""
-    tasks = {
-        str(task): (bool(row["low"] > 0), f"{row['low']:+.2f} to {row['high']:+.2f}")
-        for task, row in table.iterrows()
-    }
-    return predicted("A head with a higher score costs more when it alone is removed", tasks)
-
-
-def _stability_part(run: Any) -> tuple[list[str], list[str]]:
-    table = stability_table(run.prefix_scores(), run.plan.fractions, run.n_heads)
-    return [stability_sentence(table)], [stability_verdict(table)]
+    Of an imported run whose bundle lacks a measurement it says that in its place.
+    """
+    parts = [
+        lambda: dose_said(dose_table(dose_response(run)), len(run.induction_heads())),
+        lambda: proxy_said(proxy_table(single_heads(run)), shapley(run)),
+        lambda: kinds_said(kinds_table(removal_kinds(run))),
+        lambda: effects_said(effects_table(side_effects(run))),
+        lambda: bias_said(
+            answer_table(at_most(run.documents().query("ablation in ('none', 'mean')")))
+        ),
+        lambda: stability_said(
+            stability_table(run.prefix_scores(), run.plan.fractions, run.n_heads)
+        ),
+    ]
+    sure = (
+        f"At most {run.parameters.analysis_limit} documents of each of "
+        f"{len(run.plan.analysis_sets())} tasks and one demonstration seed: intervals are over "
+        f"documents alone, and other demonstrations are not tried here."
+    )
+    return measured_section([_PAPER], parts, [sure])
 
 
 # What each kind of removal is held against, by the column that says so.
@@ -297,20 +268,24 @@ def kinds_table(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for task, part in frame.groupby("task", sort=False):
         margins = {
-            kind: np.stack(list(drawn["margins"])).mean(axis=0)
-            for kind, drawn in part.groupby("kind", sort=False)
+            str(kind): np.stack(list(drawn)).mean(axis=0)
+            for kind, drawn in part.groupby("kind", sort=False)["margins"]
         }
         accuracy = part.groupby("kind")["accuracy"].mean()
         whole = margins.pop("none")
-        for kind, own in margins.items():
-            loss = finite_interval(whole - own)
-            row = {
-                "task": task, "kind": kind, "loss": loss.mean, "low": loss.low, "high": loss.high,
-                "accuracy": accuracy[kind], "costs": _costs(loss), _HEADS: "", _POSITIONS: "",
-            }  # fmt: skip
-            for column, control in _CONTROLS.get(str(kind), {}).items():
-                row[column] = _costs(finite_interval(margins[control] - own))
-            rows.append(row)
+        for kind, left in margins.items():
+            loss = finite_interval(whole - left)
+            costs = {
+                column: _costs(finite_interval(margins[control] - left))
+                for column, control in _CONTROLS.get(kind, {}).items()
+            }
+            rows.append(
+                {
+                    "task": task, "kind": kind, "loss": loss.mean, "low": loss.low,
+                    "high": loss.high, "accuracy": accuracy[kind], "costs": _costs(loss),
+                    _HEADS: "", _POSITIONS: "", **costs,
+                }
+            )  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -320,49 +295,44 @@ def _costs(loss: Interval) -> str:
 
 def kinds_by_task(table: pd.DataFrame) -> pd.DataFrame:
     """Lay out :func:`kinds_table` as conclusion by kind of removal, a column a task."""
-    bounds = table["low"].map(" [{:+.1f}, ".format) + table["high"].map("{:+.1f}]".format)
-    said = table["loss"].map("{:+.1f}".format) + bounds
+    said = table["loss"].map("{:+.1f}".format) + bounds_in_words(table, "{:+.1f}")
     for column in (_HEADS, _POSITIONS):
-        known = table[column] != ""
-        said += (f"; {column}: " + table[column]).where(known, "")
+        said += (f"; {column}: " + table[column]).where(table[column] != "", "")
     wide = table.assign(said=said).pivot(index="kind", columns="task", values="said")
     return wide.loc[table["kind"].unique(), table["task"].unique()].rename_axis(columns=None)
 
 
-def kinds_verdicts(table: pd.DataFrame) -> list[str]:
-    """Say whether every kind of removal costs margin, and the knockout more than its controls."""
+def kinds_said(table: pd.DataFrame) -> Said:
+    """Say what each kind of removal costs, and whether the knockout does more than its controls."""
+    said = []
     every: dict[str, tuple[bool, str]] = {}
     controls: dict[str, dict[str, tuple[bool, str]]] = {_POSITIONS: {}, _HEADS: {}}
     for task, part in table.groupby("task", sort=False):
         rows = part.set_index("kind")
+        each = [f"{kind} {loss:+.1f}" for kind, loss in rows["loss"].items()]
+        said.append(f"{_name(task)}, nats of margin lost by kind of removal: {'; '.join(each)}.")
         kinds = rows.loc[list(_CONTROLS)]
-        other = [f"{kind} {loss:+.1f} nats" for kind, loss in
-                 kinds.loc[kinds["costs"] != "yes", "loss"].items()]  # fmt: skip
+        other = [
+            f"{kind} {loss:+.1f} nats"
+            for kind, loss in kinds.loc[kinds["costs"] != "yes", "loss"].items()
+        ]
         every[str(task)] = not other, listed(other) if other else ""
-        for column, verdicts in controls.items():
+        for column, tasks in controls.items():
             control = rows.loc[_CONTROLS["knockout"][column], "loss"]
             why = f"{rows.loc['knockout', 'loss']:+.1f} nats, control {control:+.1f}"
-            verdicts[str(task)] = rows.loc["knockout", column] == "yes", why
-    return [
+            tasks[str(task)] = rows.loc["knockout", column] == "yes", why
+    return said, [
         predicted("Every kind of removal costs margin", every),
-        *(predicted(f"Blocking the pattern costs {column}", verdicts)
-          for column, verdicts in controls.items()),
-    ]  # fmt: skip
+        *(
+            predicted(f"Blocking the pattern costs {column}", controls[column])
+            for column in controls
+        ),
+    ]
 
 
-def kinds_sentences(table: pd.DataFrame) -> list[str]:
-    """Say of each task what each kind of removal costs."""
-    said = []
-    for task, part in table.groupby("task", sort=False):
-        rows = part.set_index("kind")
-        each = [f"{kind} {rows.loc[kind, 'loss']:+.1f}" for kind in rows.index]
-        said.append(f"{_name(task)}, nats of margin lost by kind of removal: {'; '.join(each)}.")
-    return said
-
-
-def _kinds_part(run: Any) -> tuple[list[str], list[str]]:
-    table = kinds_table(removal_kinds(run))
-    return kinds_sentences(table), kinds_verdicts(table)
+_TRUE, _SHUFFLED, _GAP = (
+    "margin with examples", "margin with shuffled labels", "true minus shuffled labels",
+)  # fmt: skip
 
 
 def effects_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -372,14 +342,17 @@ def effects_table(frame: pd.DataFrame) -> pd.DataFrame:
     or documents, and the smallest and largest change without the random sets; and the ``gap``
     between true and shuffled labels as a measure of its own.
     """
+    keys = ["task", "condition", "draw"]
+    true, shuffled = (frame[frame["measure"] == measure] for measure in (_TRUE, _SHUFFLED))
+    both = true.merge(shuffled, on=keys, suffixes=("", "_shuffled"))
+    gap = both[keys].assign(measure=_GAP, values=both["values"] - both["values_shuffled"])
     rows = []
-    for (measure, task), part in _with_gap(frame).groupby(["measure", "task"], sort=False):
-        values = {key: one["values"].iloc[0] for key, one in
-                  part.groupby(["condition", part["draw"].fillna(-1)], sort=False)}  # fmt: skip
-        whole = values[("none", -1)]
-        change = finite_interval(values[("highest", -1)] - whole)
-        random = [float(np.nanmean(one - whole)) for (way, _), one in values.items()
-                  if way == "random"]  # fmt: skip
+    measures = pd.concat([frame, gap]).groupby(["measure", "task"], sort=False)
+    for (measure, task), part in measures:
+        values = part.set_index("condition")["values"]
+        whole = values["none"]
+        change = finite_interval(values["highest"] - whole)
+        random = [float(np.nanmean(drawn - whole)) for drawn in values[["random"]]]
         rows.append(
             {
                 "measure": measure, "task": task, "full model": float(np.nanmean(whole)),
@@ -390,124 +363,82 @@ def effects_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-_TRUE, _SHUFFLED, _GAP = (
-    "margin with examples", "margin with shuffled labels", "true minus shuffled labels",
-)  # fmt: skip
+def effects_said(table: pd.DataFrame) -> Said:
+    """Say how much each measure changes without the heads.
 
+    And whether the removal breaks copying and the use of labels, and nothing else.
+    """
+    said = []
+    changes: dict[str, dict[str, tuple[dict[Any, Any], str]]] = {}
+    for row in table.to_dict("records"):
+        measure, task = row["measure"], row["task"]
+        random = f"{row['random smallest']:+.2f} to {row['random largest']:+.2f}"
+        said.append(
+            f"{measure[:1].upper() + measure[1:]}{', ' + task_name(task) if task else ''}: "
+            f"{row['full model']:.2f} nats, {row['change']:+.2f} ({row['low']:+.2f} to "
+            f"{row['high']:+.2f}) without the heads, {random} without random sets."
+        )
+        why = f"{row['change']:+.2f}, random sets {random}"
+        changes.setdefault(measure, {})[task or measure] = row, why
 
-def _with_gap(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the gap between true and shuffled labels, document by document."""
-    keys = ["task", "condition", "draw"]
-    true, shuffled = (
-        frame[frame["measure"] == measure].reset_index(drop=True) for measure in (_TRUE, _SHUFFLED)
-    )
-    both = true.merge(shuffled, on=keys, suffixes=("", "_shuffled"))
-    gap = both[keys].assign(measure=_GAP, values=both["values"] - both["values_shuffled"])
-    return pd.concat([frame, gap], ignore_index=True)
+    def check(claim: str, holds: Callable[[Any], bool], *measures: str, of: str = "tasks") -> str:
+        rows = [item for measure in measures for item in changes.get(measure, {}).items()]
+        return predicted(claim, {name: (bool(holds(row)), why) for name, (row, why) in rows}, of=of)
 
-
-def effects_verdicts(table: pd.DataFrame) -> list[str]:
-    """Say whether the removal breaks copying and the use of labels, and nothing else."""
-    changes = {(row["measure"], row["task"]): row for row in table.to_dict("records")}
-
-    def check(measure: str, holds: Callable[[Any], bool]) -> dict[str, tuple[bool, str]]:
-        return {
-            task or measure: (bool(holds(row)), f"{row['change']:+.2f}, random sets "
-                              f"{row['random smallest']:+.2f} to {row['random largest']:+.2f}")
-            for (name, task), row in changes.items() if name == measure
-        }  # fmt: skip
-
-    return [
-        predicted("Tokens seen for the first time are predicted as well as without random sets",
-                check("loss on random tokens", lambda row: row["low"] <= row["random largest"])
-                | check("loss on text", lambda row: row["low"] <= row["random largest"]),
-                of="kinds of text"),
-        predicted("Copies are predicted worse than without any random set",
-                check("loss on their copies", lambda row: row["low"] > row["random largest"])
-                | check("loss on text read again", lambda row: row["low"] > row["random largest"]),
-                of="kinds of text"),
-        predicted("The margin without examples does not move",
-                check("margin without examples", lambda row: row["low"] <= 0 <= row["high"])),
-        predicted("The gap between true and shuffled labels shrinks",
-                check(_GAP, lambda row: row["high"] < 0)),
+    return said, [
+        check("Tokens seen for the first time are predicted as well as without random sets",
+              lambda row: row["low"] <= row["random largest"],
+              "loss on random tokens", "loss on text", of="kinds of text"),
+        check("Copies are predicted worse than without any random set",
+              lambda row: row["low"] > row["random largest"],
+              "loss on their copies", "loss on text read again", of="kinds of text"),
+        check("The margin without examples does not move",
+              lambda row: row["low"] <= 0 <= row["high"], "margin without examples"),
+        check("The gap between true and shuffled labels shrinks",
+              lambda row: row["high"] < 0, _GAP),
     ]  # fmt: skip
 
 
-def effects_sentences(table: pd.DataFrame) -> list[str]:
-    """Say how much each measure changes without the heads."""
-    return [
-        f"{row['measure'][:1].upper() + row['measure'][1:]}"
-        f"{', ' + task_name(row['task']) if row['task'] else ''}: {row['full model']:.2f} nats, "
-        f"{row['change']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f}) without the heads, "
-        f"{row['random smallest']:+.2f} to {row['random largest']:+.2f} without random sets."
-        for row in table.to_dict("records")
-    ]
-
-
-def _effects_part(run: Any) -> tuple[list[str], list[str]]:
-    table = effects_table(side_effects(run))
-    return effects_sentences(table), effects_verdicts(table)
-
-
-def _skill(row: Mapping[str, Any]) -> tuple[str, float, float, float, float]:
-    """What tells skill from bias, with bounds and chance: the AUC where there are two labels."""
-    name = "calibrated" if np.isnan(row["auc"]) else "auc"
-    chance = 50.0 if name == "auc" else 100 / len(get_task_spec(row["task"]).choices)
-    return name, row[name], row[f"{name}_low"], row[f"{name}_high"], chance
-
-
-def bias_sentences(table: pd.DataFrame) -> list[str]:
-    """Say of each task whether the removal takes skill, adds bias, or turns the skill around."""
-    said = []
-    for whole, removed in _pairs(table):
-        name, skill, low, high, chance = _skill(removed)
-        _, before, *_ = _skill(whole)
-        what = (
-            "there was no skill to lose" if _skill(whole)[2] <= chance
-            else "the labels are still told apart, and turned around" if high < chance
-            else "no skill is left that these documents show" if low <= chance
-            else "skill is lost" if high < _skill(whole)[2]
-            else "no loss of skill is distinguishable"
-        )  # fmt: skip
-        more = removed["share"] - whole["share"]
-        said.append(
-            f"{_name(removed['task'])}: accuracy {whole['accuracy']:.0f} to "
-            f"{removed['accuracy']:.0f} %, balanced {whole['balanced']:.0f} to "
-            f"{removed['balanced']:.0f} %, {_MEASURES[name]} {before:.0f} to {skill:.0f} "
-            f"({low:.0f} to {high:.0f}); one label is said to {removed['share']:.0f} % of the "
-            f"documents ({more:+.0f} points): {what}"
-            f"{', and the bias grows' if more >= _MORE_BIAS else ''}."
-        )
-    return said
-
-
-_MEASURES = {"auc": "AUC", "calibrated": "calibrated accuracy"}
 # Points by which one label has to be said more often for the bias to be said to grow.
 _MORE_BIAS = 10
 
 
-def _pairs(table: pd.DataFrame) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
-    """Each task's row of the full model and of the induction heads' removal."""
+def _skill(row: Mapping[Any, Any]) -> tuple[str, float, float, float, float]:
+    """What tells skill from bias, with bounds and chance: the AUC where there are two labels."""
+    if np.isnan(row["auc"]):
+        chance = 100 / len(get_task_spec(row["task"]).choices)
+        name, values = "calibrated accuracy", ("calibrated", "calibrated_low", "calibrated_high")
+    else:
+        name, chance, values = "AUC", 50.0, ("auc", "auc_low", "auc_high")
+    skill, low, high = (row[value] for value in values)
+    return name, skill, low, high, chance
+
+
+def bias_said(table: pd.DataFrame) -> Said:
+    """Say of each task whether the removal takes skill, adds bias, or turns the skill around."""
     rows = {(row["task"], row["labels"], row["condition"]): row for row in table.to_dict("records")}
-    return [
-        (rows[task, labels, "full"], row)
-        for (task, labels, condition), row in rows.items()
-        if condition == "induction_heads" and (task, labels, "full") in rows
-    ]
-
-
-def bias_verdict(table: pd.DataFrame) -> str:
-    """Say whether the removal takes skill away on each task."""
-    tasks = {}
-    for whole, removed in _pairs(table):
-        name, skill, _, high, _ = _skill(removed)
-        why = f"{_MEASURES[name]} {_skill(whole)[1]:.0f} to {skill:.0f}"
-        tasks[str(removed["task"])] = bool(high < _skill(whole)[2]), why
-    return predicted("Without the heads the model is less able to tell the labels apart, whatever "
-                   "its bias", tasks)  # fmt: skip
-
-
-def _bias_part(run: Any) -> tuple[list[str], list[str]]:
-    documents = run.documents()
-    table = answer_table(at_most(documents[documents["ablation"].isin(["none", "mean"])]))
-    return bias_sentences(table), [bias_verdict(table)]
+    said, tasks = [], {}
+    for (task, labels, condition), removed in rows.items():
+        whole = rows.get((task, labels, "full"))
+        if condition != "induction_heads" or whole is None:
+            continue
+        name, skill, low, high, chance = _skill(removed)
+        _, before, least, *_ = _skill(whole)
+        what = (
+            "there was no skill to lose" if least <= chance
+            else "the labels are still told apart, and turned around" if high < chance
+            else "no skill is left that these documents show" if low <= chance
+            else "skill is lost" if high < least
+            else "no loss of skill is distinguishable"
+        )  # fmt: skip
+        more = removed["share"] - whole["share"]
+        said.append(
+            f"{_name(task)}: accuracy {whole['accuracy']:.0f} to {removed['accuracy']:.0f} %, "
+            f"balanced {whole['balanced']:.0f} to {removed['balanced']:.0f} %, {name} {before:.0f} "
+            f"to {skill:.0f} ({low:.0f} to {high:.0f}); one label is said to "
+            f"{removed['share']:.0f} % of the documents ({more:+.0f} points): {what}"
+            f"{', and the bias grows' if more >= _MORE_BIAS else ''}."
+        )
+        tasks[str(task)] = bool(high < least), f"{name} {before:.0f} to {skill:.0f}"
+    claim = "Without the heads the model is less able to tell the labels apart, whatever its bias"
+    return said, [predicted(claim, tasks)]

@@ -53,9 +53,10 @@ def test_overlap_is_counted_beside_chance():
     assert table["by chance"].tolist() == pytest.approx([0.05, 0.8])
     assert table["mean layer, induction"].tolist() == [1, 1]
     assert table["mean layer, function vectors"].tolist() == [1, 0.5]
-    assert "2 of the best 4 of each (chance: 0.8)" in outcomes.overlap_sentence(table)
-    assert "**held**, 2 of 4 are in both" in outcomes.overlap_verdict(table)
-    assert "**did not hold**, 1 of 1" in outcomes.overlap_verdict(table[:1])
+    (sentence,), (prediction,) = outcomes.overlap_said(table)
+    assert "2 of the best 4 of each (chance: 0.8)" in sentence
+    assert "**held**, 2 of 4 are in both" in prediction
+    assert "**did not hold**, 1 of 1" in outcomes.overlap_said(table[:1])[1][0]
 
 
 def test_families_are_compared_on_the_same_documents():
@@ -68,12 +69,11 @@ def test_families_are_compared_on_the_same_documents():
     )
     table = outcomes.family_table(frame)
     assert [row.mean for row in table["difference"]] == pytest.approx([2, -2, 0])
-    first, second, third = outcomes.family_sentences(table, 5)
+    (first, second, third), (said,) = outcomes.family_said(table, 5)
     assert "induction +1.00 (" in first
     assert first.endswith("function-vector heads cost distinguishably more.")
     assert second.endswith("induction heads cost distinguishably more.")
     assert third.endswith("the two are not distinguishable.")
-    said = outcomes.family_verdict(table, 5)
     assert "**held in part**, on 1 of 3 tasks; not on recursion (difference -2.00" in said
 
 
@@ -92,8 +92,9 @@ def test_token_losses_decide_only_where_late_tokens_gain(gain, induction, vector
         (4, "function vectors", margins(gain - vectors, seed=1)),
     ]
     table = outcomes.loss_table(pd.DataFrame(rows, columns=["heads", "chosen_by", "values"]))
-    assert f"without 4 induction heads by {induction:+.2f}" in outcomes.loss_sentence(table, 4)
-    assert word in outcomes.loss_verdict(table, 4)
+    (sentence,), (said,) = outcomes.loss_said(table, 4)
+    assert f"without 4 induction heads by {induction:+.2f}" in sentence
+    assert word in said
 
 
 def circuit(**changes) -> dict:
@@ -124,12 +125,11 @@ def test_circuits_are_summed_up_by_share_of_the_heads():
     frame = pd.DataFrame([circuit(head=n, copying=0.9 if n < 1 else 0.1) for n in range(4)])
     table = outcomes.circuit_table(frame, 64)
     assert table["within"].tolist() == ["1 %", "3 %", "more", "more"]
-    said = outcomes.circuit_sentence(table)
+    (said,), (verdict,) = outcomes.circuit_said(table)
     assert "best 3 % (2), 2 score 0.3 or more, 1 copy by their weights, 2 raise" in said
-    verdict = outcomes.circuit_verdict(table)
     assert "**held in part**, of 1 of 4; not of 1.1, 1.2 and 1.3" in verdict
     low = outcomes.circuit_table(frame.assign(prefix=0.1), 64)
-    assert "**did not hold**, of 0 of 0" in outcomes.circuit_verdict(low)
+    assert "**did not hold**, of 0 of 0" in outcomes.circuit_said(low)[1][0]
 
 
 def test_text_patterns_are_held_against_their_control():
@@ -141,9 +141,10 @@ def test_text_patterns_are_held_against_their_control():
                          "margins": margins(3 - lost, seed=2)})  # fmt: skip
     table = outcomes.text_table(pd.DataFrame(rows))
     assert [row.mean for row in table["more"]] == pytest.approx([1.5, -0.5, 0.5])
-    words = [said.split("**")[1] for said in outcomes.text_verdicts(table)]
+    sentences, predictions = outcomes.text_said(table)
+    words = [said.split("**")[1] for said in predictions]
     assert words == ["held", "did not hold", "held"]
-    assert "same token +2.00" in outcomes.text_sentences(table)[0]
+    assert "same token +2.00" in sentences[0]
 
 
 @pytest.mark.parametrize(
@@ -159,8 +160,9 @@ def test_repair_is_the_direct_loss_that_the_total_lacks(direct, total, said, wor
     row = {"task": "sst2", "direct": margins(direct), "total": margins(total, seed=3)}
     table = outcomes.repair_table(pd.DataFrame([row]))
     assert table["later layers"].item().mean == pytest.approx(total - direct)
-    assert outcomes.repair_sentences(table)[0].endswith(said)
-    assert outcomes.repair_verdict(table).split("**")[1] == word
+    (sentence,), (prediction,) = outcomes.repair_said(table)
+    assert sentence.endswith(said)
+    assert prediction.split("**")[1] == word
 
 
 def test_tables_show_intervals_as_text_and_no_negative_zero():

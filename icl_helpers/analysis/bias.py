@@ -225,7 +225,10 @@ class SkillChange(NamedTuple):
         else:
             left = self.after_low > self.chance
             what = f"skill is lost, {'in part' if left else 'and none is shown to be left'}"
-        return f"{what} ({self.measure} {self.before:.0f} to {self.after:.0f})"
+        change = (
+            f"{self.before:.0f} to {self.after:.0f}, change {self.low:+.0f} to {self.high:+.0f}"
+        )
+        return f"{what} ({self.measure} {change})"
 
 
 def skill_change(

@@ -615,9 +615,20 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
 Said = tuple[list[str], list[str]]
 
 
-def predicted(text: str, tasks: Mapping[str, tuple[bool, str]], *, of: str = "tasks") -> str:
-    """Say on which tasks (or what ``of``) a prediction held, and on which not and what was seen."""
-    failed = [f"{task_name(task)} ({why})" for task, (held, why) in tasks.items() if not held]
-    word = verdict([held for held, _ in tasks.values()], [True])
-    on = f"on {len(tasks) - len(failed)} of {len(tasks)} {of}"
-    return f"*{text}*: **{word}**, {on}{f'; not on {listed(failed)}' if failed else ''}."
+def predicted(text: str, tasks: Mapping[str, tuple[int, str]], *, of: str = "tasks") -> str:
+    """Say what became of a prediction on each task (or what ``of``).
+
+    A task has 1 where it held, -1 where what was seen contradicts it, 0 where it was not shown
+    either way; and what was seen.
+    """
+    signs = [sign for sign, _ in tasks.values()]
+    word = verdict([sign > 0 for sign in signs], [sign < 0 for sign in signs])
+    seen = {
+        name: [f"{task_name(task)} ({why})" for task, (sign, why) in tasks.items() if sign == value]
+        for name, value in (("not shown", 0), ("contradicted", -1))
+    }
+    held = signs.count(1)
+    counts = "all" if held == len(signs) else f"{held or 'none'} of"
+    said = [f"on {counts} {len(signs)} {of}"] if len(signs) > 1 else []
+    said += [f"{name}: {listed(names)}" for name, names in seen.items() if names]
+    return f"*{text}*: **{word}**{', ' if said else ''}{'; '.join(said)}."

@@ -39,6 +39,10 @@ def _bounds(interval: Interval) -> str:
     return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
+def _sign(interval: Interval) -> int:
+    return int(interval.low > 0) - int(interval.high < 0)
+
+
 def _title(task: str) -> str:
     return task_name(task).capitalize()
 
@@ -78,11 +82,11 @@ def overlap_said(table: pd.DataFrame) -> Said:
         f"{row[f'mean layer, {FAMILIES[1]}']:.1f} in the mean"
         for row in table.to_dict("records")
     ]
-    last = table.iloc[-1]
-    word = "held" if last["shared"] <= last["heads"] / 2 else "did not hold"
+    fewer = [bool(row["shared"] < row["heads"] / 2) for row in table.to_dict("records")]
+    shared = [f"{row['shared']:.0f} of {row['heads']:.0f}" for row in table.to_dict("records")]
+    word = verdict(fewer, [not it for it in fewer])
     return [f"Heads in both families: {'; '.join(said)} (induction first)."], [
-        f"*The two families are mostly different heads*: **{word}**, "
-        f"{last['shared']:.0f} of {last['heads']:.0f} are in both."
+        f"*The two families are mostly different heads*: **{word}**; shared are {listed(shared)}."
     ]
 
 
@@ -117,15 +121,15 @@ def family_said(table: pd.DataFrame, removed: int) -> Said:
     for row in largest.to_dict("records"):
         more = row["difference"]
         which = (
-            "function-vector heads cost distinguishably more" if more.low > 0
-            else "induction heads cost distinguishably more" if more.high < 0
-            else "the two are not distinguishable"
+            "function-vector heads cost more, by the interval over documents" if more.low > 0
+            else "induction heads cost more, by the interval over documents" if more.high < 0
+            else "which of the two cost more is not decided"
         )  # fmt: skip
         said.append(
             f"{_title(row['task'])}, {row['heads']} heads removed, nats of margin lost: induction "
             f"{_bounds(row[FAMILIES[0]])}, function vectors {_bounds(row[FAMILIES[1]])}; {which}."
         )
-        tasks[row["task"]] = bool(more.low > 0), f"difference {_bounds(more)}"
+        tasks[row["task"]] = _sign(more), f"difference {_bounds(more)}"
     claim = "Removing function-vector heads costs more margin than removing as many induction heads"
     return said, [predicted(claim, tasks)]
 
@@ -148,8 +152,8 @@ def loss_said(table: pd.DataFrame, removed: int) -> Said:
     row = table[table["heads"] <= removed].iloc[-1]
     whole, induction, vectors = row["full model"], row[FAMILIES[0]], row[FAMILIES[1]]
     gains, more = whole.low > 0, induction.low > vectors.high
-    word = "held" if gains and more else "did not hold" if gains else "was not shown"
-    why = "" if gains else ": late tokens are not predicted distinguishably better than early ones"
+    word = verdict([bool(gains and more)], [bool(gains and vectors.low > induction.high)])
+    why = "" if gains else ": late tokens are not predicted better than early ones, by the interval"
     return [
         f"On running text, loss of early tokens less that of late ones: {_bounds(whole)} nats; it "
         f"falls without {row['heads']} induction heads by {_bounds(induction)}, without as many "
@@ -190,9 +194,9 @@ def _named(rows: pd.DataFrame) -> list[str]:
 def circuit_said(table: pd.DataFrame) -> Said:
     """Say how many of the best heads pass which test, and whether high scores go with mechanism."""
     words = {
-        "behaves": "score 0.3 or more", "copies": "copy by their weights",
-        "raises": "raise the logit of what followed",
-        "composes": "lose half of it with the previous-token heads",
+        "behaves": "with a score of 0.3 or more", "copies": "copying by the weights",
+        "raises": "raising the logit of what followed",
+        "composes": "losing half of the score without the previous-token heads",
     }  # fmt: skip
     said = []
     for name, part in (("1 %", table[table["within"] == "1 %"]),
@@ -206,12 +210,12 @@ def circuit_said(table: pd.DataFrame) -> Said:
         )
     best = table[table["behaves"]]
     failed = _named(best[~best["both"]])
-    word = verdict(best["both"].tolist() or [False], [True])
+    word = verdict(best["both"].tolist() or [False], [len(best) > 0])
+    of = f"{len(best) - len(failed) or 'none'} of {len(best)} heads" if len(best) else "no head"
     but = f"; not of {listed(failed)}" if failed else ""
     return [f"Behaviour and mechanism: {'. '.join(said)}."], [
         f"*Heads that score 0.3 or more copy, by weights and by logits, and lose half of their "
-        f"score with the earlier previous-token heads*: **{word}**, of "
-        f"{len(best) - len(failed)} of {len(best)}{but}."
+        f"score with the earlier previous-token heads*: **{word}**, of {of}{but}."
     ]
 
 
@@ -255,7 +259,7 @@ def text_said(table: pd.DataFrame) -> Said:
         predicted(
             f"On text, blocking what followed the {pattern} costs more than the control",
             {
-                task: (bool(more.low > 0), f"difference {_bounds(more)}")
+                task: (_sign(more), f"difference {_bounds(more)}")
                 for task, more in part.set_index("task")["more"].items()
             },
         )
@@ -285,5 +289,6 @@ def repair_said(table: pd.DataFrame) -> Said:
             f"{_title(row['task'])}, nats of margin lost without the heads: directly "
             f"{_bounds(row['direct'])}, in all {_bounds(row['total'])}; {what}."
         )
-        tasks[row["task"]] = bool(later.high < 0), f"later layers {_bounds(later)}"
+        lost = row["direct"].mean > 0
+        tasks[row["task"]] = -_sign(later) if lost else 0, f"later layers {_bounds(later)}"
     return said, [predicted("Later layers repair part of the direct loss", tasks)]

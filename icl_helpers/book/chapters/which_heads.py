@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from icl_helpers.analysis.bias import answer_table, at_most
+from icl_helpers.analysis.bias import answer_table, at_most, skill_change
 from icl_helpers.analysis.dose_response import permutation_p, rank_correlation, set_stability
 from icl_helpers.analysis.measured import (
     dose_response,
@@ -28,10 +28,10 @@ from icl_helpers.analysis.measured import (
 )
 from icl_helpers.attention.heads import Head, heads_in_words
 from icl_helpers.book.came_out import measured_section
-from icl_helpers.results.outcomes import Said, listed, predicted, task_name, verdict
+from icl_helpers.evaluation.store import keyed
+from icl_helpers.results.outcomes import Said, listed, predicted, task_name
 from icl_helpers.results.statistics import LEVEL, Interval, finite_interval
 from icl_helpers.results.tables import bounds_in_words
-from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
     "bias_said", "dose_said", "dose_table", "effects_said", "effects_table", "kinds_by_task",
@@ -47,8 +47,9 @@ def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Sum up :func:`icl_helpers.analysis.measured.dose_response`, a row a task and number of heads.
 
     Columns: ``loss`` of mean margin in nats without the heads of highest score, with the bounds
-    ``low`` and ``high`` over documents; ``lowest``, the loss without those of lowest score; the
-    random sets' median loss and largest; how many sets, and how many there are; ``p`` by margin and
+    ``low`` and ``high`` over documents; ``lowest``, the loss without those of lowest score, and
+    ``more``, how much more the highest cost on the same documents, an interval; the random sets'
+    median loss and largest; how many sets, and how many there are; ``p`` by margin and
     ``p_accuracy``, the share of sets, the highest scores among them, that cost at least as much.
     """
     full = frame[frame["chosen_by"] == "none"].set_index("task")
@@ -67,6 +68,7 @@ def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
                 "task": task, "heads": heads, "loss": loss.mean, "low": loss.low,
                 "high": loss.high, "accuracy": highest["accuracy"],
                 "lowest": whole["margin"] - lowest["margin"],
+                "more": finite_interval(lowest["margins"] - highest["margins"]),
                 "random median": random["margin"].median(),
                 "random largest": random["margin"].max(), "random sets": len(draws),
                 "distinct sets": draws["distinct"].iloc[0],
@@ -78,32 +80,52 @@ def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def dose_said(table: pd.DataFrame, removed: int) -> Said:
-    """Say from how many heads on the highest scores cost more than random sets.
+    """Say from how many heads on the highest scores cost more than every random set.
 
-    And whether those do that a run removes, at most ``removed``.
+    And whether those do that a run removes, at most ``removed``; and more than those of lowest
+    score.
     """
-    said, tasks = [], {}
+    said = []
+    random: dict[str, tuple[int, str]] = {}
+    lowest: dict[str, tuple[int, str]] = {}
     for task, part in table.groupby("task", sort=False):
         counts = list(part.loc[(part["p"] <= 1 - LEVEL) & (part["low"] > 0), "heads"])
         every = counts == list(part["heads"])[-len(counts) :]
-        first = (
+        when = (
             "with no number of heads removed" if not counts
-            else f"with {counts[0]} heads removed or more" if every and len(counts) > 1
+            else f"with {counts[0]} or more heads removed" if every and len(counts) > 1
             else f"with {listed([str(count) for count in counts])} heads removed"
         )  # fmt: skip
         largest = part.iloc[-1]
+        sets = part["random sets"].min()
         said.append(
-            f"{_name(task)}: {first} do the highest scores cost distinguishably more margin than "
-            f"random sets of the same layers; {largest['heads']} heads cost {largest['loss']:+.1f} "
-            f"nats ({largest['low']:+.1f} to {largest['high']:+.1f}), random sets at most "
+            f"{_name(task)}: {when} the heads of highest score cost more margin than all "
+            f"{sets} random sets of the same layers (p = 1/{sets + 1}, uncorrected) and than "
+            f"nothing. {largest['heads']} heads cost {largest['loss']:+.1f} nats "
+            f"({largest['low']:+.1f} to {largest['high']:+.1f}), the random sets at most "
             f"{largest['random largest']:+.1f}, the {largest['heads']} of lowest score, which may "
             f"lie in other layers, {largest['lowest']:+.1f}."
         )
         row = part[part["heads"] <= removed].iloc[-1]
-        tasks[str(task)] = row["heads"] in counts, f"p = {row['p']:.2f}, {row['loss']:+.1f} nats"
+        sign = 1 if row["heads"] in counts else -1 if row["loss"] <= row["random median"] else 0
+        random[str(task)] = sign, f"p = {row['p']:.2f}, {row['loss']:+.1f} nats"
+        more = row["more"]
+        lowest[str(task)] = (
+            _sign(more),
+            f"{row['loss']:+.1f} and {row['lowest']:+.1f} nats, difference {more.low:+.1f} to "
+            f"{more.high:+.1f}",
+        )
     heads = int(table.loc[table["heads"] <= removed, "heads"].max())
-    claim = f"Without the {heads} highest scores more margin is lost than without any of the "
-    return said, [predicted(f"{claim}random sets", tasks)]
+    claim = f"Without the {heads} highest scores more margin is lost than without"
+    return said, [
+        predicted(f"{claim} any of the random sets", random),
+        predicted(f"{claim} the {heads} lowest, in whatever layers", lowest),
+    ]
+
+
+def _sign(interval: Interval) -> int:
+    """1 for an interval above zero, -1 below, 0 on both sides."""
+    return int(interval.low > 0) - int(interval.high < 0)
 
 
 def _name(task: Any) -> str:
@@ -136,7 +158,7 @@ def proxy_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def proxy_said(table: pd.DataFrame, worth: pd.DataFrame) -> Said:
-    """Say how far the score tells what a head's removal costs, alone and in all companies.
+    """Say how far the score tells what a head's removal costs, alone and beside others.
 
     ``worth`` is :func:`icl_helpers.analysis.measured.shapley`.
     """
@@ -148,7 +170,7 @@ def proxy_said(table: pd.DataFrame, worth: pd.DataFrame) -> Said:
             f"({bounds}); head {row['costs most']} costs most, {row['nats']:+.1f} nats, and has "
             f"rank {row['rank by score']} by score."
         )
-        tasks[str(task)] = bool(row["low"] > 0), bounds
+        tasks[str(task)] = int(row["low"] > 0) - int(row["high"] < 0), bounds
     if len(worth):
         correlation = worth["score"].corr(worth["value"], method="spearman")
         best = [set(worth.nlargest(10, column).index) for column in ("value", "score")]
@@ -206,13 +228,14 @@ def stability_said(table: pd.DataFrame) -> Said:
         f"{heads}: {row['mean']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
         for heads, row in table.iterrows()
     ]
-    stays = [bool(mean >= _STAYS) for mean in table["mean"]]
+    stays = {
+        str(heads): (1 if mean >= _STAYS else -1, f"{mean:.2f}")
+        for heads, mean in table["mean"].items()
+    }
+    claim = f"The index is {_STAYS} or more, in the mean of the draws"
     return (
         [f"Jaccard index of the set with sets from sequences drawn again: {'; '.join(said)}."],
-        [
-            f"*The index is {_STAYS} or more, in the mean of the draws*: "
-            f"**{verdict(stays, [True])}**, for {sum(stays)} of {len(table)} sets."
-        ],
+        [predicted(claim, stays, of="sets")],
     )
 
 
@@ -232,9 +255,7 @@ def what_came_out(run: Any) -> str:
         lambda: proxy_said(proxy_table(single_heads(run)), shapley(run)),
         lambda: kinds_said(kinds_table(removal_kinds(run))),
         lambda: effects_said(effects_table(side_effects(run))),
-        lambda: bias_said(
-            answer_table(at_most(run.documents().query("ablation in ('none', 'mean')")))
-        ),
+        lambda: bias_said(at_most(run.documents().query("ablation != 'zero'"))),
         lambda: stability_said(
             stability_table(run.prefix_scores(), run.plan.fractions, run.n_heads)
         ),
@@ -289,8 +310,11 @@ def kinds_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+_SIGNS = {"yes": 1, "less": -1, "not decided": 0}
+
+
 def _costs(loss: Interval) -> str:
-    return "yes" if loss.low > 0 else "less" if loss.high < 0 else "not decided"
+    return next(word for word, sign in _SIGNS.items() if sign == _sign(loss))
 
 
 def kinds_by_task(table: pd.DataFrame) -> pd.DataFrame:
@@ -305,8 +329,8 @@ def kinds_by_task(table: pd.DataFrame) -> pd.DataFrame:
 def kinds_said(table: pd.DataFrame) -> Said:
     """Say what each kind of removal costs, and whether the knockout does more than its controls."""
     said = []
-    every: dict[str, tuple[bool, str]] = {}
-    controls: dict[str, dict[str, tuple[bool, str]]] = {_POSITIONS: {}, _HEADS: {}}
+    every: dict[str, tuple[int, str]] = {}
+    controls: dict[str, dict[str, tuple[int, str]]] = {_POSITIONS: {}, _HEADS: {}}
     for task, part in table.groupby("task", sort=False):
         rows = part.set_index("kind")
         each = [f"{kind} {loss:+.1f}" for kind, loss in rows["loss"].items()]
@@ -316,11 +340,12 @@ def kinds_said(table: pd.DataFrame) -> Said:
             f"{kind} {loss:+.1f} nats"
             for kind, loss in kinds.loc[kinds["costs"] != "yes", "loss"].items()
         ]
-        every[str(task)] = not other, listed(other) if other else ""
+        least = min(map(_SIGNS.__getitem__, kinds["costs"]))
+        every[str(task)] = least, listed(other) if other else ""
         for column, tasks in controls.items():
             control = rows.loc[_CONTROLS["knockout"][column], "loss"]
             why = f"{rows.loc['knockout', 'loss']:+.1f} nats, control {control:+.1f}"
-            tasks[str(task)] = rows.loc["knockout", column] == "yes", why
+            tasks[str(task)] = _SIGNS[rows.loc["knockout", column]], why
     return said, [
         predicted("Every kind of removal costs margin", every),
         *(
@@ -381,64 +406,71 @@ def effects_said(table: pd.DataFrame) -> Said:
         why = f"{row['change']:+.2f}, random sets {random}"
         changes.setdefault(measure, {})[task or measure] = row, why
 
-    def check(claim: str, holds: Callable[[Any], bool], *measures: str, of: str = "tasks") -> str:
+    def check(claim: str, sign: Callable[[Any], int], *measures: str, of: str = "tasks") -> str:
         rows = [item for measure in measures for item in changes.get(measure, {}).items()]
-        return predicted(claim, {name: (bool(holds(row)), why) for name, (row, why) in rows}, of=of)
+        return predicted(claim, {name: (sign(row), why) for name, (row, why) in rows}, of=of)
 
     return said, [
         check("Tokens seen for the first time are predicted as well as without random sets",
-              lambda row: row["low"] <= row["random largest"],
-              "loss on random tokens", "loss on text", of="kinds of text"),
+              _as_random, "loss on random tokens", "loss on text", of="kinds of text"),
         check("Copies are predicted worse than without any random set",
-              lambda row: row["low"] > row["random largest"],
+              lambda row: int(row["low"] > row["random largest"])
+              - int(row["high"] < row["random largest"]),
               "loss on their copies", "loss on text read again", of="kinds of text"),
-        check("The margin without examples does not move",
-              lambda row: row["low"] <= 0 <= row["high"], "margin without examples"),
+        check(f"The margin without examples moves by less than {_STILL} nats",
+              lambda row: int(max(-row["low"], row["high"]) < _STILL)
+              - int(row["low"] > _STILL or row["high"] < -_STILL), "margin without examples"),
         check("The gap between true and shuffled labels shrinks",
-              lambda row: row["high"] < 0, _GAP),
+              lambda row: int(row["high"] < 0) - int(row["low"] > 0), _GAP),
     ]  # fmt: skip
+
+
+# A margin that moves by less, in nats, is said not to move.
+_STILL = 0.5
+
+
+def _as_random(row: Mapping[str, Any]) -> int:
+    """1 for a change between none and those of random sets, -1 for one wholly outside, or 0."""
+    least, most = min(0.0, row["random smallest"]), max(0.0, row["random largest"])
+    outside = row["low"] > most or row["high"] < least
+    return int(least <= round(row["change"], 2) <= most) - int(outside)
 
 
 # Points by which one label has to be said more often for the bias to be said to grow.
 _MORE_BIAS = 10
 
 
-def _skill(row: Mapping[Any, Any]) -> tuple[str, float, float, float, float]:
-    """What tells skill from bias, with bounds and chance: the AUC where there are two labels."""
-    if np.isnan(row["auc"]):
-        chance = 100 / len(get_task_spec(row["task"]).choices)
-        name, values = "calibrated accuracy", ("calibrated", "calibrated_low", "calibrated_high")
-    else:
-        name, chance, values = "AUC", 50.0, ("auc", "auc_low", "auc_high")
-    skill, low, high = (row[value] for value in values)
-    return name, skill, low, high, chance
+_REMOVALS = {"induction_heads": "heads removed", "induction_pattern": "pattern blocked"}
 
 
-def bias_said(table: pd.DataFrame) -> Said:
-    """Say of each task whether the removal takes skill, adds bias, or turns the skill around."""
-    rows = {(row["task"], row["labels"], row["condition"]): row for row in table.to_dict("records")}
-    said, tasks = [], {}
-    for (task, labels, condition), removed in rows.items():
-        whole = rows.get((task, labels, "full"))
-        if condition != "induction_heads" or whole is None:
+def bias_said(documents: pd.DataFrame) -> Said:
+    """Say of each task whether removal and knockout take skill, add bias, or turn it around.
+
+    ``documents`` has one number of examples and of heads, and one kind of ablation.
+    """
+    keys = ["task", "labels", "condition"]
+    cells = dict(iter(keyed(documents).groupby(keys, sort=False)))
+    answers = answer_table(documents).drop_duplicates(keys).set_index(keys)
+    said: list[str] = []
+    tasks: dict[str, tuple[int, str]] = {}
+    for task, labels, condition in cells:
+        full = cells.get((task, labels, "full"))
+        if condition not in _REMOVALS or full is None:
             continue
-        name, skill, low, high, chance = _skill(removed)
-        _, before, least, *_ = _skill(whole)
-        what = (
-            "there was no skill to lose" if least <= chance
-            else "the labels are still told apart, and turned around" if high < chance
-            else "no skill is left that these documents show" if low <= chance
-            else "skill is lost" if high < least
-            else "no loss of skill is distinguishable"
-        )  # fmt: skip
-        more = removed["share"] - whole["share"]
+        change = skill_change(full, cells[task, labels, condition])
+        if change is None:
+            continue
+        whole, left = answers.loc[(task, labels, "full")], answers.loc[(task, labels, condition)]
+        more = left["share"] - whole["share"]
         said.append(
-            f"{_name(task)}: accuracy {whole['accuracy']:.0f} to {removed['accuracy']:.0f} %, "
-            f"balanced {whole['balanced']:.0f} to {removed['balanced']:.0f} %, {name} {before:.0f} "
-            f"to {skill:.0f} ({low:.0f} to {high:.0f}); one label is said to "
-            f"{removed['share']:.0f} % of the documents ({more:+.0f} points): {what}"
+            f"{_name(task)}, {_REMOVALS[condition]}: accuracy {whole['accuracy']:.0f} to "
+            f"{left['accuracy']:.0f} %, balanced {whole['balanced']:.0f} to "
+            f"{left['balanced']:.0f} %; one label is said to {left['share']:.0f} % of the "
+            f"documents ({more:+.0f} points); {change.in_words}"
             f"{', and the bias grows' if more >= _MORE_BIAS else ''}."
         )
-        tasks[str(task)] = bool(high < least), f"{name} {before:.0f} to {skill:.0f}"
+        if condition == "induction_heads" and change.before_low > change.chance:
+            why = f"{change.measure} {change.before:.0f} to {change.after:.0f}"
+            tasks[str(task)] = int(change.lost) - int(change.turned), why
     claim = "Without the heads the model is less able to tell the labels apart, whatever its bias"
-    return said, [predicted(claim, tasks)]
+    return said, [predicted(claim, tasks)] if tasks else []

@@ -46,28 +46,41 @@ def test_loss_is_held_against_every_random_set_and_the_heads_themselves():
     # One head: all 20 random sets cost more. Then none does.
     assert table["p"].tolist() == pytest.approx([21 / 21, 1 / 21, 1 / 21])
     assert table["distinct sets"].tolist() == [495] * 3
-    (said,), (verdict,) = which_heads.dose_said(table, 4)
-    assert said.startswith("Repetition: with 2 heads removed or more do the highest scores cost")
+    (said,), (verdict, lowest) = which_heads.dose_said(table, 4)
+    assert said.startswith("Repetition: with 2 or more heads removed the heads of highest score")
+    assert "all 20 random sets of the same layers (p = 1/21, uncorrected)" in said
     assert "4 heads cost +6.0 nats" in said
     assert "the 4 of lowest score, which may lie in other layers, " in said
     assert said.endswith(f"{table['lowest'].iloc[-1]:+.1f}.")
-    assert "**held**, on 1 of 1 tasks." in verdict
+    assert verdict.endswith("**held**.")
+    assert lowest.endswith("the 4 lowest, in whatever layers*: **held**.")
+    # As much as the median random set or less contradicts it.
     assert which_heads.dose_said(table, 1)[1][0].endswith(
-        "**did not hold**, on 0 of 1 tasks; not on repetition (p = 1.00, +0.1 nats)."
+        "**did not hold**, contradicted: repetition (p = 1.00, +0.1 nats)."
     )
+
+
+def test_heads_of_lowest_score_that_cost_as_much_are_said():
+    frame = dose("repetition", {4: 1.0}, 3.5)
+    same = frame["chosen_by"] == "lowest"
+    frame.loc[same, ["margin"]] = 1.1
+    frame.loc[same, "margins"] = pd.Series([margins(1.1, seed=9)], index=frame.index[same])
+    (said,), (_, lowest) = which_heads.dose_said(which_heads.dose_table(frame), 4)
+    assert said.endswith("which may lie in other layers, +2.9.")
+    assert "**was not shown**, not shown: repetition (+3.0 and +2.9 nats" in lowest
 
 
 def test_opposite_tasks_are_named_and_few_random_sets_prove_nothing():
     frame = pd.concat([dose("repetition", {2: 1.0}, 3.9), dose("wordseq1_binary", {2: 3.95}, 3.9)])
     table = which_heads.dose_table(frame)
-    _, (said,) = which_heads.dose_said(table, 3)
+    _, (said, _) = which_heads.dose_said(table, 3)
     assert "Without the 2 highest scores" in said
-    assert "**held in part**, on 1 of 2 tasks; not on word sequences 1 (p = 0.33" in said
+    assert "**held in part**, on 1 of 2 tasks; not shown: word sequences 1 (p = 0.33" in said
     few = dose("repetition", {2: 1.0}, 3.9)
     few = few[few["draw"].isna() | (few["draw"] < 5)]
     table = which_heads.dose_table(few)
     assert table["p"].tolist() == pytest.approx([1 / 6])
-    assert "did not hold" in which_heads.dose_said(table, 2)[1][0]
+    assert "was not shown" in which_heads.dose_said(table, 2)[1][0]
 
 
 def test_scores_that_follow_the_loss_are_a_good_proxy_and_others_are_not():
@@ -85,7 +98,7 @@ def test_scores_that_follow_the_loss_are_a_good_proxy_and_others_are_not():
     assert table.loc["repetition", "costs most"] == "0.7"
     assert table["rank by score"].tolist() == [1, 8]
     sentences, (verdict,) = which_heads.proxy_said(table, pd.DataFrame())
-    assert "**held in part**, on 1 of 2 tasks; not on recursion (-1.00 to -1.00)" in verdict
+    assert "**held in part**, on 1 of 2 tasks; contradicted: recursion (-1.00 to -1.00)" in verdict
     assert "head 0.7 costs most, +2.7 nats, and has rank 1" in sentences[0]
     points = which_heads.losses_alone(frame)
     assert points["loss"].tolist() == pytest.approx([*3 * scores, *-3 * scores])
@@ -111,15 +124,15 @@ def test_kinds_of_removal_that_agree_and_that_do_not():
     lost = dict.fromkeys(("zero", "mean_of_inputs", "mean_of_outputs", "resample", "knockout"), 1.0)
     table = which_heads.kinds_table(kinds(**lost))
     _, (every, positions, heads) = which_heads.kinds_said(table)
-    assert all("**held**, on 1 of 1 tasks" in said for said in (every, positions, heads))
+    assert all(said.endswith("**held**.") for said in (every, positions, heads))
     shown = which_heads.kinds_by_task(table).loc["knockout", "repetition"]
     assert shown.startswith("+3.0 [")
     assert "more than in random heads: yes; more than at random positions: yes" in shown
     # A knockout whose control costs as much, and a resampling that costs nothing.
     other = {**lost, "resample": 4.0, "knockout__random_positions": 1.0}
     _, (every, positions, heads) = which_heads.kinds_said(which_heads.kinds_table(kinds(**other)))
-    assert "not on repetition (resample +0.0 nats)" in every
-    assert "**did not hold**" in positions
+    assert "**was not shown**, not shown: repetition (resample +0.0 nats)" in every
+    assert "**was not shown**" in positions
     assert "(+3.0 nats, control +3.0)" in positions
     assert "**held**" in heads
 
@@ -157,53 +170,77 @@ def test_side_effects_of_copying_heads_and_of_others():
     _, (first, copies, without, gap) = which_heads.effects_said(
         which_heads.effects_table(effects(other))
     )
-    assert "**held in part**, on 1 of 2 kinds of text; not on loss on text (+4.00" in first
-    assert "not on loss on text read again (" in copies
-    assert "not on repetition (-1.00, random sets" in without
-    assert "**did not hold**" in gap
+    assert "**held in part**, on 1 of 2 kinds of text; contradicted: loss on text (+4.00" in first
+    assert "contradicted: loss on text read again (" in copies
+    assert "contradicted: repetition (-1.00, random sets" in without
+    assert "**was not shown**" in gap
+    # Better than expected is not as expected either.
+    better = which_heads.effects_table(effects({**copying, "loss on text": (-2.0, 0.1)}))
+    assert "contradicted: loss on text (-2.00" in which_heads.effects_said(better)[1][0]
 
 
-def answers(accuracy, auc, share, *, condition="full", calibrated=None) -> dict:
-    fraction = np.nan if condition == "full" else 0.1
-    found = {
-        "task": "repetition", "labels": "unrelated", "shots": 10, "condition": condition,
-        "ablation": "none" if condition == "full" else "mean", "fraction": fraction, "control": "",
-        "said": 0, "share": share, "detectable": 10.0,
-    }  # fmt: skip
-    values = {"accuracy": accuracy, "balanced": accuracy, "calibrated": calibrated or accuracy,
-              "auc": auc}  # fmt: skip
-    for name, value in values.items():
-        found |= {name: value, f"{name}_low": value - 5, f"{name}_high": value + 5}
-    return found
+def answers(condition: str, apart: float, bias: float = 0.0, *, labels: int = 2) -> pd.DataFrame:
+    """Answers of a model that tells labels ``apart``, on the same documents for each condition."""
+    targets = np.arange(120) % labels
+    scores = np.random.default_rng(0).normal(size=(120, labels))
+    scores[np.arange(120), targets] += apart
+    scores[:, 0] += bias
+    removed = {"full": "none", "induction_pattern": "knockout"}.get(condition, "mean")
+    return pd.DataFrame(
+        {
+            "task": "wordseq1_binary" if labels == 2 else "wordseq1_4way", "labels": "unrelated",
+            "shots": 10, "condition": condition, "ablation": removed,
+            "fraction": np.nan if condition == "full" else 0.1, "control": "",
+            "ablation_seed": pd.NA, "demonstration_seed": 42, "doc_id": np.arange(120),
+            "correct": scores.argmax(1) == targets, "valid": True, "target": targets,
+            "log_probabilities": list(scores),
+        }
+    )  # fmt: skip
 
 
+@pytest.mark.parametrize("condition", ["induction_heads", "induction_pattern"])
 @pytest.mark.parametrize(
-    ("removed", "said", "held"),
+    ("apart", "bias", "what", "ends", "word"),
     [
-        ((61, 60, 96), "skill is lost, and the bias grows.", True),
-        ((61, 91, 96), "no loss of skill is distinguishable, and the bias grows.", False),
-        ((50, 51, 55), "no skill is left that these documents show.", True),
-        ((5, 4, 52), "the labels are still told apart, and turned around.", True),
+        (0.7, 3, "skill is lost, in part (AUC", ", and the bias grows.", "held"),
+        (2, 4, "no loss of skill is distinguishable (AUC", ", and the bias grows.",
+         "was not shown"),
+        (0, 0, "skill is lost, and none is shown to be left (AUC", ").", "held"),
+        (-2, 0, "the labels are still told apart, the other way round (AUC", ").", "did not hold"),
     ],
-)
-def test_bias_and_skill_are_told_apart(removed, said, held):
-    table = pd.DataFrame([answers(84, 92, 50), answers(*removed, condition="induction_heads")])
-    (sentence,), (verdict,) = which_heads.bias_said(table)
-    assert sentence.endswith(said)
-    assert f"accuracy 84 to {removed[0]} %" in sentence
-    assert f"AUC 92 to {removed[1]}" in sentence
-    assert ("**held**" in verdict) == held
-    unable = pd.DataFrame([answers(52, 52, 50), answers(50, 50, 50, condition="induction_heads")])
-    assert which_heads.bias_said(unable)[0][0].endswith("there was no skill to lose.")
+)  # fmt: skip
+def test_bias_and_skill_are_told_apart(condition, apart, bias, what, ends, word):
+    documents = pd.concat([answers("full", 2), answers(condition, apart, bias)])
+    (sentence,), verdicts = which_heads.bias_said(documents)
+    assert what in sentence
+    assert sentence.endswith(ends)
+    assert ("pattern blocked" in sentence) == (condition == "induction_pattern")
+    # What was expected was expected of the removal.
+    assert [verdict.split("**")[1] for verdict in verdicts] == (
+        [word] if condition == "induction_heads" else []
+    )
+
+
+def test_without_skill_there_is_none_to_lose_and_nothing_to_predict():
+    documents = pd.concat([answers("full", 0), answers("induction_heads", 0, 3)])
+    (sentence,), verdicts = which_heads.bias_said(documents)
+    assert "there was no skill to lose" in sentence
+    assert verdicts == []
 
 
 def test_four_labels_are_judged_by_calibrated_accuracy_beside_a_chance_of_25_percent():
-    rows = [answers(80, np.nan, 30, calibrated=85),
-            answers(30, np.nan, 90, condition="induction_heads", calibrated=45)]  # fmt: skip
-    table = pd.DataFrame(rows).assign(task="wordseq1_4way")
-    (said,), _ = which_heads.bias_said(table)
-    assert "calibrated accuracy 85 to 45 (40 to 50)" in said
-    assert said.endswith("skill is lost, and the bias grows.")
+    full = answers("full", 2, labels=4)
+    (said,), _ = which_heads.bias_said(
+        pd.concat([full, answers("induction_heads", 1, 4, labels=4)])
+    )
+    assert "skill is lost, in part (calibrated accuracy" in said
+    assert said.endswith(", and the bias grows.")
+    # Four labels have no other way round.
+    (said,), (verdict,) = which_heads.bias_said(
+        pd.concat([full, answers("induction_heads", -2, labels=4)])
+    )
+    assert "the right label is chosen less often than by chance" in said
+    assert "**held**" in verdict
 
 
 def test_stability_is_said_for_each_number_of_heads():
@@ -211,9 +248,12 @@ def test_stability_is_said_for_each_number_of_heads():
     table = which_heads.stability_table(scores, [1 / 32, 4 / 32], 32)
     (said,), (verdict,) = which_heads.stability_said(table)
     assert "4 of 32 heads (12.5 %): 1.00 (1.00 to 1.00)" in said
-    assert "**held**, for 2 of 2 sets" in verdict
+    assert "**held**, on all 2 sets." in verdict
     table.loc[table.index[0], "mean"] = 0.5
-    assert "**held in part**, for 1 of 2 sets" in which_heads.stability_said(table)[1][0]
+    assert (
+        "**held in part**, on 1 of 2 sets; contradicted: "
+        in which_heads.stability_said(table)[1][0]
+    )
 
 
 def test_missing_measurements_are_said_once_and_the_rest_stands(monkeypatch):

@@ -131,14 +131,14 @@ class Plan:
         for task in self.tasks():
             spec = get_task_spec(task)
             kinds.setdefault((spec.sampler, len(spec.choices)), task)
-        found = []
+        sets = []
         for task in p.analysis_tasks or kinds.values():
             labels, data = get_task_spec(task).default_labels, self.data(task)
             most = [max(self._shots(task, labels))]
-            found += prompt_sets(
+            sets += prompt_sets(
                 task, labels, most, p.seeds[:1], data, p.demonstrations, self.sampling(task)
             )
-        return found
+        return sets
 
     def sampling(self, task: str) -> str:
         """How the run takes documents of a task where there is a limit."""
@@ -148,9 +148,9 @@ class Plan:
         spec = get_task_spec(task)
         if not isinstance(spec, TextTaskSpec):
             return [spec.default_labels]
-        both = "both" if group == "nlp_tasks" else spec.default_labels
-        chosen = self.parameters.labels or both
-        return ["semantic", "unrelated"] if chosen == "both" else [chosen]
+        usual = "both" if group == "nlp_tasks" else spec.default_labels
+        labels = self.parameters.labels or usual
+        return ["semantic", "unrelated"] if labels == "both" else [labels]
 
     def _shots(self, task: str, labels: str) -> list[int]:
         """Numbers of demonstrations; unrelated labels on text only with none and with the most.
@@ -187,21 +187,21 @@ class Plan:
         """
         values = self.parameters.as_dict() | {"data": self.data(task), "data_dir": None}
         values |= {name: file_name(values[name]) for name, *_, it in about() if it.path}
-        decisive = {"prompts", condition, ablation}
-        chosen = {
+        decisive = {
             name: values[name]
             for name, _, default, it in about()
-            if it.decides in decisive and not (it.later and values[name] == default)
+            if it.decides in ("prompts", condition, ablation)
+            and not (it.later and values[name] == default)
         }
         files = [task, "reference"] if ablation == "mean" else [task]
         held = {name: digest for name in files if (digest := self._digest(name)) is not None}
-        return content_key([chosen, dict(model_key), *([held] if held else [])])
+        return content_key([decisive, dict(model_key), *([held] if held else [])])
 
     def means_parameters(self) -> dict[str, Any]:
         """The parameters that decide the means, as they are in a bundle."""
         values = self.parameters.as_dict()
-        decisive = [(name, it.path) for name, *_, it in about() if it.decides == "mean"]
-        return {name: file_name(values[name]) if path else values[name] for name, path in decisive}
+        decisive = {name: it.path for name, *_, it in about() if it.decides == "mean"}
+        return {n: file_name(values[n]) if path else values[n] for n, path in decisive.items()}
 
     def selected(
         self, frame: pd.DataFrame, group: Group, model_key: Mapping[str, Any]
@@ -215,10 +215,9 @@ class Plan:
         setting = functools.cache(functools.partial(self.row_key, model_key=model_key))
 
         def belongs(row: Any) -> bool:
-            full = row.condition == "full"
             return (
                 (row.task, row.labels, row.shots, row.demonstration_seed) in wanted
-                and (full or row.fraction in self.fractions)
+                and (row.condition == "full" or row.fraction in self.fractions)
                 and (pd.isna(row.ablation_seed) or row.ablation_seed in p.ablation_seeds)
                 and (row.control == "" or row.control in p.control)
                 and row.setting == setting(row.task, row.condition, row.ablation)

@@ -129,7 +129,7 @@ def _folder(name: str) -> Path:
     return path
 
 
-# Folders of the lm-eval task files (pass it to lm-eval as ``--include_path``), of the word lists and
+# Folders of the lm-eval task files (pass it to lm-eval as ``--include_path``), of word lists and of
 # generated data sets, of the stage notebooks, and of the hand-written pages of the book.
 tasks_dir = functools.partial(_folder, "tasks")
 synthetic_dir = functools.partial(_folder, "synthetic")

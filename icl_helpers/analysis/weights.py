@@ -219,9 +219,9 @@ def model_norms(model: PreTrainedModel) -> Norms:
     seen: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def note(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        given = kwargs.get("hidden_states", args[0] if args else None)
-        if isinstance(given, torch.Tensor):
-            seen[module] = given.flatten(), _first(output).flatten()
+        states = kwargs.get("hidden_states", args[0] if args else None)
+        if isinstance(states, torch.Tensor):
+            seen[module] = states.flatten(), _first(output).flatten()
 
     # Padding may be a vector of zeros, which goes through everything unchanged.
     token = int(getattr(model.get_input_embeddings(), "padding_idx", None) == 0)
@@ -241,9 +241,9 @@ def model_norms(model: PreTrainedModel) -> Norms:
 
     before = []
     for attention, block in zip(layout.modules, blocks, strict=True):
-        given = seen[attention][0]
-        before.append(norm_where(1, given))
-        if before[-1] is None and not torch.equal(given, seen[block][0]):
+        entering = seen[attention][0]
+        before.append(norm_where(1, entering))
+        if before[-1] is None and not torch.equal(entering, seen[block][0]):
             raise _refuse(model, "something else than a norm stands before its attention")
     final = norm_where(1, seen[projection][0])
     if final is None:

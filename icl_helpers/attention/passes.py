@@ -74,7 +74,7 @@ class Passes:
         self.completed = 0
         self._layout = layout
         self._depth = 0
-        self._given: dict[str, Any] = {}
+        self._arguments: dict[str, Any] = {}
         self._offset = 0
         self._fired: set[torch.nn.Module] = set()
         self._ordered = False
@@ -102,13 +102,13 @@ class Passes:
         self.check_thread()
         self._depth += 1
         if self._depth == 1:
-            self._given, self._offset, self._ordered, self._positions = {}, 0, False, None
+            self._arguments, self._offset, self._ordered, self._positions = {}, 0, False, None
             self._fired.clear()
         # Reading a signature takes longer than anything else here, and few calls need it.
         names = list(inspect.signature(module.forward).parameters) if args else []
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        self._given |= {name: value for name, value in given.items() if value is not None}
-        cache = given.get("past_key_values")
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        self._arguments |= {name: value for name, value in named.items() if value is not None}
+        cache = named.get("past_key_values")
         if cache is not None and hasattr(cache, "get_seq_length"):
             self._offset = int(cache.get_seq_length())
         if self._depth == 1 and self.required:
@@ -127,9 +127,9 @@ class Passes:
                 f"{type(module).__name__} gives other attention from a cache than in one pass; "
                 f"pass whole sequences with use_cache=False"
             )
-        ids = self._given.get("input_ids", self._given.get("inputs_embeds"))
-        if "input_ids" in self._given:
-            check_tokens(module, self._given["input_ids"])
+        ids = self._arguments.get("input_ids", self._arguments.get("inputs_embeds"))
+        if "input_ids" in self._arguments:
+            check_tokens(module, self._arguments["input_ids"])
         end = self._offset + (0 if ids is None else ids.shape[1])
         if switch is not None and not self._offset:
             forget_lengths(module)
@@ -156,7 +156,7 @@ class Passes:
         self._depth -= 1
         if self._depth:
             return
-        self._given = {}
+        self._arguments = {}
         if output is None:  # the pass ended in an exception
             return
         missed = len(self.required - self._fired)
@@ -197,7 +197,7 @@ class Passes:
             self._check_order(n_query)
             self._ordered = True
         # Only a cache of fixed size holds more keys than there were tokens.
-        fixed = getattr(self._given.get("past_key_values"), "is_compileable", False)
+        fixed = getattr(self._arguments.get("past_key_values"), "is_compileable", False)
         if n_key > self._offset + n_query and not fixed:
             raise InterventionError(
                 f"the attention sees {n_key} keys, but the pass has {n_query} tokens after "
@@ -223,7 +223,7 @@ class Passes:
     def _check_order(self, n_query: int) -> None:
         if _APPLIED.get() is not None:  # the pass has the positions of the branches
             return
-        mask, ids = self._given.get("attention_mask"), self._given.get("position_ids")
+        mask, ids = self._arguments.get("attention_mask"), self._arguments.get("position_ids")
         end = self._offset + n_query
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             mask = None
@@ -441,8 +441,8 @@ class Branches:
         def allowed(batch: Any, head: Any, query: Any, key: Any) -> Any:
             positions, owners = self.positions.to(key.device), self.owners.to(key.device)
             owner = owners[batch, key]
-            own = (owner == 0) | (owner == owners[batch, query])
-            return own & mask_function(batch, head, positions[batch, query], positions[batch, key])
+            seen = (owner == 0) | (owner == owners[batch, query])
+            return seen & mask_function(batch, head, positions[batch, query], positions[batch, key])
 
         return allowed
 

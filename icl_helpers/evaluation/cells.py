@@ -67,9 +67,9 @@ class CellGroup:
         cls, prompts: PromptSet, limit: int | None, conditions: Sequence[Condition]
     ) -> CellGroup:
         """Prompts of a set under these conditions; at most ``limit`` documents."""
-        s = prompts
-        given = (s.task, s.labels, s.shots, s.seeds[0], limit, s.sampling, s.data)
-        return cls(*given, tuple(conditions), s.demonstrations)
+        task, labels, shots, seeds, data, rule, sampling = prompts
+        seed, several = seeds[0], tuple(conditions)
+        return cls(task, labels, shots, seed, limit, sampling, data, several, rule)
 
     def split(self, size: int) -> list[CellGroup]:
         """The same cells in groups of at most ``size``."""

@@ -184,14 +184,14 @@ def dask_workers(scheduler: str | os.PathLike[str]) -> Iterator[Workers]:
             "a dask scheduler needs the extra 'cluster': pip install 'icl-helpers[cluster]'"
         ) from error
     where = os.fspath(scheduler)
-    given = {"address": where} if "://" in where else {"scheduler_file": where}
-    if "scheduler_file" in given and not os.path.isfile(where):
+    address = {"address": where} if "://" in where else {"scheduler_file": where}
+    if "scheduler_file" in address and not os.path.isfile(where):
         raise MissingArtefactError(
             f"scheduler file {where} does not exist; start 'dask scheduler --scheduler-file "
             f"{where}' first, or give an address such as tcp://host:8786"
         )
     try:
-        client = Client(**given, timeout=20, set_as_default=False)
+        client = Client(**address, timeout=20, set_as_default=False)
     except (OSError, ValueError) as error:
         raise MissingArtefactError(f"no dask scheduler answers at {where}: {error}") from error
     with client:

@@ -172,9 +172,9 @@ def load_model(
         )  # fmt: skip
     # transformers goes on with random weights where the files hold none that fit.
     if report["mismatched_keys"]:
-        weight, found, expected = min(report["mismatched_keys"])
+        weight, shape, expected = min(report["mismatched_keys"])
         raise InputError(
-            f"model {name!r} does not fit its config.json: {weight} has shape {tuple(found)}, "
+            f"model {name!r} does not fit its config.json: {weight} has shape {tuple(shape)}, "
             f"expected {tuple(expected)}"
         )
     if missing := sorted(report["missing_keys"]):

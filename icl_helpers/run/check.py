@@ -364,9 +364,9 @@ class _Subject:
         seen: list[str] = []
 
         def look(index: int, args: tuple[Any, ...], kwargs: Any) -> None:
-            given = args[0] if args else None
-            if isinstance(given, torch.Tensor) and given.shape[:-1] == ids.shape:
-                alike = equal_but_for_rounding(given[0, -1], given[1, -1])
+            states = args[0] if args else None
+            if isinstance(states, torch.Tensor) and states.shape[:-1] == ids.shape:
+                alike = equal_but_for_rounding(states[0, -1], states[1, -1])
                 seen.extend([] if alike else [names[index]])
 
         with _eager(self.model), input_hooks(inside, look):
@@ -408,8 +408,8 @@ class _Subject:
         outputs: dict[int, torch.Tensor] = {}
 
         def average(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            inputs[layer] = given.float().mean(0)
+            states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            inputs[layer] = states.float().mean(0)
 
         def feed(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             mean = inputs[layer][None].to(self.model.dtype)

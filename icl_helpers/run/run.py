@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -122,10 +122,7 @@ class Run:
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._loaded is None:
             p = self.parameters
-            self._loaded = load_model(
-                p.model, revision=p.revision, dtype=p.dtype, device=p.device,
-                quantization=p.quantization, trust_remote_code=p.trust_remote_code,
-            )  # fmt: skip
+            self._loaded = load_model(p.model, **p.loading())
             attention_layout(self._loaded[0])
             self._identity = self._identify()
         return self._loaded
@@ -138,11 +135,10 @@ class Run:
         its files, as JSON values.
         """
         if self._identity is None:
-            kept = self.info.get("identity") or {}
-            if self._bundle is not None or (
-                kept.get("state") and kept["state"] == self._checkpoint_state()
-            ):
-                self._identity = kept
+            noted = self.info.get("identity") or {}
+            state = noted.get("state")
+            if self._bundle is not None or (state and state == self._checkpoint_state()):
+                self._identity = noted
                 self._record()
             else:
                 self._load()
@@ -157,14 +153,14 @@ class Run:
         """
         key = model_key(self.model, self.tokenizer, self.parameters.revision)
         if self._bundle is not None:
-            kept: dict[str, Any] = self.info["identity"]
-            other = sorted(name for name in key if key[name] != kept["key"].get(name))
+            noted: dict[str, Any] = self.info["identity"]
+            other = sorted(name for name in key if key[name] != noted["key"].get(name))
             if other:
                 raise InputError(
                     f"{self.directory} was imported, and the model here differs from its model in "
                     f"{', '.join(other)}; evaluate this one in another run_dir"
                 )
-            return kept
+            return noted
         identity: dict[str, Any] = {
             "key": key, "context": one_angle_length(self.model), "state": self._checkpoint_state()
         }  # fmt: skip
@@ -174,10 +170,7 @@ class Run:
 
     def _checkpoint_state(self) -> str | None:
         p = self.parameters
-        return checkpoint_state(
-            resolve_model(p.model), revision=p.revision, dtype=p.dtype, device=p.device,
-            quantization=p.quantization, trust_remote_code=p.trust_remote_code,
-        )  # fmt: skip
+        return checkpoint_state(resolve_model(p.model), **p.loading())
 
     def prefix_scores(self) -> torch.Tensor:
         """Prefix-matching scores, [sequences, layers, heads]; computed once."""
@@ -501,8 +494,5 @@ def run_at(directory: str | os.PathLike[str]) -> Run:
 
 def source_of(parameters: StageParameters) -> ModelSource:
     """Where workers get the model of a run."""
-    values = parameters.as_dict()
-    return ModelSource(
-        values.pop("model"),
-        **{f.name: values[f.name] for f in fields(ModelSource) if f.name in values},
-    )
+    p = parameters
+    return ModelSource(p.model, batch_size=p.batch_size, **p.loading())

@@ -110,9 +110,7 @@ def _check_condition(values: dict[str, Any]) -> None:
             f"and {ablation!r}"
         )
     if values.get("control", "published") not in CONTROLS:
-        raise InputError(
-            f"control must be one of {', '.join(CONTROLS)}, got {values['control']!r}"
-        )
+        raise InputError(f"control must be one of {', '.join(CONTROLS)}, got {values['control']!r}")
     for name, kind in (("fraction", float), ("seed", int)):
         if name in values:
             values[name] = _number(kind, name, values[name])

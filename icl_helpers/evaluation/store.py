@@ -153,9 +153,7 @@ def document_frame(
     frame = pd.DataFrame(
         {
             "doc_id": documents["doc_id"],
-            "correct": [
-                c == target for c, target in zip(said, documents["target"], strict=True)
-            ],
+            "correct": [c == target for c, target in zip(said, documents["target"], strict=True)],
             "margin": np.array(margins, dtype=np.float64),
             "valid": valid,
             "target": documents["target"],

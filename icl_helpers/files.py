@@ -46,10 +46,7 @@ _CONVERTER = 1
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """A path that a user gave, with ``~`` for the home directory.
-
-    Raises :class:`InputError` for what no file system takes, before one is asked.
-    """
+    """A path that a user gave, ``~`` for home; :class:`InputError` for what can be none."""
     text = os.fspath(path)
     too_long = any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts)
     if too_long or not text.strip() or "\0" in text:
@@ -63,10 +60,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file that a user made: UTF-8, with or without a mark in front, or UTF-16.
-
-    Raises :class:`InputError` for any other encoding, which cannot be told for certain.
-    """
+    """A user's UTF-8, with a mark or without, or UTF-16; :class:`InputError` for any other."""
     content = path.read_bytes()
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -111,10 +105,7 @@ def imported_dir(run_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def project_root() -> Path:
-    """Folder that holds ``tasks/``, ``synthetic/``, ``notebooks/`` and ``book/``.
-
-    A wheel carries them under ``icl_helpers/_bundle``; in a checkout they lie beside the package.
-    """
+    """Folder of ``tasks/``, ``synthetic/``, ``notebooks/`` and ``book/``, of wheel or checkout."""
     bundle = _PACKAGE / "_bundle"
     return bundle if bundle.is_dir() else _PACKAGE.parent
 
@@ -188,10 +179,7 @@ def check_run_dir(run_dir: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it there when the block succeeds.
-
-    Raises :class:`StorageError` naming the path when the disk is full or not writable.
-    """
+    """A path to write, renamed to this one when the block succeeds; else :class:`StorageError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,10 +254,7 @@ def quarantine(path: Path, why: str) -> Path:
 
 
 def cached_tensor(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The tensor in ``path`` if it was written under this key, else a computed one, written there.
-
-    A damaged file is set aside by name. Raises :class:`StorageError` when it cannot be written.
-    """
+    """The tensor in ``path`` if written under this key, else computed and written there."""
     try:
         with safe_open(path, framework="pt") as file:
             written, _, checksum = (file.metadata() or {}).get("key", "").partition(" ")

@@ -169,10 +169,7 @@ def _condition(
 
 
 def run_lm_eval(arguments: Sequence[str]) -> int:
-    """lm-eval's command line; tasks of the user's own folder stand beside ours.
-
-    What lm-eval itself finds wrong is raised as :class:`InputError`.
-    """
+    """lm-eval's command line with our tasks; :class:`InputError` for what it finds wrong."""
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 

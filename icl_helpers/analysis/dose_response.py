@@ -132,10 +132,7 @@ def rank_correlation(
 
 
 def shapley_orders(n_heads: int, n_orders: int, *, seed: int = 0) -> list[list[int]]:
-    """Orders in which all heads are removed one by one, every second one the reverse of the first.
-
-    A head that is removed early in the one is removed late in the other, which steadies their mean.
-    """
+    """Orders of removing all heads one by one; every second one is the reverse of the first."""
     rng = np.random.default_rng(seed)
     drawn = (rng.permutation(n_heads).tolist() for _ in range((n_orders + 1) // 2))
     return [order for there in drawn for order in (there, there[::-1])][:n_orders]

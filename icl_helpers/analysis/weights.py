@@ -71,10 +71,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Norms:
-    """The norm in front of each attention block, the one behind it, and that before the logits.
-
-    None where there is none.
-    """
+    """The norms in front of each attention block, behind it, and before the logits, or None."""
 
     before: tuple[Norm | None, ...]
     after: tuple[Norm | None, ...]

@@ -206,10 +206,7 @@ class Passes:
         return self._offset
 
     def positions(self, n_query: int, n_key: int) -> tuple[Int[torch.Tensor, "batch query"], int]:
-        """Where the tokens of each prompt stand, and the last of these positions.
-
-        Raises as :meth:`offset` does.
-        """
+        """Each prompt's positions, and the last of them; raises as :meth:`offset` does."""
         offset = self.offset(n_query, n_key)
         if self._positions is None:
             branches = _APPLIED.get()
@@ -485,10 +482,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def rope_switch(model: PreTrainedModel) -> tuple[int, bool] | None:
-    """Length beyond which rotary angles depend on a sequence's whole length.
-
-    And whether they change with every further token (dynamic scaling) or once (longrope).
-    """
+    """Length beyond which rotary angles follow a sequence's, and whether at every token."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):

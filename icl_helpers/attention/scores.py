@@ -163,10 +163,7 @@ def repeated_ids(
     repeats: int = 4,
     bos_token_id: int | None = None,
 ) -> tuple[Int[torch.Tensor, "n_sequences tokens"], int]:
-    """Each sequence ``repeats`` times behind BOS, and the place where its first copy begins.
-
-    Raises as :func:`prefix_matching_scores` does.
-    """
+    """Each sequence ``repeats`` times behind BOS, and the place where its first copy begins."""
     attention_layout(model)  # what has no such attention is refused before its ids are
     if sequences.ndim != 2 or repeats < 2:
         raise InputError(

@@ -125,11 +125,7 @@ class Prompts:
 def score_group(
     load: Callable[[], Scorer], group: CellGroup, key: dict[str, Any], store: CellStore | None
 ) -> list[Cell]:
-    """Score the cells of a group in order, taking from the store what it has.
-
-    ``key`` is :func:`model_key` of the model that ``load`` gives; it is asked for when the first
-    cell is missing.
-    """
+    """Score a group's cells in order but for those in the store; ``key`` is the model's."""
     known = {} if store is None else _known_cells(group, key, store)
     if len(known) == len(group.conditions):
         return list(known.values())
@@ -246,11 +242,7 @@ def _score(
     *,
     none_blocked: bool,
 ) -> dict[str, list[Any]]:
-    """Score documents: of each the target, and of each of its labels what was found.
-
-    A knockout of pairs that no prompt has is an error unless ``none_blocked`` allows it: it leaves
-    the full model.
-    """
+    """Columns of a cell; ``none_blocked`` allows a knockout of pairs that no prompt has."""
     knockout = condition.ablation == "knockout"
     blocked = lm.blocked_pairs(encoded, condition.categories) if knockout else []
     with lm.under(FULL if knockout and none_blocked and not any(blocked) else condition):

@@ -134,11 +134,7 @@ def _call(function: Callable[[Any], ResultT], job: Any) -> ResultT:
 
 
 def _start_worker(pids: Any) -> None:
-    """Prepare a process of a pool: a GPU of its own, one CPU thread, an end with its parent.
-
-    With one thread in every process, sums are rounded alike whatever the number of processes.
-    Ctrl-C, which reaches the whole process group, is ignored already: the pool sees to it.
-    """
+    """Prepare a process: a GPU of its own, one CPU thread, an end with its parent."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
@@ -207,10 +203,7 @@ def dask_workers(scheduler: str | os.PathLike[str]) -> Iterator[Workers]:
 
 
 def workers_from_environment() -> Any:
-    """Context of the workers that ``ICL_SCHEDULER`` or ``ICL_WORKERS`` ask for, or of None.
-
-    The command line sets them, so that the notebooks' kernels find them.
-    """
+    """Context of the workers that ``ICL_SCHEDULER`` or ``ICL_WORKERS`` ask for, or of None."""
     if scheduler := os.environ.get("ICL_SCHEDULER"):
         return dask_workers(scheduler)
     if count := os.environ.get("ICL_WORKERS"):

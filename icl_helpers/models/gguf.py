@@ -87,20 +87,13 @@ def gguf_arguments(source: str, gguf_file: str | None) -> tuple[str, dict[str, A
 
 
 def dequantized() -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that unpack a GGUF file's blocks to ordinary weights.
-
-    Newer versions of transformers can also leave the weights in their blocks and must be told not
-    to; older ones always unpack them.
-    """
+    """Arguments of ``from_pretrained`` that unpack a GGUF file, as older versions always do."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def smollm2_file() -> Path:
-    """The GGUF file in the installed package, found without importing the package.
-
-    Raises :class:`MissingArtefactError` that says how to get it.
-    """
+    """The GGUF file in the installed package; raises :class:`MissingArtefactError` without."""
     with suppress(PackageNotFoundError):
         # The package itself would import llama.cpp's bindings.
         path = Path(str(distribution(_PACKAGE).locate_file(_FILE)))

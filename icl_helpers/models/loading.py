@@ -53,10 +53,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class _Checkpoint:
-    """Where a model is read from: a directory or hub id, and transformers' arguments for it.
-
-    ``settings`` are InternLM2's, None for any other model.
-    """
+    """Where and how a model is read; ``settings`` are InternLM2's, None for any other."""
 
     def __init__(
         self, name: str, revision: str | None, gguf_file: str | None, trust_remote_code: bool
@@ -201,10 +198,7 @@ def load_config(
     name: str, *, revision: str | None = None, gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedConfig:  # fmt: skip
-    """A model's configuration alone; InternLM2's as that of the Llama it is loaded as.
-
-    Raises as :func:`load_model` does.
-    """
+    """The configuration alone, InternLM2's as a Llama's; raises as :func:`load_model` does."""
     return _Checkpoint(name, revision, gguf_file, trust_remote_code).config()
 
 

@@ -124,9 +124,9 @@ class Bundle:
         ]
 
     def means(self, heads: Iterable[Head]) -> tuple[torch.Tensor, str] | None:
-        """Mean outputs of heads that were ablated together, and the key of the whole of them.
+        """Means of heads ablated together [layers, positions, heads, d_head], and their key.
 
-        [layers, positions, heads, d_head], zero for other heads; None where there are none.
+        Zero for other heads; None where there are none.
         """
         pairs = sorted(list(head) for head in heads)
         key = self.shown["means"]["keys"].get(content_key(pairs))
@@ -360,10 +360,7 @@ def _row_key(rows: pd.DataFrame) -> tuple[Any, ...]:
 
 
 def _prompts(run: Any, cells: list[BundledCell]) -> tuple[dict[str, str], dict[str, int | None]]:
-    """Keys of the prompts by their group's name, and the longest of each in tokens, if known.
-
-    Notes in the cells a seed that gives their prompts.
-    """
+    """Keys of prompts by their group's name, and the longest in tokens; notes cells' seeds."""
     drawn = [seed for cell in cells for _, seed, _ in cell.rows]
     seeds = list(dict.fromkeys([*run.parameters.seeds, *drawn]))
     names: dict[str, str] = {}

@@ -244,10 +244,7 @@ def _groups(cells: Sequence[BundledCell], data_dir: str | None) -> tuple[list[_G
 def _drawn(
     groups: Sequence[_Group], share: float, seed: int, until: float | None
 ) -> Iterator[tuple[CellGroup, list[BundledCell], list[int]]]:
-    """Yield groups with documents to compute again; with a limit one at a time, at random.
-
-    Nothing more is yielded where it would take too long if it took as long as the last.
-    """
+    """Yield groups with documents to compute again; with a limit one, while time is left."""
     documents = [cells[0].documents["doc_id"] for _, cells in groups]
     units = [(number, doc_id) for number, doc_ids in enumerate(documents) for doc_id in doc_ids]
     random.Random(seed).shuffle(units)

@@ -180,7 +180,9 @@ class Passes:
                     f"or twice in one; call the model itself, and switch gradient checkpointing off"
                 )
             # Moshi's cache keeps a window of keys, its attention in one pass does not.
-            if n_key < self._offset + n_query and not _windows(module):
+            file = sys.modules.get(type(module).__module__)
+            windows = any(hasattr(file, f"create_{kind}_causal_mask") for kind in _WINDOWS)
+            if n_key < self._offset + n_query and not windows:
                 raise InterventionError(
                     f"the cache has dropped keys that {type(module).__name__} sees in one pass; "
                     f"pass whole sequences with use_cache=False"
@@ -193,9 +195,9 @@ class Passes:
 
         Raises :class:`InterventionError` unless token i of every prompt stands at position i.
         """
-        if not self._ordered:
+        if not self._ordered and _APPLIED.get() is None:  # branches have positions of their own
             self._check_order(n_query)
-            self._ordered = True
+        self._ordered = True
         # Only a cache of fixed size holds more keys than there were tokens.
         fixed = getattr(self._arguments.get("past_key_values"), "is_compileable", False)
         if n_key > self._offset + n_query and not fixed:
@@ -218,8 +220,6 @@ class Passes:
         return self._positions
 
     def _check_order(self, n_query: int) -> None:
-        if _APPLIED.get() is not None:  # the pass has the positions of the branches
-            return
         mask, ids = self._arguments.get("attention_mask"), self._arguments.get("position_ids")
         end = self._offset + n_query
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -239,13 +239,8 @@ class Passes:
             )
 
 
-def _windows(attention: torch.nn.Module) -> bool:
-    """Whether the file of this attention makes masks that end where such a cache does."""
-    file = sys.modules.get(type(attention).__module__)
-    names = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
-    return any(hasattr(file, name) for name in names)
-
-
+# Of masks that end where such a cache does; the file of an attention imports their functions.
+_WINDOWS = ("sliding_window", "chunked")
 _WAYS_OUT = {
     "PeftModel": "pass model.merge_and_unload(), or model.get_base_model() with its adapter active",
     "OptimizedModule": "pass the model that was compiled, model._orig_mod",

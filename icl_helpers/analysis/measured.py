@@ -67,7 +67,8 @@ _TEXTS, _TEXT_TOKENS = 8, 64
 
 def analysis_group(run: Any, s: PromptSet, conditions: Sequence[Condition] = ()) -> CellGroup:
     """The prompts of a set that are looked at closely, to be scored under conditions."""
-    return CellGroup.of_set(s, run.parameters.analysis_limit, conditions)
+    limit = run.parameters.analysis_limit
+    return CellGroup(**vars(s), limit=limit, conditions=tuple(conditions))
 
 
 def analysis_groups(run: Any, conditions: Sequence[Condition] = ()) -> list[CellGroup]:

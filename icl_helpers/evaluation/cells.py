@@ -17,7 +17,6 @@ from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.evaluation.shared_work import Encoded
 from icl_helpers.evaluation.store import CellStore
 from icl_helpers.files import content_key, file_name
-from icl_helpers.tasks.demonstrations import Rule
 from icl_helpers.tasks.lm_eval_task import load_task
 from icl_helpers.tasks.prompts import Prompt, PromptSet, sample_documents
 
@@ -49,27 +48,16 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
-class CellGroup:
+class CellGroup(PromptSet):
     """Cells of one task x labels x shots x demonstration seed, a cell per condition."""
 
-    task: str
-    labels: str
-    shots: int
-    seed: int
     limit: int | None
-    sampling: str
-    data: str
     conditions: tuple[Condition, ...]
-    demonstrations: Rule | None = None
 
-    @classmethod
-    def of_set(
-        cls, prompts: PromptSet, limit: int | None, conditions: Sequence[Condition]
-    ) -> CellGroup:
-        """Prompts of a set under these conditions; at most ``limit`` documents."""
-        task, labels, shots, seeds, data, rule, sampling = prompts
-        seed, several = seeds[0], tuple(conditions)
-        return cls(task, labels, shots, seed, limit, sampling, data, several, rule)
+    @property
+    def seed(self) -> int:
+        """The demonstration seed; of several, which then show nothing, the first."""
+        return self.seeds[0]
 
     def split(self, size: int) -> list[CellGroup]:
         """The same cells in groups of at most ``size``."""
@@ -90,10 +78,10 @@ class CellGroup:
     @classmethod
     def of_spec(cls, spec: Mapping[str, Any], *, seed: int, data: str) -> CellGroup:
         """The group, without conditions, of a finished cell; its spec has no seed and no place."""
-        values = {f.name: spec[f.name] for f in fields(cls) if f.name in spec}
+        values: dict[str, Any] = {f.name: spec[f.name] for f in fields(cls) if f.name in spec}
         # Without a limit, how one takes documents is nowhere.
-        values = {"sampling": ""} | values | {"seed": seed, "data": data, "conditions": ()}
-        return cls(**values)
+        values = {"sampling": "", "demonstrations": None} | values
+        return cls(**values | {"seeds": (seed,), "data": data, "conditions": ()})
 
     def prompts_name(self) -> str:
         """What an imported run finds the key of the group's prompts by."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -239,9 +239,8 @@ def _set_tokens(
     abstract = not isinstance(get_task_spec(prompts.task), TextTaskSpec)
     # A draw of demonstrations hardly changes the length: every seed is counted as the first. The
     # abstract tasks' own rows stand for the published ones, which have to be fetched.
-    counted = prompts._replace(
-        seeds=tuple(p.seeds[:1]), data="synthetic" if abstract else prompts.data
-    )
+    data = "synthetic" if abstract else prompts.data
+    counted = replace(prompts, seeds=tuple(p.seeds[:1]), data=data)
     documents, mean, most = _prompt_tokens(counted, tokenizer)
     return mean * min(p.limit or documents, documents), most
 

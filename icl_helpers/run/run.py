@@ -35,7 +35,7 @@ from icl_helpers.attention.scores import prefix_matching_scores, random_sequence
 from icl_helpers.errors import ICLError, InputError, NotMeasuredError
 from icl_helpers.evaluation.cells import CellGroup, build
 from icl_helpers.evaluation.conditions import FULL, Condition, conditions, drawn_again
-from icl_helpers.evaluation.evaluate import ModelSource, evaluate_request, plan_request
+from icl_helpers.evaluation.evaluate import ModelSource, evaluate_groups, plan_groups
 from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.evaluation.store import KEYS, read_frame
 from icl_helpers.evaluation.workers import workers_from_environment
@@ -253,10 +253,8 @@ class Run:
         sets = self.plan.prompt_sets(group)
         if not sets:
             return pd.DataFrame(columns=[*KEYS, "n", "n_invalid", "accuracy"])
-        request = plan_request(
-            sets, conditions=conditions, limit=p.limit, run_dir=self.directory,
-            setting=functools.partial(self.plan.row_key, model_key=key),
-        )  # fmt: skip
+        groups = plan_groups(sets, conditions=conditions, limit=p.limit)
+        setting = functools.partial(self.plan.row_key, model_key=key)
         with workers_from_environment() as workers:
             if workers is not None:
                 # They load the model themselves, and memory may not hold it twice.
@@ -264,9 +262,10 @@ class Run:
                 gc.collect()
                 torch.cuda.empty_cache()
             load = functools.cache(self.scorer)
-            results = evaluate_request(
-                request, key, load=load, executor=workers, source=source_of(p)
-            )
+            results = evaluate_groups(
+                groups, key, self.directory, load, setting=setting, executor=workers,
+                source=source_of(p),
+            )  # fmt: skip
         return pd.DataFrame(results)
 
     def scorer(self) -> InterventionLM:

@@ -17,7 +17,6 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from icl_helpers.errors import InputError
 from icl_helpers.tasks.data import data_file, is_published, load_rows, load_splits, rows_digest
@@ -50,7 +49,8 @@ class Prompt:
     n_dropped: int = 0
 
 
-class PromptSet(NamedTuple):
+@dataclass(frozen=True)
+class PromptSet:
     """Prompts that are evaluated together, and the demonstration seeds for which they stand.
 
     Zero-shot prompts have no demonstrations: one set stands for all seeds. ``sampling`` is how a

@@ -298,24 +298,20 @@ def stage_parameters(values: Mapping[str, Any] | None = None, **named: Any) -> S
     try:
         parameters = StageParameters(**stated)
     except ValidationError as error:
-        raise _type_error(error) from None
+        # One line for the first value of a wrong type.
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        kind: Any = names[name].annotation
+        words = " or ".join(
+            str(part) if get_args(part) else part.__name__.replace("NoneType", "None")
+            for part in (get_args(kind) if isinstance(kind, UnionType) else (kind,))
+        )
+        raise InputError(f"parameter {name!r} must be {words}, got {first['input']!r}") from None
     _check_values(parameters)
     if isinstance(source, dict):
         source[_CHECKED] = True
     parameters._notebook = "__name__" in source
     return parameters
-
-
-def _type_error(error: ValidationError) -> InputError:
-    """One line for the first value of a wrong type."""
-    first = error.errors()[0]
-    name = str(first["loc"][0])
-    kind: Any = StageParameters.model_fields[name].annotation
-    words = " or ".join(
-        str(part) if get_args(part) else part.__name__.replace("NoneType", "None")
-        for part in (get_args(kind) if isinstance(kind, UnionType) else (kind,))
-    )
-    return InputError(f"parameter {name!r} must be {words}, got {first['input']!r}")
 
 
 def _check_values(parameters: StageParameters) -> None:

@@ -84,14 +84,11 @@ def judged(scores: Sequence[Sequence[float | None]], targets: Sequence[int]) -> 
     right = []
     for values, target in zip(scores, targets, strict=True):
         known = [value for value in values if value is not None and math.isfinite(value)]
-        if len(known) < len(values):
-            margins.append(None)
-            right.append(False)
-            continue
-        wrong = max(value for place, value in enumerate(known) if place != target)
-        margins.append(round(known[target] - wrong, 5))
+        if valid := len(known) == len(values):
+            wrong = max(value for label, value in enumerate(known) if label != target)
+        margins.append(round(known[target] - wrong, 5) if valid else None)
         # As in lm-eval's accuracy, the first of equal labels.
-        right.append(known.index(max(known)) == target)
+        right.append(valid and known.index(max(known)) == target)
     return Answers(margins, right)
 
 

@@ -143,7 +143,7 @@ def score_group(
 
 def stored_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dict[int, Cell]:
     """The cells of a group that the store has, by the place of their condition."""
-    stems = [store.stem({**group.spec(), **condition.identity()}) for condition in group.conditions]
+    stems = [store.stem(group.spec() | condition.identity()) for condition in group.conditions]
     # Building the prompts takes longer than looking whether there is any file for them.
     if not store.stems().intersection(stems):
         return {}
@@ -166,8 +166,8 @@ def _read(store: CellStore, prompts: Prompts, spec: dict[str, Any]) -> dict[str,
 
 def _known_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dict[int, Cell]:
     """Cells of an imported run, whose prompts are known by name: their data may not be here."""
-    prompts = store.known_prompts.get(group.prompts_name())
-    return {} if prompts is None else _read_all(group, prompts, key, store.read)
+    known = store.known_prompts.get(group.prompts_name())
+    return {} if known is None else _read_all(group, known, key, store.read)
 
 
 def _read_all(

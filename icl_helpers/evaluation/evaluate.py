@@ -195,7 +195,14 @@ def evaluate_groups(
     ]
     results = write_results(pd.concat(frames, ignore_index=True), directory) if frames else None
     if failures:
-        raise FailedCellsError(_describe_failures(failures, directory))
+        count = sum(len(failure.job.cell_indices) for failure in failures)
+        cell = failures[0].job.group.describe()
+        where = "" if directory is None else f" (all of them in {directory / 'failed'})"
+        raise FailedCellsError(
+            f"{count} cells failed, the others are finished and kept{where}. The first is "
+            f"{cell['task']}, {cell['shots']} shots, seed {cell['demonstration_seed']}, "
+            f"{cell['conditions'][0]}: {failures[0].reason}"
+        )
     return cast("EvaluationResults", results)
 
 
@@ -300,18 +307,6 @@ def _record_failures(
             succeeded.unlink(missing_ok=True)
     for failed, record in records.items():
         write_json(failed, record)
-
-
-def _describe_failures(failures: Sequence[Failure[Job]], directory: Path | None) -> str:
-    """One sentence with the first failure, and where the others are."""
-    count = sum(len(failure.job.cell_indices) for failure in failures)
-    cell = failures[0].job.group.describe()
-    where = "" if directory is None else f" (all of them in {directory / 'failed'})"
-    return (
-        f"{count} cells failed, the others are finished and kept{where}. The first is "
-        f"{cell['task']}, {cell['shots']} shots, seed {cell['demonstration_seed']}, "
-        f"{cell['conditions'][0]}: {failures[0].reason}"
-    )
 
 
 @dataclass(frozen=True)

@@ -253,21 +253,18 @@ def _loading_error(name: str, error: Exception) -> Exception:
 QUANTIZATIONS = ("4bit", "8bit")
 
 
-def check_quantization(quantization: str | None) -> str | None:
-    """Return it, or raise :class:`InputError` for an unknown one or a missing library."""
-    if quantization is None:
-        return None
-    if quantization not in QUANTIZATIONS:
+def check_quantization(quantization: str | None) -> None:
+    """Raise :class:`InputError` for an unknown one or a missing library."""
+    if quantization not in (None, *QUANTIZATIONS):
         raise InputError(
             f"quantization must be None, {' or '.join(map(repr, QUANTIZATIONS))}, got "
             f"{quantization!r}"
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
             f"quantization={quantization!r} needs the package bitsandbytes; install it with: "
             f"pip install 'icl-helpers[quantized]'"
         )
-    return quantization
 
 
 def quantization_config(quantization: str, dtype: str | torch.dtype) -> BitsAndBytesConfig:
@@ -278,9 +275,7 @@ def quantization_config(quantization: str, dtype: str | torch.dtype) -> BitsAndB
     """
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    options: dict[str, Any] = {
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.float16 if dtype == "auto" else dtype,
-    }
-    return BitsAndBytesConfig(load_in_4bit=True, **options)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16 if dtype == "auto" else dtype,
+    )  # fmt: skip

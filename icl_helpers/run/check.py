@@ -170,7 +170,8 @@ def _checks(model: PreTrainedModel, quantization: str | None) -> Iterator[Check]
     try:
         subject = _Subject(model)
         checks: dict[str, Callable[[], _Measured]] = {
-            "no intervention": subject.untouched, "zero ablation": subject.zeroed,
+            "no intervention": subject.untouched,
+            "zero ablation": lambda: subject.against(subject.overwritten(None), "zero"),
             "mean ablation": subject.averaged, "knockout": subject.knocked_out,
             "grouped queries": subject.grouped,
         }  # fmt: skip
@@ -250,10 +251,6 @@ class _Subject:
         exact = self.model.config._attn_implementation in ("sdpa", "eager")
         return _relative(self.logits(_NOTHING), self.logits()), 0.0 if exact else self.rounding
 
-    def zeroed(self) -> _Measured:
-        """Zero ablation against overwritten heads."""
-        return self.against(self.overwritten(None), "zero")
-
     def averaged(self) -> _Measured:
         """Means against replayed ones, and mean ablation against heads overwritten by them."""
         if not equal_but_for_rounding(self.call.output, self.entering(_NOTHING)):
@@ -279,16 +276,14 @@ class _Subject:
         return self.against(expected, "knockout")
 
     def against(self, expected: torch.Tensor, name: str) -> _Measured:
-        """Compare an intervention on the padded batch with what it should give.
-
-        No more than a quarter of its effect is allowed, or a hook that does nothing might pass.
-        """
+        """Compare an intervention on the padded batch with what it should give."""
         with self.base():
             plain = self.logits()[self.mask]
             edited = self.logits(*self.interventions(name, slice(0, 3)))[self.mask]
         effect = _relative(expected[self.mask], plain)
         if effect < _LEAST_UNITS * self.eps:
             raise _DoesNotApplyError(f"its effect on the logits, {effect:.0e}, is rounding here")
+        # With no more than a quarter of its effect, or a hook that does nothing might pass.
         return _relative(edited, expected[self.mask]), min(self.rounding, effect / 4)
 
     def grouped(self) -> _Measured:

@@ -110,15 +110,18 @@ class Plan:
     def prompt_sets(self, group: Group = "tasks") -> list[PromptSet]:
         """Sets of prompts of a group's tasks, in order."""
         p: Any = self.parameters
-        return [
-            prompts
-            for task in self.tasks(group)
-            for labels in self._label_sets(task, group)
-            for prompts in prompt_sets(
-                task, labels, self._shots(task, labels), p.seeds, self.data(task),
-                p.demonstrations, self.sampling(task),
-            )
-        ]  # fmt: skip
+        sets = []
+        for task in self.tasks(group):
+            of_labels = [get_task_spec(task).default_labels]
+            if isinstance(get_task_spec(task), TextTaskSpec):
+                asked = p.labels or ("both" if group == "nlp_tasks" else of_labels[0])
+                of_labels = ["semantic", "unrelated"] if asked == "both" else [asked]
+            for labels in of_labels:
+                sets += prompt_sets(
+                    task, labels, self._shots(task, labels), p.seeds, self.data(task),
+                    p.demonstrations, self.sampling(task),
+                )  # fmt: skip
+        return sets
 
     def analysis_sets(self) -> list[PromptSet]:
         """Prompts that are looked at closely (stages 9 and 10), one set a task.
@@ -143,14 +146,6 @@ class Plan:
     def sampling(self, task: str) -> str:
         """How the run takes documents of a task where there is a limit."""
         return resolve_sampling(task, self._digest(task), self.parameters.sampling)
-
-    def _label_sets(self, task: str, group: Group) -> list[str]:
-        spec = get_task_spec(task)
-        if not isinstance(spec, TextTaskSpec):
-            return [spec.default_labels]
-        usual = "both" if group == "nlp_tasks" else spec.default_labels
-        labels = self.parameters.labels or usual
-        return ["semantic", "unrelated"] if labels == "both" else [labels]
 
     def _shots(self, task: str, labels: str) -> list[int]:
         """Numbers of demonstrations; unrelated labels on text only with none and with the most.

@@ -230,9 +230,8 @@ if importlib.util.find_spec("icl_helpers") is None:
 def install_cell() -> str:
     """Return the source of every notebook's first code cell, which installs this version.
 
-    It tries a wheel beside the notebook, the tag of this version in the repository that
-    ``_config.yml`` names, and the package index. A notebook alone has no settings: they stand in
-    the cell.
+    It tries a wheel beside the notebook, this version's tag in the repository that ``_config.yml``
+    names, and the package index; a notebook alone has no settings, so they stand in the cell.
     """
     from icl_helpers import __version__
     from icl_helpers.files import project_root

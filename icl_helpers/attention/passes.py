@@ -253,8 +253,7 @@ _WAYS_OUT = {
 def check_usable(model: PreTrainedModel) -> None:
     """Raise :class:`UnsupportedArchitectureError` where edits might not reach the model's heads.
 
-    Wrapped models, models or layers that are compiled, models without weights, and models whose
-    heads are spread over several processes.
+    It is wrapped, compiled, spread over processes, or without weights.
     """
     if not isinstance(model, PreTrainedModel):
         kinds = [kind.__name__ for kind in type(model).__mro__]

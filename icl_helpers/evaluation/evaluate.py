@@ -382,10 +382,9 @@ def pack(
 
 
 def run_job(job: Job) -> list[Cell]:
-    """Score a job's cells; the model is loaded on a worker's first job and kept.
+    """Score a job's cells, one job at a time; the model is loaded on a worker's first one.
 
-    One job at a time: the model is edited while it is scored. Raises :class:`InputError` when the
-    worker's model is not the caller's.
+    Raises :class:`InputError` when the worker's model is not the caller's.
     """
     with _BUSY:
         lm, key = _loaded(job.source)

@@ -101,10 +101,9 @@ class LayerReuse:
 
     @contextmanager
     def around(self, key: bytes, first_layer: int) -> Iterator[None]:
-        """Run one forward pass over the batch named ``key``, untouched below ``first_layer``.
+        """Run one pass over the batch named ``key``, from the deepest state kept for it.
 
-        Layers below the deepest kept state that holds for this pass are not run; states that are
-        wanted and not kept yet are kept.
+        It is untouched below ``first_layer``; states that are wanted there are kept.
         """
         usable = [layer for layer in self.wanted if layer <= first_layer]
         if not usable:

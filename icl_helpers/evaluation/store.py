@@ -218,9 +218,8 @@ def write_results(documents: pd.DataFrame, directory: Path | None) -> Evaluation
 def merge_into_run_tables(run_dir: str | os.PathLike[str], documents: pd.DataFrame) -> pd.DataFrame:
     """Add ``documents`` to a run's tables and return the accuracies of the whole run.
 
-    Rows with the same key are replaced, so that a frame never holds two generations of a cell. Each
-    writer leaves its rows in a file of its own below ``parts``, of which the tables are assembled,
-    so that several at once lose nothing and need no locks.
+    Rows with the same key are replaced. Each writer leaves its rows in a file of its own below
+    ``parts``, of which the tables are assembled: several at once lose nothing and need no locks.
     """
     directory = check_run_dir(run_dir)
     folder = directory / "parts"

@@ -83,10 +83,7 @@ def internlm2_config(settings: Mapping[str, Any]) -> LlamaConfig:
 
 
 class InternLM2ForCausalLM(LlamaForCausalLM):
-    """Reads InternLM2 checkpoints and gives Llama models.
-
-    A class of its own, because transformers looks conversions up by the name of the class.
-    """
+    """Reads InternLM2 checkpoints, by a conversion that has its name, and gives Llama models."""
 
     @classmethod
     def from_pretrained(

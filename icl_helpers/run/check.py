@@ -347,11 +347,9 @@ class _Subject:
 
     @functools.cached_property
     def after(self) -> list[torch.nn.Module]:
-        """The first module of every layer that sees what the heads give.
-
-        Two rows differ in every token but the last. There, queries, keys and values of the first
-        layer are alike in both rows, and what heads made of the tokens before is not.
-        """
+        """The first module of every layer that sees what the heads give."""
+        # Two rows differ in every token but the last. There, queries, keys and values of the first
+        # layer are alike in both rows, and what heads made of the tokens before is not.
         first = self.layout.modules[0]
         names, inside = zip(*list(first.named_modules())[1:], strict=True)
         ids = self.ids[:2].clone()

@@ -175,10 +175,9 @@ class Plan:
     def row_key(
         self, task: str, condition: str, ablation: str, *, model_key: Mapping[str, Any]
     ) -> str:
-        """What stands in a row's column ``setting``: a hash of all that decides it beside its keys.
+        """A row's ``setting``: a hash of all that decides it beside its keys.
 
-        That is the model, the rows and how many of them, and of the parameters those that decide
-        results under such a condition, with what the user's files hold.
+        That is the model, the rows and how many, parameters and files that decide such a condition.
         """
         values = self.parameters.as_dict() | {"data": self.data(task), "data_dir": None}
         values |= {name: file_name(values[name]) for name, *_, it in about() if it.path}
@@ -235,8 +234,7 @@ class Plan:
     def check_data(self, stages: Iterable[str] = tuple(_STAGES)) -> None:
         """Read the rows that these stages will need, so that what is missing is known before.
 
-        A text task among those of the knockout is an :class:`InputError`, and so are results of a
-        single document.
+        :class:`InputError`, too, for a text task to be blocked and for results of one document.
         """
         stages = tuple(stages)
         if "results" in stages and self.parameters.limit == 1:

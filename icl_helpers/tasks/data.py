@@ -60,18 +60,10 @@ class TextSplits(NamedTuple):
 def load_splits(spec: TextTaskSpec, *, data: str | os.PathLike[str] = "synthetic") -> TextSplits:
     """Both splits of a text task.
 
-    Parameters
-    ----------
-    data
-        ``"synthetic"`` or ``"original"``: from the hub, or embedded for a stand-in; else a
-        directory of local files.
-
-    Raises
-    ------
-    InputError
-        No such directory, or a malformed row, naming the file and the row.
-    MissingArtefactError
-        The hub cannot be reached or a file is not there, naming where to put it.
+    ``data``: ``"synthetic"`` or ``"original"``, from the hub, or embedded for a stand-in; else a
+    directory of local files. Raises :class:`InputError` for no directory and for a malformed row,
+    naming file and row, and :class:`MissingArtefactError` where the hub cannot be reached or a file
+    is not there, naming where to put it.
     """
     if os.fspath(data) not in ("synthetic", "original"):
         files = _local_files(spec, _directory(data, spec.name))

@@ -104,10 +104,9 @@ def resolve_shots(task: str, shots: Shots) -> list[int]:
 
 
 def resolve_sampling(task: str, digest: str | None, sampling: str | None) -> str:
-    """How a limit takes a task's documents: as given, or ``balanced`` over the labels.
+    """How a limit takes documents: as given, else ``balanced`` over the labels.
 
-    Of the published files of the abstract tasks, which :func:`rows_digest` tells, it takes the
-    ``first``, as the published code does.
+    Of the abstract tasks' published files it takes the ``first``, as the published code does.
     """
     if sampling is None:
         return "first" if is_published(task, digest) else "balanced"

@@ -93,63 +93,56 @@ def _slug(model: str) -> str:
     return re.sub(r"[^a-z0-9.-]+", "-", model.lower().split("/")[-1]).strip("-.")[:80] or "model"
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> None:
     from icl_helpers.run.stages import execute_stages
 
     _use_workers(args)
     for path in execute_stages(_parameters(args), only=args.stages):
         print(path)
-    return 0
 
 
-def _scores(args: argparse.Namespace) -> int:
+def _scores(args: argparse.Namespace) -> None:
     from icl_helpers.run.run import Run
 
     run = Run(_parameters(args))
     mean = run.prefix_scores().mean(0)
     for head in run.induction_heads():
         print(f"layer {head.layer} head {head.head}  {mean[head.layer, head.head]:.3f}")
-    return 0
 
 
-def _cost(args: argparse.Namespace) -> int:
+def _cost(args: argparse.Namespace) -> None:
     from icl_helpers.run.costs import estimate_cost
 
     print(estimate_cost(_parameters(args), tokens_per_second=args.tokens_per_second))
-    return 0
 
 
-def _means(args: argparse.Namespace) -> int:
+def _means(args: argparse.Namespace) -> None:
     from icl_helpers.run.run import Run
 
     shape = list(Run(_parameters(args)).mean_head_outputs().shape)
     print("mean head outputs [layers, positions, heads, d_head]:", shape)
-    return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(args: argparse.Namespace) -> None:
     from icl_helpers.run.run import Run
 
     _use_workers(args)
     results = Run(_parameters(args)).evaluate(*args.conditions)
     print(results.to_string(index=False))
-    return 0
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace) -> None:
     from icl_helpers.run.bundle import export_run
     from icl_helpers.run.run import run_at
 
     print(export_run(run_at(args.run), args.out))
-    return 0
 
 
-def _import(args: argparse.Namespace) -> int:
+def _import(args: argparse.Namespace) -> None:
     from icl_helpers.run.bundle import import_bundle
 
     name = os.path.basename(os.path.abspath(args.bundle))
     print(import_bundle(args.bundle, args.run_dir or os.path.join("runs", name)))
-    return 0
 
 
 def _report(report: Any, file: str | None) -> None:
@@ -174,11 +167,10 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if report.passes else 1
 
 
-def _compare(args: argparse.Namespace) -> int:
+def _compare(args: argparse.Namespace) -> None:
     from icl_helpers.results.comparison import compare_logs
 
     _report(compare_logs(args.first, args.second, metric=args.metric), args.json)
-    return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -193,20 +185,18 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if report.agrees else 1
 
 
-def _book(args: argparse.Namespace) -> int:
+def _book(args: argparse.Namespace) -> None:
     from icl_helpers.book.build import build_book, prepare_shipped
 
     if args.bundles is not None:
         prepare_shipped(args.bundles, args.runs)
     print(build_book(args.runs, args.out))
-    return 0
 
 
-def _data(args: argparse.Namespace) -> int:
+def _data(args: argparse.Namespace) -> None:
     from icl_helpers.tasks.data import fetch_original
 
     print(fetch_original(source=args.source))
-    return 0
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -226,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, function: Callable[[argparse.Namespace], int], text: str) -> Any:
+    def add(name: str, function: Callable[[argparse.Namespace], int | None], text: str) -> Any:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function)
         return command
@@ -327,8 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return run_lm_eval(words[1:])
         args = _parser().parse_args(words)
-        function: Callable[[argparse.Namespace], int] = args.function
-        return function(args)
+        function: Callable[[argparse.Namespace], int | None] = args.function
+        return function(args) or 0
 
     return guarded(command)
 

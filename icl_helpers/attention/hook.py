@@ -187,14 +187,9 @@ def attention_layout(model: PreTrainedModel) -> AttentionLayout:
 
     The hook must fire exactly once for every layer; logits with nothing edited must equal the
     untouched model's; no token may see a later one; with every head at zero no attention block may
-    tell tokens apart. The answer is kept for as long as the model lives.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        The model is wrapped or compiled, is no decoder, is outside the attention interface (gptj,
-        gpt_neo, bloom, falcon, mpt, models without attention), or its layers differ in ways that
-        head interventions cannot serve.
+    tell tokens apart. The answer is kept for as long as the model lives. Raises
+    :class:`UnsupportedArchitectureError` for a model that is wrapped or compiled, no decoder, or
+    outside the attention interface (gptj, bloom, falcon, ...), or whose layers' heads differ.
     """
     known = _LAYOUTS.setdefault(model, {})
     base = _base_of(model) if isinstance(model, PreTrainedModel) else ""

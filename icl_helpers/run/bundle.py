@@ -257,7 +257,7 @@ def export_run(run: Any, out: str | os.PathLike[str]) -> Path:
     prompts, longest = _prompts(run, cells)
     views = run.views(every=True)
     keys = {content_key(c.spec["heads"]): c.spec["means"] for c in cells if "means" in c.spec}
-    n_layers, most, n_heads, d_head = means.shape
+    n_layers, _, n_heads, d_head = means.shape
     shown = {
         "views": {name: {"text": view.text, "spans": view.spans} for name, view in views.items()},
         "means": {
@@ -268,7 +268,7 @@ def export_run(run: Any, out: str | os.PathLike[str]) -> Path:
         for name in _COPIED:
             (folder / name).write_bytes((run.directory / name).read_bytes())
         _write_cells(folder / "cells.parquet", cells)
-        _write_means(folder / "means.parquet", means, _reach(cells, longest, most))
+        _write_means(folder / "means.parquet", means, cells, longest)
         _write_attention(folder / "attention.parquet", views)
         write_json(folder / "prompts.json", prompts)
         write_json(folder / "run.json", _published(run.info, run.directory.name))
@@ -376,19 +376,6 @@ def _prompts(run: Any, cells: list[BundledCell]) -> tuple[dict[str, str], dict[s
     return names, longest
 
 
-def _reach(
-    cells: list[BundledCell], longest: Mapping[str, int | None], most: int
-) -> dict[Head, int]:
-    """Of each head that was ablated to its mean the number of positions that a prompt reached."""
-    reach: dict[Head, int] = {}
-    for cell in cells:
-        if "means" in cell.spec:
-            length = longest[cell.spec["prompts"]] or most
-            for head in (Head(*head) for head in cell.spec["heads"]):
-                reach[head] = min(most, max(length, reach.get(head, 0)))
-    return reach
-
-
 def _write_cells(path: Path, cells: list[BundledCell]) -> None:
     columns: dict[str, list[Any]] = {
         "spec": [json.dumps(cell.spec, sort_keys=True) for cell in cells],
@@ -400,7 +387,15 @@ def _write_cells(path: Path, cells: list[BundledCell]) -> None:
     _write_table(path, columns)
 
 
-def _write_means(path: Path, means: torch.Tensor, reach: Mapping[Head, int]) -> None:
+def _write_means(
+    path: Path, means: torch.Tensor, cells: list[BundledCell], longest: Mapping[str, int | None]
+) -> None:
+    # Of each head that was ablated to its mean the positions that a prompt reached.
+    reach: dict[Head, int] = {}
+    for cell in (cell for cell in cells if "means" in cell.spec):
+        length = longest[cell.spec["prompts"]] or means.shape[1]
+        for head in (Head(*head) for head in cell.spec["heads"]):
+            reach[head] = min(means.shape[1], max(length, reach.get(head, 0)))
     heads = sorted(reach)
     vectors = [means[head.layer, : reach[head], head.head] for head in heads]
     columns: dict[str, list[Any]] = {

@@ -66,10 +66,16 @@ def _use_workers(args: argparse.Namespace) -> None:
 
 
 def _parameters(args: argparse.Namespace) -> Any:
+    from icl_helpers.files import imported_dir
     from icl_helpers.models.fingerprint import model_name
     from icl_helpers.parameters import about, read_parameters, stage_parameters
 
-    values = _imported_parameters(args.run_dir)
+    values: dict[str, Any] = {}
+    if args.run_dir is not None and imported_dir(args.run_dir) is not None:
+        from icl_helpers.run.plan import stated_parameters
+
+        # An imported run goes on as it was.
+        values = stated_parameters(args.run_dir).as_dict()
     values |= read_parameters(args.parameters) if args.parameters else {}
     options = {name: getattr(args, name) for name, *_ in about()}
     values |= {name: value for name, value in options.items() if value is not None}
@@ -81,82 +87,62 @@ def _parameters(args: argparse.Namespace) -> Any:
     return stage_parameters(**values)
 
 
-def _imported_parameters(run_dir: str | None) -> dict[str, Any]:
-    """Parameters of an imported run, which go on as they were; none for any other."""
-    from icl_helpers.files import imported_dir
-
-    if run_dir is None or imported_dir(run_dir) is None:
-        return {}
-    from icl_helpers.run.plan import stated_parameters
-
-    return dict(stated_parameters(run_dir).as_dict())
-
-
 def _slug(model: str) -> str:
     import re
 
     return re.sub(r"[^a-z0-9.-]+", "-", model.lower().split("/")[-1]).strip("-.")[:80] or "model"
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> None:
     from icl_helpers.run.stages import execute_stages
 
     _use_workers(args)
     for path in execute_stages(_parameters(args), only=args.stages):
         print(path)
-    return 0
 
 
-def _scores(args: argparse.Namespace) -> int:
+def _scores(args: argparse.Namespace) -> None:
     from icl_helpers.run.run import Run
 
     run = Run(_parameters(args))
     mean = run.prefix_scores().mean(0)
     for head in run.induction_heads():
         print(f"layer {head.layer} head {head.head}  {mean[head.layer, head.head]:.3f}")
-    return 0
 
 
-def _cost(args: argparse.Namespace) -> int:
+def _cost(args: argparse.Namespace) -> None:
     from icl_helpers.run.costs import estimate_cost
 
     print(estimate_cost(_parameters(args), tokens_per_second=args.tokens_per_second))
-    return 0
 
 
-def _means(args: argparse.Namespace) -> int:
+def _means(args: argparse.Namespace) -> None:
     from icl_helpers.run.run import Run
 
-    run = Run(_parameters(args))
-    print(
-        "mean head outputs [layers, positions, heads, d_head]:", list(run.mean_head_outputs().shape)
-    )
-    return 0
+    shape = list(Run(_parameters(args)).mean_head_outputs().shape)
+    print("mean head outputs [layers, positions, heads, d_head]:", shape)
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(args: argparse.Namespace) -> None:
     from icl_helpers.run.run import Run
 
     _use_workers(args)
     results = Run(_parameters(args)).evaluate(*args.conditions)
     print(results.to_string(index=False))
-    return 0
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace) -> None:
     from icl_helpers.run.bundle import export_run
     from icl_helpers.run.run import run_at
 
     print(export_run(run_at(args.run), args.out))
-    return 0
 
 
-def _import(args: argparse.Namespace) -> int:
+def _import(args: argparse.Namespace) -> None:
     from icl_helpers.run.bundle import import_bundle
 
     name = os.path.basename(os.path.abspath(args.bundle))
     print(import_bundle(args.bundle, args.run_dir or os.path.join("runs", name)))
-    return 0
 
 
 def _report(report: Any, file: str | None) -> None:
@@ -173,47 +159,44 @@ def _report(report: Any, file: str | None) -> None:
 def _check(args: argparse.Namespace) -> int:
     from icl_helpers.run.check import check_model
 
-    found = check_model(
+    report = check_model(
         args.model, dtypes=args.dtypes, quantization=args.quantization, revision=args.revision,
         device=args.device, trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
-    _report(found, args.json)
-    return 0 if found.passes else 1
+    _report(report, args.json)
+    return 0 if report.passes else 1
 
 
-def _compare(args: argparse.Namespace) -> int:
+def _compare(args: argparse.Namespace) -> None:
     from icl_helpers.results.comparison import compare_logs
 
     _report(compare_logs(args.first, args.second, metric=args.metric), args.json)
-    return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     from icl_helpers.run.verify import verify_bundle
 
     share = args.share or (0.01 if args.seconds is None else 1.0)
-    found = verify_bundle(
+    report = verify_bundle(
         args.bundle, share=share, seconds=args.seconds, seed=args.seed, model=args.model,
         device=args.device, data_dir=args.data_dir, trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
-    _report(found, args.json)
-    return 0 if found.agrees else 1
+    _report(report, args.json)
+    return 0 if report.agrees else 1
 
 
-def _book(args: argparse.Namespace) -> int:
+def _book(args: argparse.Namespace) -> None:
     from icl_helpers.book.build import build_book, prepare_shipped
 
     if args.bundles is not None:
         prepare_shipped(args.bundles, args.runs)
     print(build_book(args.runs, args.out))
-    return 0
 
 
-def _data(args: argparse.Namespace) -> int:
+def _data(args: argparse.Namespace) -> None:
     from icl_helpers.tasks.data import fetch_original
 
     print(fetch_original(source=args.source))
-    return 0
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -233,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, function: Callable[[argparse.Namespace], int], text: str) -> Any:
+    def add(name: str, function: Callable[[argparse.Namespace], int | None], text: str) -> Any:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(function=function)
         return command
@@ -306,14 +289,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stop(number: int, frame: Any) -> None:
-    # As for Ctrl-C, so that kernels and files are cleaned up on the way out.
-    raise KeyboardInterrupt
-
-
 def guarded(command: Callable[[], int]) -> int:
     """Run a command; return its exit code, or that of the error or signal that ended it."""
-    signal.signal(signal.SIGTERM, _stop)
+    # As for Ctrl-C, so that kernels and files are cleaned up on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return command()
     except ICLError as error:
@@ -330,16 +309,16 @@ def guarded(command: Callable[[], int]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``icl`` command; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
 
     def command() -> int:
-        if given[:1] == ["lm-eval"]:
+        if words[:1] == ["lm-eval"]:
             from icl_helpers.lm_eval_command import run_lm_eval
 
-            return run_lm_eval(given[1:])
-        args = _parser().parse_args(given)
-        function: Callable[[argparse.Namespace], int] = args.function
-        return function(args)
+            return run_lm_eval(words[1:])
+        args = _parser().parse_args(words)
+        function: Callable[[argparse.Namespace], int | None] = args.function
+        return function(args) or 0
 
     return guarded(command)
 

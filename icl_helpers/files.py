@@ -45,12 +45,9 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 _CONVERTER = 1
 
 
-def user_path(given: str | os.PathLike[str]) -> Path:
-    """A path that a user gave, with ``~`` for the home directory.
-
-    Raises :class:`InputError` for what no file system takes, before one is asked.
-    """
-    text = os.fspath(given)
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path that a user gave, ``~`` for home; :class:`InputError` for what can be none."""
+    text = os.fspath(path)
     too_long = any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(text).parts)
     if too_long or not text.strip() or "\0" in text:
         shown = text if len(text) <= 60 else text[:60] + "..."
@@ -63,10 +60,7 @@ def user_path(given: str | os.PathLike[str]) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file that a user made: UTF-8, with or without a mark in front, or UTF-16.
-
-    Raises :class:`InputError` for any other encoding, which cannot be told for certain.
-    """
+    """A user's UTF-8, with a mark or without, or UTF-16; :class:`InputError` for any other."""
     content = path.read_bytes()
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -85,8 +79,8 @@ def read_text(path: Path) -> str:
 
 def file_state(path: Path) -> tuple[str, int, int, int]:
     """What changes whenever a file is written: the change time, unlike others, cannot be set."""
-    found = path.stat()
-    return path.name, found.st_size, found.st_ino, found.st_ctime_ns
+    stat = path.stat()
+    return path.name, stat.st_size, stat.st_ino, stat.st_ctime_ns
 
 
 def files_digest(*paths: Path) -> str:
@@ -99,9 +93,9 @@ def _files_digest(paths: tuple[Path, ...], states: tuple[Any, ...]) -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 
-def file_name(given: str | None) -> str | None:
+def file_name(path: str | None) -> str | None:
     """The last part of a path: what may be published of it, and the same on every machine."""
-    return given and Path(given).name
+    return path and Path(path).name
 
 
 def imported_dir(run_dir: str | os.PathLike[str]) -> Path | None:
@@ -111,10 +105,7 @@ def imported_dir(run_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def project_root() -> Path:
-    """Folder that holds ``tasks/``, ``synthetic/``, ``notebooks/`` and ``book/``.
-
-    A wheel carries them under ``icl_helpers/_bundle``; in a checkout they lie beside the package.
-    """
+    """Folder of ``tasks/``, ``synthetic/``, ``notebooks/`` and ``book/``, of wheel or checkout."""
     bundle = _PACKAGE / "_bundle"
     return bundle if bundle.is_dir() else _PACKAGE.parent
 
@@ -129,24 +120,12 @@ def _folder(name: str) -> Path:
     return path
 
 
-def tasks_dir() -> Path:
-    """Folder of the lm-eval task files (pass it to lm-eval as ``--include_path``)."""
-    return _folder("tasks")
-
-
-def synthetic_dir() -> Path:
-    """Folder of the word lists and the generated data sets."""
-    return _folder("synthetic")
-
-
-def notebooks_dir() -> Path:
-    """Folder of the stage notebooks."""
-    return _folder("notebooks")
-
-
-def book_dir() -> Path:
-    """Folder of the hand-written pages of the book."""
-    return _folder("book")
+# Folders of the lm-eval task files (pass it to lm-eval as ``--include_path``), of word lists and of
+# generated data sets, of the stage notebooks, and of the hand-written pages of the book.
+tasks_dir = functools.partial(_folder, "tasks")
+synthetic_dir = functools.partial(_folder, "synthetic")
+notebooks_dir = functools.partial(_folder, "notebooks")
+book_dir = functools.partial(_folder, "book")
 
 
 def cache_dir() -> Path:
@@ -200,10 +179,7 @@ def check_run_dir(run_dir: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it there when the block succeeds.
-
-    Raises :class:`StorageError` naming the path when the disk is full or not writable.
-    """
+    """A path to write, renamed to this one when the block succeeds; else :class:`StorageError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +209,11 @@ def atomic_directory(
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        _remove_abandoned(target)
+        # A process cannot clean up after its own kill.
+        for path in target.parent.glob(f".{target.name}.*.tmp"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    shutil.rmtree(path, ignore_errors=True)
         yield temporary
         for path in temporary.iterdir():
             with open(path, "rb+") as file:
@@ -251,14 +231,6 @@ def atomic_directory(
         raise StorageError(f"cannot write {target}: {why}. {way_out}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove what killed processes left behind; a process cannot clean up after its own kill."""
-    for path in target.parent.glob(f".{target.name}.*.tmp"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _ABANDONED:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -282,18 +254,25 @@ def quarantine(path: Path, why: str) -> Path:
 
 
 def cached_tensor(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The tensor in ``path`` if it was written under this key, else a computed one, written there.
-
-    A damaged file is set aside by name. Raises :class:`StorageError` when it cannot be written.
-    """
-    stored = _read(path, key)
-    if stored is None:
-        stored = compute().contiguous()
-        # One entry: several would be written in any order, and equal files would differ.
-        metadata = {"key": f"{key} {_checksum(stored)}"}
-        with atomic_path(path) as temporary:
-            save_file({path.stem: stored}, temporary, metadata=metadata)
-    return stored
+    """The tensor in ``path`` if written under this key, else computed and written there."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            written, _, checksum = (file.metadata() or {}).get("key", "").partition(" ")
+            if written == key and checksum:
+                stored: torch.Tensor = file.get_tensor(path.stem)
+                if _checksum(stored) == checksum:
+                    return stored
+                raise ValueError("checksum differs")
+    except FileNotFoundError:
+        pass
+    except (SafetensorError, OSError, ValueError) as error:
+        quarantine(path, f"is damaged ({error})")
+    tensor = compute().contiguous()
+    # One entry: several would be written in any order, and equal files would differ.
+    metadata = {"key": f"{key} {_checksum(tensor)}"}
+    with atomic_path(path) as temporary:
+        save_file({path.stem: tensor}, temporary, metadata=metadata)
+    return tensor
 
 
 def cached_json(path: Path, key: str, compute: Callable[[], Any]) -> Any:
@@ -311,24 +290,6 @@ def cached_json(path: Path, key: str, compute: Callable[[], Any]) -> Any:
     value = compute()
     write_json(path, {"key": key, "value": value, "checksum": content_key([key, value])})
     return value
-
-
-def _read(path: Path, key: str) -> torch.Tensor | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            written, _, checksum = (file.metadata() or {}).get("key", "").partition(" ")
-            if written != key or not checksum:
-                return None
-            tensor: torch.Tensor = file.get_tensor(path.stem)
-    except FileNotFoundError:
-        return None
-    except (SafetensorError, OSError, ValueError) as error:
-        quarantine(path, f"is damaged ({error})")
-        return None
-    if _checksum(tensor) != checksum:
-        quarantine(path, "is damaged (checksum differs)")
-        return None
-    return tensor
 
 
 def _checksum(tensor: torch.Tensor) -> str:

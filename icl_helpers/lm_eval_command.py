@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,32 +70,28 @@ class HFICL(InterventionLM):
     other, before a model is loaded.
     """
 
-    def __init__(self, pretrained: str = "icl-tiny", **given: Any) -> None:
+    def __init__(self, pretrained: str = "icl-tiny", **arguments: Any) -> None:
         known = (*_LOADING, *_CONDITION, *_SCORING)
-        for name in given:
+        for name in arguments:
             if name not in (*known, *_BATCHES):
                 way_out = _INSTEAD.get(name, f"they are pretrained, {', '.join(known)}")
                 raise InputError(f"{name!r} is no model argument of hf-icl; {way_out}")
-        size = _batch_size(given.get("batch_size", "auto"))
-        condition = {name: given[name] for name in _CONDITION if name in given}
+        size = arguments.get("batch_size", "auto")
+        # lm-eval's auto:N looks for the size N times; here it follows from the prompts each time.
+        auto = re.fullmatch(r"auto(:\d+(\.\d+)?)?", str(size))
+        size = "auto" if auto else _number(int, "batch_size", size)
+        condition = {name: arguments[name] for name in _CONDITION if name in arguments}
         _check_condition(condition)
-        loading = {name: given[name] for name in _LOADING if name in given}
+        loading = {name: arguments[name] for name in _LOADING if name in arguments}
         named = str(loading.get("device", "")).startswith("cuda")
         if loading.get("device_map") or (named and not torch.cuda.is_available()):
             # lm-eval's command line names a GPU when the user names no device.
             loading.pop("device", None)
         model, tokenizer = load_model(pretrained, **loading)
-        scoring = {name: given[name] for name in _SCORING if name in given}
+        scoring = {name: arguments[name] for name in _SCORING if name in arguments}
         _check_scoring(scoring, model, tokenizer)
         super().__init__(model, tokenizer, batch_size=size, **scoring)
         self.condition = _condition(model, tokenizer, pretrained, **condition)
-
-
-def _batch_size(value: Any) -> int | str:
-    # lm-eval's auto:N looks for the size N times; here it follows from the prompts each time.
-    if re.fullmatch(r"auto(:\d+(\.\d+)?)?", str(value)):
-        return "auto"
-    return _number(int, "batch_size", value)
 
 
 def _number(kind: Callable[[Any], Any], name: str, value: Any) -> Any:
@@ -104,36 +101,36 @@ def _number(kind: Callable[[Any], Any], name: str, value: Any) -> Any:
         raise InputError(f"{name} must be a number, got {value!r}") from None
 
 
-def _check_condition(given: dict[str, Any]) -> None:
+def _check_condition(values: dict[str, Any]) -> None:
     """Check the arguments of a condition, and make numbers of those that are."""
-    ablate, ablation = given.get("ablate", "none"), given.get("ablation", "mean")
+    ablate, ablation = values.get("ablate", "none"), values.get("ablation", "mean")
     if ablate not in ("none", *_NAMES) or ablation not in ("mean", "zero"):
         raise InputError(
             f"ablate must be none, {', '.join(_NAMES)} and ablation mean or zero, got {ablate!r} "
             f"and {ablation!r}"
         )
-    if given.get("control", "published") not in CONTROLS:
-        raise InputError(f"control must be one of {', '.join(CONTROLS)}, got {given['control']!r}")
+    if values.get("control", "published") not in CONTROLS:
+        raise InputError(f"control must be one of {', '.join(CONTROLS)}, got {values['control']!r}")
     for name, kind in (("fraction", float), ("seed", int)):
-        if name in given:
-            given[name] = _number(kind, name, given[name])
-    if "fraction" in given:
-        check_fraction(given["fraction"])
+        if name in values:
+            values[name] = _number(kind, name, values[name])
+    if "fraction" in values:
+        check_fraction(values["fraction"])
 
 
 def _check_scoring(
-    given: dict[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    values: dict[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    if "max_length" in given:
-        given["max_length"] = _number(int, "max_length", given["max_length"])
-        if not 1 <= given["max_length"] <= context_length(model):
+    if "max_length" in values:
+        values["max_length"] = _number(int, "max_length", values["max_length"])
+        if not 1 <= values["max_length"] <= context_length(model):
             raise InputError(
                 f"max_length must be from 1 to the model's context of {context_length(model)} "
-                f"tokens, got {given['max_length']}"
+                f"tokens, got {values['max_length']}"
             )
-    if given.get("add_bos_token", False) not in (True, False):
-        raise InputError(f"add_bos_token must be True or False, got {given['add_bos_token']!r}")
-    if given.get("add_bos_token"):
+    if values.get("add_bos_token", False) not in (True, False):
+        raise InputError(f"add_bos_token must be True or False, got {values['add_bos_token']!r}")
+    if values.get("add_bos_token"):
         bare = tokenizer("a", add_special_tokens=False).input_ids
         if tokenizer("a").input_ids != [tokenizer.bos_token_id, *bare]:
             raise InputError(
@@ -163,56 +160,44 @@ def _condition(
     if kind == "mean":
         texts = reference_texts(model_name, reference=reference)
         means = mean_head_outputs(model, reference_samples(model, tokenizer, texts))
-    found = conditions(
-        scores, fractions=[model_fractions(model_name)[-1] if fraction is None else fraction],
-        ablations=[kind], head_outputs=means, ablation_seeds=[seed], control=control, full=False,
+    share = model_fractions(model_name)[-1] if fraction is None else fraction
+    of_kind = conditions(
+        scores, fractions=[share], ablations=[kind], head_outputs=means, ablation_seeds=[seed],
+        control=control, full=False,
     )  # fmt: skip
-    return next(condition for condition in found if condition.name == _NAMES[ablate])
+    return next(condition for condition in of_kind if condition.name == _NAMES[ablate])
 
 
 def run_lm_eval(arguments: Sequence[str]) -> int:
-    """lm-eval's command line; tasks of the user's own folder stand beside ours.
-
-    What lm-eval itself finds wrong is raised as :class:`InputError`.
-    """
+    """lm-eval's command line with our tasks; :class:`InputError` for what it finds wrong."""
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    found = list(arguments)
-    if found[:1] != ["ls"] and found[:1] != ["validate"] and found[:1] != ["run"]:
-        found = ["run", *found]
-    sys.argv = ["lm-eval", *found]
+    command_given = arguments[:1] and arguments[0] in ("ls", "validate", "run")
+    sys.argv = ["lm-eval", *([] if command_given else ["run"]), *arguments]
     setup_logging()
     command = HarnessCLI()
     args = command.parse_args()
     stated = read_parameters(user_path(args.config)) if getattr(args, "config", None) else {}
-    given = {**stated, **{name: value for name, value in vars(args).items() if value}}
+    options = {**stated, **{name: value for name, value in vars(args).items() if value}}
     for name in ("use_cache", "cache_requests"):
-        if given.get(name):
+        if options.get(name):
             raise InputError(
                 f"lm-eval's --{name} knows neither conditions nor demonstration seeds and would "
                 f"serve the numbers of others; leave it out"
             )
-    own = [
-        user_path(path) for path in str(given.get("include_path") or "").split(os.pathsep) if path
-    ]
-    for path in own:
-        if not path.is_dir():
-            raise InputError(f"include_path must be a directory of task files, got {str(path)!r}")
+    paths = str(options.get("include_path") or "").split(os.pathsep)
+    folders = [user_path(path) for path in paths if path]
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"include_path must be a directory of task files, got {str(folder)!r}")
     # Later folders go before earlier ones.
-    args.include_path = [str(path) for path in (tasks_dir(), *own)]
+    args.include_path = [str(folder) for folder in (tasks_dir(), *folders)]
     try:
         command.execute(args)
     except Exception as error:
-        if _raised_by_lm_eval(error):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == "lm_eval":
             raise InputError(f"lm-eval: {type(error).__name__}: {error}") from error
         raise
     return 0
-
-
-def _raised_by_lm_eval(error: Exception) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    name = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
-    return name.partition(".")[0] == "lm_eval"

@@ -174,6 +174,11 @@ class StageParameters(BaseModel):
     def _one_control(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    def loading(self) -> dict[str, Any]:
+        """The arguments of :func:`icl_helpers.load_model` behind the model's name."""
+        names = {"revision", "dtype", "device", "quantization", "trust_remote_code"}
+        return self.model_dump(include=names)
+
     def as_dict(self, *, stated: bool = False) -> dict[str, Any]:
         """JSON values of all parameters; ``stated``: of a notebook's only those that it has."""
         return self.model_dump(exclude_unset=stated and self._notebook)
@@ -191,10 +196,9 @@ def parameter_cell(stage: int) -> str:
     lines = []
     for name, _, default, declared in about():
         if stage in declared.stages:
-            literal = repr(default).replace("'", '"')
-            line = f"{name} = {literal}  # {declared.help}"
-            above = [f"# {declared.help}", f"{name} = {literal}"]
-            lines += [line] if len(line) <= _SHOWN else above
+            literal = f"{name} = {default!r}".replace("'", '"')
+            line = f"{literal}  # {declared.help}"
+            lines += [line] if len(line) <= _SHOWN else [f"# {declared.help}", literal]
     return "\n".join(lines)
 
 
@@ -226,9 +230,8 @@ if importlib.util.find_spec("icl_helpers") is None:
 def install_cell() -> str:
     """Return the source of every notebook's first code cell, which installs this version.
 
-    It tries a wheel beside the notebook, the tag of this version in the repository that
-    ``_config.yml`` names, and the package index. A notebook alone has no settings: they stand in
-    the cell.
+    It tries a wheel beside the notebook, this version's tag in the repository that ``_config.yml``
+    names, and the package index; a notebook alone has no settings, so they stand in the cell.
     """
     from icl_helpers import __version__
     from icl_helpers.files import project_root
@@ -251,7 +254,7 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def stage_parameters(values: Mapping[str, Any] | None = None, **given: Any) -> StageParameters:
+def stage_parameters(values: Mapping[str, Any] | None = None, **named: Any) -> StageParameters:
     """Check parameters and return them.
 
     Parameters
@@ -268,7 +271,10 @@ def stage_parameters(values: Mapping[str, Any] | None = None, **given: Any) -> S
     """
     names = StageParameters.model_fields
     source = {} if values is None else values
-    stated = {**{k: v for k, v in source.items() if _is_plain(k, v)}, **given}
+    # Of a notebook's globals the literals that its user set, not IPython's own.
+    plain = (str, int, float, list, tuple, dict, type(None))
+    users = {k: v for k, v in source.items() if not k.startswith("_") and k not in ("In", "Out")}
+    stated = {**{name: v for name, v in users.items() if isinstance(v, plain)}, **named}
     if _CHECKED in source:
         stated = {name: value for name, value in stated.items() if name in names}
     unknown = sorted(set(stated) - set(names))
@@ -291,30 +297,20 @@ def stage_parameters(values: Mapping[str, Any] | None = None, **given: Any) -> S
     try:
         parameters = StageParameters(**stated)
     except ValidationError as error:
-        raise _type_error(error) from None
+        # One line for the first value of a wrong type.
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        kind: Any = names[name].annotation
+        words = " or ".join(
+            str(part) if get_args(part) else part.__name__.replace("NoneType", "None")
+            for part in (get_args(kind) if isinstance(kind, UnionType) else (kind,))
+        )
+        raise InputError(f"parameter {name!r} must be {words}, got {first['input']!r}") from None
     _check_values(parameters)
     if isinstance(source, dict):
         source[_CHECKED] = True
     parameters._notebook = "__name__" in source
     return parameters
-
-
-def _is_plain(name: str, value: Any) -> bool:
-    """Whether a global of a notebook is a literal that its user set, not IPython's own."""
-    own = not name.startswith("_") and name not in ("In", "Out")
-    return own and isinstance(value, (str, int, float, list, tuple, dict, type(None)))
-
-
-def _type_error(error: ValidationError) -> InputError:
-    """One line for the first value of a wrong type."""
-    first = error.errors()[0]
-    name = str(first["loc"][0])
-    kind: Any = StageParameters.model_fields[name].annotation
-    words = " or ".join(
-        str(part) if get_args(part) else part.__name__.replace("NoneType", "None")
-        for part in (get_args(kind) if isinstance(kind, UnionType) else (kind,))
-    )
-    return InputError(f"parameter {name!r} must be {words}, got {first['input']!r}")
 
 
 def _check_values(parameters: StageParameters) -> None:
@@ -338,23 +334,21 @@ def _check_values(parameters: StageParameters) -> None:
     for name, _, _, declared in about():
         options = known.get(name, declared.allowed)
         value = getattr(parameters, name)
-        for one in value if isinstance(value, list) else [value]:
-            if options is not None and one not in options:
-                raise InputError(
-                    f"parameter {name!r} must be one of {', '.join(map(str, options))}, got {one!r}"
-                )
+        for item in value if isinstance(value, list) else [value]:
+            if options is not None and item not in options:
+                among = ", ".join(map(str, options))
+                raise InputError(f"parameter {name!r} must be one of {among}, got {item!r}")
     check_categories(parameters.categories)
     shots = parameters.shots or []
     by_task = shots if isinstance(shots, dict) else {"": shots}
-    for task in by_task:
-        if task:
-            get_task_spec(task)
+    for task in filter(None, by_task):
+        get_task_spec(task)
     if any(number < 0 for several in by_task.values() for number in several):
         raise InputError(f"shots must be >= 0, got {parameters.shots}")
-    if parameters.positions is not None and parameters.positions < 1:
-        raise InputError(f"positions must be >= 1 or None, got {parameters.positions}")
-    if parameters.limit is not None and parameters.limit < 1:
-        raise InputError(f"limit must be >= 1 or None, got {parameters.limit}")
+    for name in ("positions", "limit"):
+        number = getattr(parameters, name)
+        if number is not None and number < 1:
+            raise InputError(f"{name} must be >= 1 or None, got {number}")
     if parameters.analysis_limit < 2:
         raise InputError(f"analysis_limit must be >= 2, got {parameters.analysis_limit}")
     if not (parameters.seeds and parameters.ablation_seeds and parameters.control):

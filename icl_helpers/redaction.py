@@ -10,6 +10,7 @@ import getpass
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from icl_helpers.errors import ICLError
@@ -41,19 +42,31 @@ def check_leaks(directory: Path) -> None:
 
     The message says what kind of thing was found, never the thing itself.
     """
-    kinds = _forbidden()
-    found = [
+    # What to look for on this machine, by the words that the message uses for it.
+    patterns = {"an access token": SECRET.pattern.encode()}
+    for name, value in _environment_secrets().items():
+        patterns[f"the value of {name}"] = re.escape(value).encode()
+    if home := str(Path.home()).rstrip("/"):
+        escaped = re.escape(home).encode()
+        patterns["the home directory"] = rb"(?<![A-Za-z0-9_.-])" + escaped + rb"(?![A-Za-z0-9_-])"
+    user = ""
+    with suppress(KeyError, OSError):
+        user = getpass.getuser()
+    if len(user) >= _SHORTEST_NAME and user.lower() not in _COMMON_NAMES:
+        escaped = re.escape(user).encode()
+        patterns["the user's name"] = rb"(?<![A-Za-z0-9])" + escaped + rb"(?![A-Za-z0-9])"
+    leaks = [
         f"{path.relative_to(directory)}: {kind}"
         for path in sorted(directory.rglob("*"))
         if path.is_file()
-        for kind, pattern in kinds.items()
-        if pattern.search(path.read_bytes())
+        for kind, pattern in patterns.items()
+        if re.search(pattern, path.read_bytes())
     ]
-    if found:
-        more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+    if leaks:
+        more = f" and {len(leaks) - 10} more" if len(leaks) > 10 else ""
         raise LeakError(
             f"not to be published as it is; remove this from the notebooks or pages and build "
-            f"again: {'; '.join(found[:10])}{more}"
+            f"again: {'; '.join(leaks[:10])}{more}"
         )
 
 
@@ -72,28 +85,3 @@ def _environment_secrets() -> dict[str, str]:
         for name, value in os.environ.items()
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET
     }
-
-
-def _forbidden() -> dict[str, re.Pattern[bytes]]:
-    """What to look for on this machine, by the words that a message uses for it."""
-    found = {"an access token": re.compile(SECRET.pattern.encode())}
-    for name, value in _environment_secrets().items():
-        found[f"the value of {name}"] = re.compile(re.escape(value).encode())
-    home = str(Path.home()).rstrip("/")
-    if home:
-        found["the home directory"] = re.compile(
-            rb"(?<![A-Za-z0-9_.-])" + re.escape(home).encode() + rb"(?![A-Za-z0-9_-])"
-        )
-    user = _user()
-    if len(user) >= _SHORTEST_NAME and user.lower() not in _COMMON_NAMES:
-        found["the user's name"] = re.compile(
-            rb"(?<![A-Za-z0-9])" + re.escape(user).encode() + rb"(?![A-Za-z0-9])"
-        )
-    return found
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return ""

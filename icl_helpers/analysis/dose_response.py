@@ -84,14 +84,11 @@ def judged(scores: Sequence[Sequence[float | None]], targets: Sequence[int]) -> 
     right = []
     for values, target in zip(scores, targets, strict=True):
         known = [value for value in values if value is not None and math.isfinite(value)]
-        if len(known) < len(values):
-            margins.append(None)
-            right.append(False)
-            continue
-        wrong = max(value for place, value in enumerate(known) if place != target)
-        margins.append(round(known[target] - wrong, 5))
+        if valid := len(known) == len(values):
+            wrong = max(value for label, value in enumerate(known) if label != target)
+        margins.append(round(known[target] - wrong, 5) if valid else None)
         # As in lm-eval's accuracy, the first of equal labels.
-        right.append(known.index(max(known)) == target)
+        right.append(valid and known.index(max(known)) == target)
     return Answers(margins, right)
 
 
@@ -132,10 +129,7 @@ def rank_correlation(
 
 
 def shapley_orders(n_heads: int, n_orders: int, *, seed: int = 0) -> list[list[int]]:
-    """Orders in which all heads are removed one by one, every second one the reverse of the first.
-
-    A head that is removed early in the one is removed late in the other, which steadies their mean.
-    """
+    """Orders of removing all heads one by one; every second one is the reverse of the first."""
     rng = np.random.default_rng(seed)
     drawn = (rng.permutation(n_heads).tolist() for _ in range((n_orders + 1) // 2))
     return [order for there in drawn for order in (there, there[::-1])][:n_orders]

@@ -14,7 +14,7 @@ Example
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -82,18 +82,16 @@ def function_vector_scores(
             f"shots must be at least 2, so that there are labels to shuffle, and n_prompts at "
             f"least 1; got {shots} and {n_prompts}"
         )
-    drawn = {task: _prompts(task, shots, n_prompts, seed, data) for task in tasks}
+    drawn: dict[str, list[Prompt]] = {}
+    for task in tasks:
+        prompts = build_prompts(task, shots=shots, seed=seed, data=data)
+        if len(prompts) < n_prompts:
+            raise InputError(f"task {task} has {len(prompts)} documents, fewer than {n_prompts}")
+        numbers = sample_documents([prompt.target for prompt in prompts], n_prompts, seed=seed)
+        drawn[task] = [prompts[number] for number in numbers]
     lm = InterventionLM(model, tokenizer)
     effects = [_effects(lm, prompts, seed, task) for task, prompts in drawn.items()]
     return torch.stack(effects).mean(0)
-
-
-def _prompts(task: str, shots: int, n_prompts: int, seed: int, data: str) -> list[Prompt]:
-    prompts = build_prompts(task, shots=shots, seed=seed, data=data)
-    if len(prompts) < n_prompts:
-        raise InputError(f"task {task} has {len(prompts)} documents, fewer than {n_prompts}")
-    places = sample_documents([prompt.target for prompt in prompts], n_prompts, seed=seed)
-    return [prompts[place] for place in places]
 
 
 def _effects(
@@ -135,23 +133,15 @@ def _rises(
         of_tokens = logits.float().log_softmax(-1)[:, torch.arange(len(label)), label]
         return of_tokens.sum(-1).exp().cpu()
 
+    def one_head_a_row(call: AttentionCall, outputs: torch.Tensor) -> torch.Tensor:
+        output = call.output.clone()
+        heads = torch.arange(len(output))
+        output[heads, len(context) - 1 - call.offset, heads] = outputs.to(output)
+        return output
+
     before = probabilities(1)
     rises = torch.zeros(means.shape[:2])
     for layer, of_heads in enumerate(means):
-        with edited_attention(model, {layer: [_OneHeadARow(of_heads, len(context) - 1)]}):
+        with edited_attention(model, {layer: [partial(one_head_a_row, outputs=of_heads)]}):
             rises[layer] = probabilities(len(of_heads)) - before
     return rises
-
-
-@dataclass
-class _OneHeadARow:
-    """An edit: in row h, head h gives this output at one position."""
-
-    outputs: Float[torch.Tensor, "heads d_head"]
-    position: int
-
-    def __call__(self, call: AttentionCall) -> torch.Tensor:
-        output = call.output.clone()
-        heads = torch.arange(len(output))
-        output[heads, self.position - call.offset, heads] = self.outputs.to(output)
-        return output

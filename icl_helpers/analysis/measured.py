@@ -67,7 +67,8 @@ _TEXTS, _TEXT_TOKENS = 8, 64
 
 def analysis_group(run: Any, s: PromptSet, conditions: Sequence[Condition] = ()) -> CellGroup:
     """The prompts of a set that are looked at closely, to be scored under conditions."""
-    return CellGroup.of_set(s, run.parameters.analysis_limit, conditions)
+    limit = run.parameters.analysis_limit
+    return CellGroup(**vars(s), limit=limit, conditions=tuple(conditions))
 
 
 def analysis_groups(run: Any, conditions: Sequence[Condition] = ()) -> list[CellGroup]:
@@ -76,10 +77,7 @@ def analysis_groups(run: Any, conditions: Sequence[Condition] = ()) -> list[Cell
 
 
 def mean_ablated(run: Any, sets: Sequence[Sequence[Head]]) -> list[Condition]:
-    """Conditions with each of these sets of heads replaced by their means; FULL for an empty one.
-
-    The means are named and not there yet: :func:`measured_answers` puts them in place.
-    """
+    """Conditions with sets of heads at their means, named and not there yet; FULL for none."""
     key = content_key(run.plan.means_parameters())
     return [
         Condition("random_heads", "mean", len(heads) / run.n_heads, None, tuple(heads),
@@ -89,10 +87,7 @@ def mean_ablated(run: Any, sets: Sequence[Sequence[Head]]) -> list[Condition]:
 
 
 def measured_answers(run: Any, name: str, group: CellGroup) -> list[Answers]:
-    """Answers of a group under each of its conditions, measured in parts that are kept.
-
-    Raises :class:`icl_helpers.NotMeasuredError` as :meth:`icl_helpers.Run.measurement` does.
-    """
+    """Answers under each of a group's conditions; raises as :meth:`icl_helpers.Run.measurement`."""
 
     def compute(part: CellGroup) -> list[dict[str, Any]]:
         needed = any(condition.ablation == "mean" for condition in part.conditions)
@@ -129,10 +124,7 @@ def dose_response(run: Any) -> pd.DataFrame:
 
 
 def single_heads(run: Any) -> pd.DataFrame:
-    """Measure what removing each head alone costs: rows as of :func:`dose_response`.
-
-    With layer and head, and its prefix-matching ``score``; the full model has none.
-    """
+    """Measure what each head's removal costs: rows as of :func:`dose_response`, with ``score``."""
     scores = run.prefix_scores().mean(0)
     heads = [Head(*head) for head in np.ndindex(*scores.shape)]
     sets = [ChosenHeads((), "none"), *(ChosenHeads((head,), "alone") for head in heads)]

@@ -15,8 +15,7 @@ Example
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,6 @@ from transformers import PreTrainedModel
 
 from icl_helpers.attention.hook import (
     AttentionCall,
-    AttentionLayout,
     attention_layout,
     edited_attention,
     equal_but_for_rounding,
@@ -71,10 +69,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Norms:
-    """The norm in front of each attention block, the one behind it, and that before the logits.
-
-    None where there is none.
-    """
+    """The norms in front of each attention block, behind it, and before the logits, or None."""
 
     before: tuple[Norm | None, ...]
     after: tuple[Norm | None, ...]
@@ -128,16 +123,18 @@ def head_weights(model: PreTrainedModel) -> HeadWeights:
     def note(_module: torch.nn.Module, _args: Any, output: Any) -> None:
         written.append(_first(output)[:, 0])
 
+    def reduce(module: torch.nn.Module, args: tuple[Any, ...], _output: Any) -> torch.Tensor:
+        return args[0] * Norm.of(module, args[0]).gain.to(args[0])
+
     with ExitStack() as stack:
-        stack.enter_context(_linear_norms(layout))
+        # Norms inside the attention blocks, on queries and keys, are reduced to their gains.
+        for inner in [m for block in layout.modules for m in block.modules() if _is_norm(m)]:
+            stack.callback(inner.register_forward_hook(reduce).remove)
         for module in layout.modules:
             stack.callback(module.register_forward_hook(note).remove)
-        stack.enter_context(
-            replaced_inputs(layout, lambda _layer, current: inputs[:, None].to(current))
-        )
-        stack.enter_context(
-            edited_attention(model, {layer: [record] for layer in range(layout.n_layers)})
-        )
+        stack.enter_context(replaced_inputs(layout, lambda _, current: inputs[:, None].to(current)))
+        edits = {layer: [record] for layer in range(layout.n_layers)}
+        stack.enter_context(edited_attention(model, edits))
         ids = torch.zeros(n_rows, 1, dtype=torch.long, device=model.device)
         model.base_model(input_ids=ids, use_cache=False)
 
@@ -193,19 +190,6 @@ def _is_norm(module: torch.nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not list(module.children())
 
 
-@contextmanager
-def _linear_norms(layout: AttentionLayout) -> Iterator[None]:
-    """Reduce the norms inside the attention blocks, on queries and keys, to their gains."""
-
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], _output: Any) -> torch.Tensor:
-        return args[0] * Norm.of(module, args[0]).gain.to(args[0])
-
-    with ExitStack() as stack:
-        for norm in [m for block in layout.modules for m in block.modules() if _is_norm(m)]:
-            stack.callback(norm.register_forward_hook(hook).remove)
-        yield
-
-
 @torch.no_grad()
 def model_norms(model: PreTrainedModel) -> Norms:
     """Find the norms around each attention block and before the logits, by what goes through them.
@@ -219,9 +203,9 @@ def model_norms(model: PreTrainedModel) -> Norms:
     seen: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def note(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        given = kwargs.get("hidden_states", args[0] if args else None)
-        if isinstance(given, torch.Tensor):
-            seen[module] = given.flatten(), _first(output).flatten()
+        states = kwargs.get("hidden_states", args[0] if args else None)
+        if isinstance(states, torch.Tensor):
+            seen[module] = states.flatten(), _first(output).flatten()
 
     # Padding may be a vector of zeros, which goes through everything unchanged.
     token = int(getattr(model.get_input_embeddings(), "padding_idx", None) == 0)
@@ -241,9 +225,9 @@ def model_norms(model: PreTrainedModel) -> Norms:
 
     before = []
     for attention, block in zip(layout.modules, blocks, strict=True):
-        given = seen[attention][0]
-        before.append(norm_where(1, given))
-        if before[-1] is None and not torch.equal(given, seen[block][0]):
+        entering = seen[attention][0]
+        before.append(norm_where(1, entering))
+        if before[-1] is None and not torch.equal(entering, seen[block][0]):
             raise _refuse(model, "something else than a norm stands before its attention")
     final = norm_where(1, seen[projection][0])
     if final is None:

@@ -43,10 +43,7 @@ def check_fraction(fraction: float) -> float:
 
 
 def head_count(n_total: int, fraction: float) -> int:
-    """Number of heads in a fraction: ``ceil(n_total * fraction)`` (paper, section 3).
-
-    Rounded to nine decimals first, so that 0.07 x 100 is 7 and not 8.
-    """
+    """``ceil(n_total * fraction)`` heads (paper, section 3): 7 for 0.07 of 100, and not 8."""
     return math.ceil(round(n_total * check_fraction(fraction), 9))
 
 

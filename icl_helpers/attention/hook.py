@@ -136,10 +136,7 @@ def watched_attention(
     function: Callable[[int, AttentionCall], object],
     layers: Iterable[int] | None = None,
 ) -> Iterator[AttentionLayout]:
-    """Call ``function(layer, call)`` after the attention of these layers, which stays as it is.
-
-    Default: every layer. Raises as :func:`edited_attention` does.
-    """
+    """Call ``function(layer, call)`` after the attention of these layers, or of every layer."""
 
     def watch(layer: int, call: AttentionCall) -> torch.Tensor:
         function(layer, call)
@@ -155,10 +152,7 @@ def watched_attention(
 def _installed(
     model: PreTrainedModel, attention: Iterable[torch.nn.Module], passes: Passes
 ) -> Iterator[Passes]:
-    """Route the model through the hooked function, with ``passes`` to tell what to do there.
-
-    Inside another such block of the same thread that one's passes are in charge and are returned.
-    """
+    """Route the model through the hooked function; nested, by the outer block's passes."""
     with _ACTIVE_LOCK:
         outer = _ACTIVE.setdefault(model, passes)
         outer.check_thread()
@@ -194,14 +188,9 @@ def attention_layout(model: PreTrainedModel) -> AttentionLayout:
 
     The hook must fire exactly once for every layer; logits with nothing edited must equal the
     untouched model's; no token may see a later one; with every head at zero no attention block may
-    tell tokens apart. The answer is kept for as long as the model lives.
-
-    Raises
-    ------
-    UnsupportedArchitectureError
-        The model is wrapped or compiled, is no decoder, is outside the attention interface (gptj,
-        gpt_neo, bloom, falcon, mpt, models without attention), or its layers differ in ways that
-        head interventions cannot serve.
+    tell tokens apart. The answer is kept for as long as the model lives. Raises
+    :class:`UnsupportedArchitectureError` for a model that is wrapped or compiled, no decoder, or
+    outside the attention interface (gptj, bloom, falcon, ...), or whose layers' heads differ.
     """
     known = _LAYOUTS.setdefault(model, {})
     base = _base_of(model) if isinstance(model, PreTrainedModel) else ""
@@ -284,10 +273,7 @@ class _Record:
 def equal_but_for_rounding(
     expected: torch.Tensor, found: torch.Tensor, *, also_not_finite: bool = False
 ) -> bool:
-    """Whether tensors differ by rounding only, far less than a wrong mask or position does.
-
-    What is not finite differs from everything; with ``also_not_finite``, not from its like.
-    """
+    """Whether tensors differ by rounding only; ``also_not_finite``: NaN is equal to its like."""
     largest = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max())
     wide = torch.promote_types(expected.dtype, torch.float32)
     difference = (expected.to(wide) - found.to(wide)).abs()

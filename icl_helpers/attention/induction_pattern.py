@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -192,32 +193,23 @@ def elements_pattern(
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     starts, ends = np.ascontiguousarray(spans[:, 0]), np.ascontiguousarray(spans[:, 1])
     blocked = np.zeros((len(spans), len(spans)), dtype=bool)
-    of = [e for e in elements if (e.kind if e.kind in CATEGORIES else "words") in categories]
-    numbers = {kind: number for number, kind in enumerate({e.kind: None for e in of})}
-    followed = [e for e in of if e.follower is not None]
-    if not followed:
-        return torch.from_numpy(blocked)
-    # Of every kind and token: where the last element begins that the token is part of, or -1; and
-    # where the first follower begins that it is part of, or beyond the last token.
-    shape = (len(numbers), len(spans))
-    element, follower = np.full(shape, -1), np.full(shape, len(spans))
-    kinds = np.array([numbers[e.kind] for e in of])
-    first, last = _tokens(starts, ends, [(e.start, e.end) for e in of])
-    owners, tokens = _spread(first, last)
-    np.maximum.at(element, (kinds[owners], tokens), first[owners])
-    kinds = np.array([numbers[e.kind] for e in followed])
-    first, last = _tokens(starts, ends, [e.follower for e in followed])
-    last = np.where(kinds == numbers.get("blank_lines"), np.minimum(first + 1, last), last)
-    owners, tokens = _spread(first, last)
-    np.minimum.at(follower, (kinds[owners], tokens), first[owners])
-    inside = element >= 0
-    of_kind, query = np.nonzero(inside)
-    forbidden = follower[of_kind] < element[of_kind, query, None]
-    # Few tokens are in elements of several kinds; each of their kinds has its turn.
-    turn = (np.cumsum(inside, axis=0) - 1)[inside]
-    for number in range(turn.max(initial=-1) + 1):
-        now = turn == number
-        blocked[query[now]] |= forbidden[now]
+    by_kind: defaultdict[str, list[Element]] = defaultdict(list)
+    for element in elements:
+        if (element.kind if element.kind in CATEGORIES else "words") in categories:
+            by_kind[element.kind].append(element)
+    for kind, alike in by_kind.items():
+        # Of every token: where the last element begins that it is part of, or -1; and where the
+        # first follower begins that it is part of, or beyond the last token.
+        element_at, follower_at = np.full(len(spans), -1), np.full(len(spans), len(spans))
+        first, last = _tokens(starts, ends, [(e.start, e.end) for e in alike])
+        for begin, end in zip(first, last, strict=True):
+            element_at[begin:end] = np.maximum(element_at[begin:end], begin)
+        first, last = _tokens(starts, ends, [e.follower for e in alike if e.follower is not None])
+        last = np.minimum(first + 1, last) if kind == "blank_lines" else last
+        for begin, end in zip(first, last, strict=True):
+            follower_at[begin:end] = np.minimum(follower_at[begin:end], begin)
+        rows = element_at >= 0
+        blocked[rows] |= follower_at < element_at[rows, None]
     # A token that is part of an element and of what follows an earlier one still sees itself.
     return torch.from_numpy(np.tril(blocked, k=-1))
 
@@ -326,17 +318,9 @@ def control_pattern(
 
 
 def _tokens(
-    starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int] | None]
+    starts: np.ndarray, ends: np.ndarray, spans: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each character span the first token that it overlaps, and the one after the last."""
     edges = np.asarray(spans).reshape(-1, 2)
     first = np.searchsorted(ends, edges[:, 0], side="right")
     return first, np.searchsorted(starts, edges[:, 1], side="left")
-
-
-def _spread(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every token of the ranges [first, last), and before it the number of its range."""
-    lengths = np.maximum(last - first, 0)
-    owners = np.repeat(np.arange(len(first)), lengths)
-    places = np.arange(len(owners)) - (np.cumsum(lengths) - lengths)[owners]
-    return owners, first[owners] + places

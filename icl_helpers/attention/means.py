@@ -179,8 +179,7 @@ def replaced_inputs(
 def input_hooks(modules: Iterable[torch.nn.Module], function: Any) -> Iterator[None]:
     """Call ``function(index, args, kwargs)`` before each module, for example of every layer.
 
-    The function returns None, or the arguments to put in place of these. All hooks are removed
-    whatever way the block is left.
+    It returns None, or the arguments to put in place of these.
     """
     with ExitStack() as stack:
         for index, module in enumerate(modules):

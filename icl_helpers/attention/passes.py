@@ -102,7 +102,7 @@ class Passes:
         self.completed = 0
         self._layout = layout
         self._depth = 0
-        self._given: dict[str, Any] = {}
+        self._arguments: dict[str, Any] = {}
         self._offset = 0
         self._fired: set[torch.nn.Module] = set()
         self._ordered = False
@@ -130,13 +130,13 @@ class Passes:
         self.check_thread()
         self._depth += 1
         if self._depth == 1:
-            self._given, self._offset, self._ordered, self._positions = {}, 0, False, None
+            self._arguments, self._offset, self._ordered, self._positions = {}, 0, False, None
             self._fired.clear()
         # Reading a signature takes longer than anything else here, and few calls need it.
         names = list(inspect.signature(module.forward).parameters) if args else []
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        self._given |= {name: value for name, value in given.items() if value is not None}
-        cache = given.get("past_key_values")
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        self._arguments |= {name: value for name, value in named.items() if value is not None}
+        cache = named.get("past_key_values")
         if cache is not None and hasattr(cache, "get_seq_length"):
             self._offset = int(cache.get_seq_length())
         if self._depth == 1 and self.required:
@@ -155,9 +155,9 @@ class Passes:
                 f"{type(module).__name__} gives other attention from a cache than in one pass; "
                 f"pass whole sequences with use_cache=False"
             )
-        ids = self._given.get("input_ids", self._given.get("inputs_embeds"))
-        if "input_ids" in self._given:
-            check_tokens(module, self._given["input_ids"])
+        ids = self._arguments.get("input_ids", self._arguments.get("inputs_embeds"))
+        if "input_ids" in self._arguments:
+            check_tokens(module, self._arguments["input_ids"])
         end = self._offset + (0 if ids is None else ids.shape[1])
         if switch is not None and not self._offset:
             forget_lengths(module)
@@ -184,7 +184,7 @@ class Passes:
         self._depth -= 1
         if self._depth:
             return
-        self._given = {}
+        self._arguments = {}
         if output is None:  # the pass ended in an exception
             return
         missed = len(self.required - self._fired)
@@ -208,7 +208,9 @@ class Passes:
                     f"or twice in one; call the model itself, and switch gradient checkpointing off"
                 )
             # Moshi's cache keeps a window of keys, its attention in one pass does not.
-            if n_key < self._offset + n_query and not _windows(module):
+            file = sys.modules.get(type(module).__module__)
+            windows = any(hasattr(file, f"create_{kind}_causal_mask") for kind in _WINDOWS)
+            if n_key < self._offset + n_query and not windows:
                 raise InterventionError(
                     f"the cache has dropped keys that {type(module).__name__} sees in one pass; "
                     f"pass whole sequences with use_cache=False"
@@ -221,11 +223,11 @@ class Passes:
 
         Raises :class:`InterventionError` unless token i of every prompt stands at position i.
         """
-        if not self._ordered:
+        if not self._ordered and _APPLIED.get() is None:  # branches have positions of their own
             self._check_order(n_query)
-            self._ordered = True
+        self._ordered = True
         # Only a cache of fixed size holds more keys than there were tokens.
-        fixed = getattr(self._given.get("past_key_values"), "is_compileable", False)
+        fixed = getattr(self._arguments.get("past_key_values"), "is_compileable", False)
         if n_key > self._offset + n_query and not fixed:
             raise InterventionError(
                 f"the attention sees {n_key} keys, but the pass has {n_query} tokens after "
@@ -234,10 +236,7 @@ class Passes:
         return self._offset
 
     def positions(self, n_query: int, n_key: int) -> tuple[Int[torch.Tensor, "batch query"], int]:
-        """Where the tokens of each prompt stand, and the last of these positions.
-
-        Raises as :meth:`offset` does.
-        """
+        """Each prompt's positions, and the last of them; raises as :meth:`offset` does."""
         offset = self.offset(n_query, n_key)
         if self._positions is None:
             branches = _APPLIED.get()
@@ -249,9 +248,7 @@ class Passes:
         return self._positions
 
     def _check_order(self, n_query: int) -> None:
-        if _APPLIED.get() is not None:  # the pass has the positions of the branches
-            return
-        mask, ids = self._given.get("attention_mask"), self._given.get("position_ids")
+        mask, ids = self._arguments.get("attention_mask"), self._arguments.get("position_ids")
         end = self._offset + n_query
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             mask = None
@@ -270,13 +267,8 @@ class Passes:
             )
 
 
-def _windows(attention: torch.nn.Module) -> bool:
-    """Whether the file of this attention makes masks that end where such a cache does."""
-    file = sys.modules.get(type(attention).__module__)
-    names = ("create_sliding_window_causal_mask", "create_chunked_causal_mask")
-    return any(hasattr(file, name) for name in names)
-
-
+# Of masks that end where such a cache does; the file of an attention imports their functions.
+_WINDOWS = ("sliding_window", "chunked")
 _WAYS_OUT = {
     "PeftModel": "pass model.merge_and_unload(), or model.get_base_model() with its adapter active",
     "OptimizedModule": "pass the model that was compiled, model._orig_mod",
@@ -289,8 +281,7 @@ _WAYS_OUT = {
 def check_usable(model: PreTrainedModel) -> None:
     """Raise :class:`UnsupportedArchitectureError` where edits might not reach the model's heads.
 
-    Wrapped models, models or layers that are compiled, models without weights, and models whose
-    heads are spread over several processes.
+    It is wrapped, compiled, spread over processes, or without weights.
     """
     if not isinstance(model, PreTrainedModel):
         kinds = [kind.__name__ for kind in type(model).__mro__]
@@ -469,8 +460,8 @@ class Branches:
         def allowed(batch: Any, head: Any, query: Any, key: Any) -> Any:
             positions, owners = self.positions.to(key.device), self.owners.to(key.device)
             owner = owners[batch, key]
-            own = (owner == 0) | (owner == owners[batch, query])
-            return own & mask_function(batch, head, positions[batch, query], positions[batch, key])
+            seen = (owner == 0) | (owner == owners[batch, query])
+            return seen & mask_function(batch, head, positions[batch, query], positions[batch, key])
 
         return allowed
 
@@ -513,10 +504,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def rope_switch(model: PreTrainedModel) -> tuple[int, bool] | None:
-    """Length beyond which rotary angles depend on a sequence's whole length.
-
-    And whether they change with every further token (dynamic scaling) or once (longrope).
-    """
+    """Length beyond which rotary angles follow a sequence's, and whether at every token."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):

@@ -99,24 +99,6 @@ def random_sequences(
     return torch.stack(rows)
 
 
-def _followers(
-    length: int, repeats: int, *, with_bos: bool, published: bool
-) -> Bool[torch.Tensor, "query key"]:
-    """True where a query's key directly follows an earlier copy of the query's token."""
-    start = int(with_bos)
-    total = start + length * repeats
-    query = torch.arange(total)[:, None] - start
-    # Index of the token before the key: the earlier copy itself.
-    key = torch.arange(total)[None, :] - start - 1
-    same = (query % length == key % length) & (key >= 0) & (key < query) & (query >= length)
-    if published and with_bos:
-        # The published sum runs from r = 0 with targets 50 r + (i mod 50) + 1, so for the last
-        # token of each later copy it also counts the position that follows BOS.
-        last = (query >= 2 * length - 1) & ((query + 1) % length == 0)
-        same |= last & (key == -1)
-    return same
-
-
 @measuring
 def prefix_matching_scores(
     model: PreTrainedModel,
@@ -151,7 +133,15 @@ def prefix_matching_scores(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     ids, start = repeated_ids(model, sequences, repeats=repeats, bos_token_id=bos_token_id)
     length = sequences.shape[1]
-    followers = _followers(length, repeats, with_bos=start == 1, published=published_formula)
+    query = torch.arange(ids.shape[1])[:, None] - start
+    # Index of the token before the key: the earlier copy of the query's token.
+    key = torch.arange(ids.shape[1])[None, :] - start - 1
+    followers = (query % length == key % length) & (key >= 0) & (key < query) & (query >= length)
+    if published_formula and start == 1:
+        # The published sum runs from r = 0 with targets 50 r + (i mod 50) + 1, so for the last
+        # token of each later copy it also counts the position that follows BOS.
+        last = (query >= 2 * length - 1) & ((query + 1) % length == 0)
+        followers |= last & (key == -1)
     n_positions = length * (repeats - 1)
     return mean_attention(model, ids, followers, n_positions=n_positions, batch_size=batch_size)
 
@@ -163,10 +153,7 @@ def repeated_ids(
     repeats: int = 4,
     bos_token_id: int | None = None,
 ) -> tuple[Int[torch.Tensor, "n_sequences tokens"], int]:
-    """Each sequence ``repeats`` times behind BOS, and the place where its first copy begins.
-
-    Raises as :func:`prefix_matching_scores` does.
-    """
+    """Each sequence ``repeats`` times behind BOS, and the place where its first copy begins."""
     attention_layout(model)  # what has no such attention is refused before its ids are
     if sequences.ndim != 2 or repeats < 2:
         raise InputError(

@@ -17,7 +17,6 @@ from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.evaluation.shared_work import Encoded
 from icl_helpers.evaluation.store import CellStore
 from icl_helpers.files import content_key, file_name
-from icl_helpers.tasks.demonstrations import Rule
 from icl_helpers.tasks.lm_eval_task import load_task
 from icl_helpers.tasks.prompts import Prompt, PromptSet, sample_documents
 
@@ -49,27 +48,16 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
-class CellGroup:
+class CellGroup(PromptSet):
     """Cells of one task x labels x shots x demonstration seed, a cell per condition."""
 
-    task: str
-    labels: str
-    shots: int
-    seed: int
     limit: int | None
-    sampling: str
-    data: str
     conditions: tuple[Condition, ...]
-    demonstrations: Rule | None = None
 
-    @classmethod
-    def of_set(
-        cls, prompts: PromptSet, limit: int | None, conditions: Sequence[Condition]
-    ) -> CellGroup:
-        """Prompts of a set under these conditions; at most ``limit`` documents."""
-        s = prompts
-        given = (s.task, s.labels, s.shots, s.seeds[0], limit, s.sampling, s.data)
-        return cls(*given, tuple(conditions), s.demonstrations)
+    @property
+    def seed(self) -> int:
+        """The demonstration seed; of several, which then show nothing, the first."""
+        return self.seeds[0]
 
     def split(self, size: int) -> list[CellGroup]:
         """The same cells in groups of at most ``size``."""
@@ -90,10 +78,10 @@ class CellGroup:
     @classmethod
     def of_spec(cls, spec: Mapping[str, Any], *, seed: int, data: str) -> CellGroup:
         """The group, without conditions, of a finished cell; its spec has no seed and no place."""
-        values = {f.name: spec[f.name] for f in fields(cls) if f.name in spec}
+        values: dict[str, Any] = {f.name: spec[f.name] for f in fields(cls) if f.name in spec}
         # Without a limit, how one takes documents is nowhere.
-        values = {"sampling": ""} | values | {"seed": seed, "data": data, "conditions": ()}
-        return cls(**values)
+        values = {"sampling": "", "demonstrations": None} | values
+        return cls(**values | {"seeds": (seed,), "data": data, "conditions": ()})
 
     def prompts_name(self) -> str:
         """What an imported run finds the key of the group's prompts by."""
@@ -125,11 +113,7 @@ class Prompts:
 def score_group(
     load: Callable[[], Scorer], group: CellGroup, key: dict[str, Any], store: CellStore | None
 ) -> list[Cell]:
-    """Score the cells of a group in order, taking from the store what it has.
-
-    ``key`` is :func:`model_key` of the model that ``load`` gives; it is asked for when the first
-    cell is missing.
-    """
+    """Score a group's cells in order but for those in the store; ``key`` is the model's."""
     known = {} if store is None else _known_cells(group, key, store)
     if len(known) == len(group.conditions):
         return list(known.values())
@@ -159,7 +143,7 @@ def score_group(
 
 def stored_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dict[int, Cell]:
     """The cells of a group that the store has, by the place of their condition."""
-    stems = [store.stem({**group.spec(), **condition.identity()}) for condition in group.conditions]
+    stems = [store.stem(group.spec() | condition.identity()) for condition in group.conditions]
     # Building the prompts takes longer than looking whether there is any file for them.
     if not store.stems().intersection(stems):
         return {}
@@ -182,8 +166,8 @@ def _read(store: CellStore, prompts: Prompts, spec: dict[str, Any]) -> dict[str,
 
 def _known_cells(group: CellGroup, key: dict[str, Any], store: CellStore) -> dict[int, Cell]:
     """Cells of an imported run, whose prompts are known by name: their data may not be here."""
-    prompts = store.known_prompts.get(group.prompts_name())
-    return {} if prompts is None else _read_all(group, prompts, key, store.read)
+    known = store.known_prompts.get(group.prompts_name())
+    return {} if known is None else _read_all(group, known, key, store.read)
 
 
 def _read_all(
@@ -246,11 +230,7 @@ def _score(
     *,
     none_blocked: bool,
 ) -> dict[str, list[Any]]:
-    """Score documents: of each the target, and of each of its labels what was found.
-
-    A knockout of pairs that no prompt has is an error unless ``none_blocked`` allows it: it leaves
-    the full model.
-    """
+    """Columns of a cell; ``none_blocked`` allows a knockout of pairs that no prompt has."""
     knockout = condition.ablation == "knockout"
     blocked = lm.blocked_pairs(encoded, condition.categories) if knockout else []
     with lm.under(FULL if knockout and none_blocked and not any(blocked) else condition):

@@ -203,10 +203,7 @@ def _control(
 
 
 def drawn_again(frame: pd.DataFrame, scores: Float[torch.Tensor, "layers heads"]) -> pd.Series:
-    """Count for rows of results how many heads of the random draw are induction heads.
-
-    Missing for what is no draw, or one of a kind that the row does not say.
-    """
+    """Count each row's random heads that are induction heads; missing for what is no draw."""
     keys = ["condition", "fraction", "control", "ablation_seed"]
 
     @functools.cache

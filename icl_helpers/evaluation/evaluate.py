@@ -56,24 +56,8 @@ from icl_helpers.tasks.prompts import (
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
-    "Job", "ModelSource", "Request", "evaluate", "evaluate_request", "pack", "plan_request",
-    "run_job",
+    "Job", "ModelSource", "evaluate", "evaluate_groups", "pack", "plan_groups", "run_job",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be evaluated: groups of cells, the seeds that share each group, and where to.
-
-    ``seeds`` has the demonstration seeds of each group, for which its rows are repeated.
-    ``setting`` gives, for a task and the name and ablation of a condition, what its rows say in
-    their column ``setting``; see :meth:`icl_helpers.run.plan.Plan.row_key`.
-    """
-
-    groups: tuple[CellGroup, ...]
-    seeds: tuple[tuple[int, ...], ...]
-    directory: Path | None
-    setting: Callable[[str, str, str], str] = lambda *_: ""
 
 
 def evaluate(
@@ -149,28 +133,23 @@ def evaluate(
             data, demonstrations, resolve_sampling(task, rows_digest(task, data=data), sampling),
         )
     ]  # fmt: skip
-    request = plan_request(sets, conditions=conditions, limit=limit, run_dir=run_dir)
+    groups = plan_groups(sets, conditions=conditions, limit=limit)
+    directory = None if run_dir is None else check_run_dir(run_dir)
     layout = attention_layout(model)
-    for condition in request.groups[0].conditions:
+    for condition in groups[0].conditions:
         check_heads(condition.heads, layout)
     lm = InterventionLM(model, tokenizer, batch_size=batch_size)
     if source is not None:
         source = replace(source, batch_size=batch_size)
     key = model_key(model, tokenizer, revision)
-    return evaluate_request(request, key, load=lambda: lm, executor=executor, source=source)
+    return evaluate_groups(groups, key, directory, lambda: lm, executor=executor, source=source)
 
 
-def plan_request(
-    sets: Sequence[PromptSet],
-    *,
-    conditions: Sequence[Condition | str],
-    limit: int | None,
-    run_dir: str | os.PathLike[str] | None,
-    setting: Callable[[str, str, str], str] = lambda *_: "",
-) -> Request:
+def plan_groups(
+    sets: Sequence[PromptSet], *, conditions: Sequence[Condition | str], limit: int | None
+) -> list[CellGroup]:
     """Check the arguments of :func:`evaluate` that need no model, and divide them into groups."""
     distinct = _distinct(conditions)
-    directory = None if run_dir is None else check_run_dir(run_dir)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"limit must be a whole number >= 1 or None, got {limit!r}")
     texts = [s.task for s in sets if isinstance(get_task_spec(s.task), TextTaskSpec)]
@@ -179,24 +158,25 @@ def plan_request(
             f"task {texts[0]!r} is a text task, for whose prompts the paper defines no induction "
             f"pattern; leave out the knockout, or the task"
         )
-    groups = tuple(CellGroup.of_set(prompts, limit, distinct) for prompts in sets)
-    return Request(groups, tuple(prompts.seeds for prompts in sets), directory, setting)
+    return [CellGroup(**vars(prompts), limit=limit, conditions=distinct) for prompts in sets]
 
 
-def evaluate_request(
-    request: Request,
+def evaluate_groups(
+    groups: Sequence[CellGroup],
     key: dict[str, Any],
-    *,
+    directory: Path | None,
     load: Callable[[], InterventionLM],
+    *,
+    setting: Callable[[str, str, str], str] = lambda *_: "",
     executor: Executor | Workers | None = None,
     source: ModelSource | None = None,
 ) -> EvaluationResults:
-    """Results of a request for the model of ``key``, which is loaded only if a cell is missing.
+    """Results of groups for the model of ``key``, which ``load`` gives if a cell is missing here.
 
-    ``load`` gives the model to score with in this process; workers take it from ``source``. Raises
-    as :func:`evaluate` does.
+    Workers take it from ``source``. ``setting`` says, for a task and the name and ablation of a
+    condition, what stands in that column: :meth:`icl_helpers.run.plan.Plan.row_key`. Raises as
+    :func:`evaluate` does.
     """
-    directory, groups = request.directory, request.groups
     store = None if directory is None else CellStore(directory / "cells")
     failures: list[Failure[Job]] = []
     if executor is None:
@@ -207,16 +187,22 @@ def evaluate_request(
         cells, failures = _score_elsewhere(as_workers(executor), source, groups, key, store)
     if directory is not None:
         _record_failures(directory, groups, key, failures)
-    by_group = zip(groups, request.seeds, strict=True)
-    seeds_of = [seeds for group, seeds in by_group for _ in group.conditions]
+    seeds_of = [group.seeds for group in groups for _ in group.conditions]
     frames = [
-        document_frame(*cells[number], seed, setting=request.setting)
+        document_frame(*cells[number], seed, setting=setting)
         for number in sorted(cells)
         for seed in seeds_of[number]
     ]
     results = write_results(pd.concat(frames, ignore_index=True), directory) if frames else None
     if failures:
-        raise FailedCellsError(_describe_failures(failures, directory))
+        count = sum(len(failure.job.cell_indices) for failure in failures)
+        cell = failures[0].job.group.describe()
+        where = "" if directory is None else f" (all of them in {directory / 'failed'})"
+        raise FailedCellsError(
+            f"{count} cells failed, the others are finished and kept{where}. The first is "
+            f"{cell['task']}, {cell['shots']} shots, seed {cell['demonstration_seed']}, "
+            f"{cell['conditions'][0]}: {failures[0].reason}"
+        )
     return cast("EvaluationResults", results)
 
 
@@ -323,18 +309,6 @@ def _record_failures(
         write_json(failed, record)
 
 
-def _describe_failures(failures: Sequence[Failure[Job]], directory: Path | None) -> str:
-    """One sentence with the first failure, and where the others are."""
-    count = sum(len(failure.job.cell_indices) for failure in failures)
-    cell = failures[0].job.group.describe()
-    where = "" if directory is None else f" (all of them in {directory / 'failed'})"
-    return (
-        f"{count} cells failed, the others are finished and kept{where}. The first is "
-        f"{cell['task']}, {cell['shots']} shots, seed {cell['demonstration_seed']}, "
-        f"{cell['conditions'][0]}: {failures[0].reason}"
-    )
-
-
 @dataclass(frozen=True)
 class ModelSource:
     """Where a worker gets the model; the arguments of :func:`icl_helpers.load_model`.
@@ -408,10 +382,9 @@ def pack(
 
 
 def run_job(job: Job) -> list[Cell]:
-    """Score a job's cells; the model is loaded on a worker's first job and kept.
+    """Score a job's cells, one job at a time; the model is loaded on a worker's first one.
 
-    One job at a time: the model is edited while it is scored. Raises :class:`InputError` when the
-    worker's model is not the caller's.
+    Raises :class:`InputError` when the worker's model is not the caller's.
     """
     with _BUSY:
         lm, key = _loaded(job.source)

@@ -142,10 +142,9 @@ class InterventionLM(HFLM):
             self.condition = before
 
     def share(self, conditions: Sequence[Condition]) -> None:
-        """Say that the same prompts will be scored under these conditions, until :meth:`forget`.
+        """Keep, until :meth:`forget`, what prompts share under these conditions.
 
-        What they share is kept meanwhile: the blocked pairs of every prompt, and hidden states
-        below the first head of each condition.
+        These are the blocked pairs of every prompt, and hidden states below each condition's heads.
         """
         self.forget()
         first = {min(head.layer for head in c.heads) for c in conditions if c.heads}

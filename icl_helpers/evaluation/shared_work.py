@@ -58,10 +58,7 @@ def common_start(rows: Sequence[list[int]]) -> int:
 
 
 class SharedStart:
-    """Keys and values of tokens that every prompt begins with.
-
-    Made inside :func:`icl_helpers.intervene`, they are those of the intervened model.
-    """
+    """Keys and values of what every prompt begins with, as the model made them, edited or not."""
 
     def __init__(self, model: PreTrainedModel, ids: Int[torch.Tensor, "1 tokens"]) -> None:
         self.length = ids.shape[1]
@@ -104,10 +101,9 @@ class LayerReuse:
 
     @contextmanager
     def around(self, key: bytes, first_layer: int) -> Iterator[None]:
-        """Run one forward pass over the batch named ``key``, untouched below ``first_layer``.
+        """Run one pass over the batch named ``key``, from the deepest state kept for it.
 
-        Layers below the deepest kept state that holds for this pass are not run; states that are
-        wanted and not kept yet are kept.
+        It is untouched below ``first_layer``; states that are wanted there are kept.
         """
         usable = [layer for layer in self.wanted if layer <= first_layer]
         if not usable:
@@ -181,10 +177,7 @@ def shares_start(model: PreTrainedModel) -> bool:
 
 
 def shares_context(model: PreTrainedModel, ablation: str) -> bool:
-    """Whether branches of one context have the logits of sequences of their own.
-
-    Found out for each kind of ablation (none, zero, mean or knockout) by itself, on a head a layer.
-    """
+    """Whether branches of a context have the logits of sequences of their own, so ablated."""
     return _holds(model, f"context, {ablation}", lambda: _branches_hold(model, ablation))
 
 

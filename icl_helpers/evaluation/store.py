@@ -145,7 +145,7 @@ def document_frame(
     scores = [np.array(values, dtype=np.float64) for values in documents["log_probabilities"]]
     valid = [bool(np.isfinite(values).all()) for values in scores]
     # As in lm-eval's accuracy, the first of equal labels.
-    chosen = [int(v.argmax()) if ok else None for v, ok in zip(scores, valid, strict=True)]
+    said = [int(v.argmax()) if ok else None for v, ok in zip(scores, valid, strict=True)]
     margins = [
         values[target] - np.delete(values, target).max() if ok else np.nan
         for values, target, ok in zip(scores, documents["target"], valid, strict=True)
@@ -153,11 +153,11 @@ def document_frame(
     frame = pd.DataFrame(
         {
             "doc_id": documents["doc_id"],
-            "correct": [c == target for c, target in zip(chosen, documents["target"], strict=True)],
+            "correct": [c == target for c, target in zip(said, documents["target"], strict=True)],
             "margin": np.array(margins, dtype=np.float64),
             "valid": valid,
             "target": documents["target"],
-            "chosen": chosen,
+            "chosen": said,
             "log_probabilities": scores,
             "n_tokens": [np.array(numbers) for numbers in documents["n_tokens"]],
             "greedy": [np.array(flags) for flags in documents["greedy"]],
@@ -218,9 +218,8 @@ def write_results(documents: pd.DataFrame, directory: Path | None) -> Evaluation
 def merge_into_run_tables(run_dir: str | os.PathLike[str], documents: pd.DataFrame) -> pd.DataFrame:
     """Add ``documents`` to a run's tables and return the accuracies of the whole run.
 
-    Rows with the same key are replaced, so that a frame never holds two generations of a cell. Each
-    writer leaves its rows in a file of its own below ``parts``, of which the tables are assembled,
-    so that several at once lose nothing and need no locks.
+    Rows with the same key are replaced. Each writer leaves its rows in a file of its own below
+    ``parts``, of which the tables are assembled: several at once lose nothing and need no locks.
     """
     directory = check_run_dir(run_dir)
     folder = directory / "parts"

@@ -134,11 +134,7 @@ def _call(function: Callable[[Any], ResultT], job: Any) -> ResultT:
 
 
 def _start_worker(pids: Any) -> None:
-    """Prepare a process of a pool: a GPU of its own, one CPU thread, an end with its parent.
-
-    With one thread in every process, sums are rounded alike whatever the number of processes.
-    Ctrl-C, which reaches the whole process group, is ignored already: the pool sees to it.
-    """
+    """Prepare a process: a GPU of its own, one CPU thread, an end with its parent."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
@@ -184,14 +180,14 @@ def dask_workers(scheduler: str | os.PathLike[str]) -> Iterator[Workers]:
             "a dask scheduler needs the extra 'cluster': pip install 'icl-helpers[cluster]'"
         ) from error
     where = os.fspath(scheduler)
-    given = {"address": where} if "://" in where else {"scheduler_file": where}
-    if "scheduler_file" in given and not os.path.isfile(where):
+    address = {"address": where} if "://" in where else {"scheduler_file": where}
+    if "scheduler_file" in address and not os.path.isfile(where):
         raise MissingArtefactError(
             f"scheduler file {where} does not exist; start 'dask scheduler --scheduler-file "
             f"{where}' first, or give an address such as tcp://host:8786"
         )
     try:
-        client = Client(**given, timeout=20, set_as_default=False)
+        client = Client(**address, timeout=20, set_as_default=False)
     except (OSError, ValueError) as error:
         raise MissingArtefactError(f"no dask scheduler answers at {where}: {error}") from error
     with client:
@@ -207,10 +203,7 @@ def dask_workers(scheduler: str | os.PathLike[str]) -> Iterator[Workers]:
 
 
 def workers_from_environment() -> Any:
-    """Context of the workers that ``ICL_SCHEDULER`` or ``ICL_WORKERS`` ask for, or of None.
-
-    The command line sets them, so that the notebooks' kernels find them.
-    """
+    """Context of the workers that ``ICL_SCHEDULER`` or ``ICL_WORKERS`` ask for, or of None."""
     if scheduler := os.environ.get("ICL_SCHEDULER"):
         return dask_workers(scheduler)
     if count := os.environ.get("ICL_WORKERS"):

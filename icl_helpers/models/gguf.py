@@ -87,20 +87,13 @@ def gguf_arguments(source: str, gguf_file: str | None) -> tuple[str, dict[str, A
 
 
 def dequantized() -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that unpack a GGUF file's blocks to ordinary weights.
-
-    Newer versions of transformers can also leave the weights in their blocks and must be told not
-    to; older ones always unpack them.
-    """
+    """Arguments of ``from_pretrained`` that unpack a GGUF file, as older versions always do."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def smollm2_file() -> Path:
-    """The GGUF file in the installed package, found without importing the package.
-
-    Raises :class:`MissingArtefactError` that says how to get it.
-    """
+    """The GGUF file in the installed package; raises :class:`MissingArtefactError` without."""
     with suppress(PackageNotFoundError):
         # The package itself would import llama.cpp's bindings.
         path = Path(str(distribution(_PACKAGE).locate_file(_FILE)))
@@ -116,15 +109,9 @@ def convert_smollm2() -> Path:
     """The checkpoint's directory, written first where it is not there: float32, safetensors.
 
     It is whole or absent, whatever happens to this process; another may convert at the same time.
-
-    Raises
-    ------
-    MissingArtefactError
-        The package is not installed, or its file is not the known one.
-    InputError
-        A library is missing, or what was read is not the model; see :func:`check_smollm2`.
-    StorageError
-        The cache cannot be written.
+    Raises :class:`MissingArtefactError` without the package or its known file, :class:`InputError`
+    without a library or as :func:`check_smollm2`, and :class:`StorageError` for an unwritable
+    cache.
     """
     target = smollm2_dir()
     if target.is_dir():
@@ -169,9 +156,8 @@ def _read(file: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 def check_smollm2(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a model that is not SmolLM2-135M-Instruct, as a wrong reading of its file gives.
 
-    Queries and keys in the wrong order are the known case: they load cleanly and give nonsense.
-    Checked are the prefix-matching score of the best induction head, a greedy continuation, and the
-    perplexity of plain English (the start of the embedded model's reference text). Raises
+    Queries and keys in the wrong order, say, load cleanly and give nonsense. Checked are the score
+    of the best induction head, a greedy continuation, and the perplexity of plain English. Raises
     :class:`InputError` with the values found and expected.
     """
     layer, head = _HEAD

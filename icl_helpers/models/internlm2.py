@@ -43,10 +43,7 @@ _ROPE_TYPES = ("default", "linear", "dynamic")
 def internlm2_settings(
     source: str | os.PathLike[str], *, revision: str | None = None
 ) -> dict[str, Any] | None:
-    """The ``config.json`` of an InternLM2 directory or hub id; None for any other model.
-
-    None, too, where no configuration can be read: the ordinary loading then explains why.
-    """
+    """An InternLM2 directory's or hub id's ``config.json``; None for any other, or unreadable."""
     try:
         file = cached_file(os.fspath(source), "config.json", revision=revision)
         settings = json.loads(Path(file or "").read_text(encoding="utf-8"))
@@ -86,10 +83,7 @@ def internlm2_config(settings: Mapping[str, Any]) -> LlamaConfig:
 
 
 class InternLM2ForCausalLM(LlamaForCausalLM):
-    """Reads InternLM2 checkpoints and gives Llama models.
-
-    A class of its own, because transformers looks conversions up by the name of the class.
-    """
+    """Reads InternLM2 checkpoints, by a conversion that has its name, and gives Llama models."""
 
     @classmethod
     def from_pretrained(

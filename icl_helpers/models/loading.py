@@ -53,10 +53,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class _Checkpoint:
-    """Where a model is read from: a directory or hub id, and transformers' arguments for it.
-
-    ``settings`` are InternLM2's, None for any other model.
-    """
+    """Where and how a model is read; ``settings`` are InternLM2's, None for any other."""
 
     def __init__(
         self, name: str, revision: str | None, gguf_file: str | None, trust_remote_code: bool
@@ -172,9 +169,9 @@ def load_model(
         )  # fmt: skip
     # transformers goes on with random weights where the files hold none that fit.
     if report["mismatched_keys"]:
-        weight, found, expected = min(report["mismatched_keys"])
+        weight, shape, expected = min(report["mismatched_keys"])
         raise InputError(
-            f"model {name!r} does not fit its config.json: {weight} has shape {tuple(found)}, "
+            f"model {name!r} does not fit its config.json: {weight} has shape {tuple(shape)}, "
             f"expected {tuple(expected)}"
         )
     if missing := sorted(report["missing_keys"]):
@@ -201,10 +198,7 @@ def load_config(
     name: str, *, revision: str | None = None, gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedConfig:  # fmt: skip
-    """A model's configuration alone; InternLM2's as that of the Llama it is loaded as.
-
-    Raises as :func:`load_model` does.
-    """
+    """The configuration alone, InternLM2's as a Llama's; raises as :func:`load_model` does."""
     return _Checkpoint(name, revision, gguf_file, trust_remote_code).config()
 
 
@@ -259,21 +253,18 @@ def _loading_error(name: str, error: Exception) -> Exception:
 QUANTIZATIONS = ("4bit", "8bit")
 
 
-def check_quantization(quantization: str | None) -> str | None:
-    """Return it, or raise :class:`InputError` for an unknown one or a missing library."""
-    if quantization is None:
-        return None
-    if quantization not in QUANTIZATIONS:
+def check_quantization(quantization: str | None) -> None:
+    """Raise :class:`InputError` for an unknown one or a missing library."""
+    if quantization not in (None, *QUANTIZATIONS):
         raise InputError(
             f"quantization must be None, {' or '.join(map(repr, QUANTIZATIONS))}, got "
             f"{quantization!r}"
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
             f"quantization={quantization!r} needs the package bitsandbytes; install it with: "
             f"pip install 'icl-helpers[quantized]'"
         )
-    return quantization
 
 
 def quantization_config(quantization: str, dtype: str | torch.dtype) -> BitsAndBytesConfig:
@@ -284,9 +275,7 @@ def quantization_config(quantization: str, dtype: str | torch.dtype) -> BitsAndB
     """
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    options: dict[str, Any] = {
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.float16 if dtype == "auto" else dtype,
-    }
-    return BitsAndBytesConfig(load_in_4bit=True, **options)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16 if dtype == "auto" else dtype,
+    )  # fmt: skip

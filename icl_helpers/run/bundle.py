@@ -108,8 +108,8 @@ class Bundle:
     @functools.cached_property
     def shown(self) -> dict[str, Any]:
         """What stages show that needs the model or the data."""
-        found: dict[str, Any] = self.json("shown.json")
-        return found
+        shown: dict[str, Any] = self.json("shown.json")
+        return shown
 
     def cells(self) -> list[BundledCell]:
         """Every cell."""
@@ -124,16 +124,16 @@ class Bundle:
         ]
 
     def means(self, heads: Iterable[Head]) -> tuple[torch.Tensor, str] | None:
-        """Mean outputs of heads that were ablated together, and the key of the whole of them.
+        """Means of heads ablated together [layers, positions, heads, d_head], and their key.
 
-        [layers, positions, heads, d_head], zero for other heads; None where there are none.
+        Zero for other heads; None where there are none.
         """
-        chosen = sorted(list(head) for head in heads)
-        key = self.shown["means"]["keys"].get(content_key(chosen))
+        pairs = sorted(list(head) for head in heads)
+        key = self.shown["means"]["keys"].get(content_key(pairs))
         if key is None:
             return None
         outputs, reach = self._means
-        return outputs[:, : min(reach[layer, head] for layer, head in chosen)], key
+        return outputs[:, : min(reach[layer, head] for layer, head in pairs)], key
 
     @functools.cached_property
     def _means(self) -> tuple[torch.Tensor, dict[tuple[int, int], int]]:
@@ -148,31 +148,20 @@ class Bundle:
 
     def views(self) -> dict[str, PromptView]:
         """Attention of every head over the viewer's prompts, to the nearest of 255 steps."""
-        found = {}
+        views = {}
         rows = self.table("attention.parquet")
         for name, prompt in self.shown["views"].items():
             kinds: dict[str, dict[Head, torch.Tensor]] = {"pattern": {}, "plain": {}, "blocked": {}}
-            for row in rows:
-                if row["prompt"] == name:
-                    square = _square(row["values"], len(prompt["spans"]))
-                    kinds[row["kind"]][Head(row["layer"], row["head"])] = square
+            size = len(prompt["spans"])
+            for row in (row for row in rows if row["prompt"] == name):
+                square = torch.zeros(size, size)
+                shares = np.frombuffer(row["values"], np.uint8) / _STEPS
+                square[torch.tril_indices(size, size).unbind()] = torch.from_numpy(shares).float()
+                kinds[row["kind"]][Head(row["layer"], row["head"])] = square
             (pattern,) = kinds.pop("pattern").values()
             spans = tuple((start, end) for start, end in prompt["spans"])
-            found[name] = PromptView(prompt["text"], spans, pattern.bool(), **kinds)
-        return found
-
-
-def _square(triangle: bytes, size: int) -> torch.Tensor:
-    square = torch.zeros(size, size)
-    rows, columns = torch.tril_indices(size, size)
-    square[rows, columns] = torch.from_numpy(np.frombuffer(triangle, np.uint8) / _STEPS).float()
-    return square
-
-
-def _triangle(square: torch.Tensor) -> bytes:
-    rows, columns = torch.tril_indices(*square.shape)
-    steps = (square[rows, columns].float() * _STEPS).round().to(torch.uint8)
-    return steps.numpy().tobytes()
+            views[name] = PromptView(prompt["text"], spans, pattern.bool(), **kinds)
+        return views
 
 
 def _refusal(folder: Path, name: str, why: str) -> InputError:
@@ -233,9 +222,8 @@ def import_bundle(directory: str | os.PathLike[str], run_dir: str | os.PathLike[
     if frames:
         merge_into_run_tables(target, pd.concat(frames, ignore_index=True))
     for name in (*_FILES, _MANIFEST):
-        places = [target / "bundle" / name, *([target / name] if name in _COPIED else [])]
-        for place in places:
-            with atomic_path(place) as temporary:
+        for path in (target / "bundle" / name, *([target / name] if name in _COPIED else [])):
+            with atomic_path(path) as temporary:
                 temporary.write_bytes((bundle.folder / name).read_bytes())
     info = bundle.json("run.json")
     # What a bundle says may not run code, nor take hours.
@@ -267,19 +255,33 @@ def export_run(run: Any, out: str | os.PathLike[str]) -> Path:
     means = run.mean_head_outputs()
     cells = _table_rows(run.directory, _cells(run, means))
     prompts, longest = _prompts(run, cells)
-    reach = _reach(cells, longest, means.shape[1])
     views = run.views(every=True)
+    keys = {content_key(c.spec["heads"]): c.spec["means"] for c in cells if "means" in c.spec}
+    n_layers, _, n_heads, d_head = means.shape
+    shown = {
+        "views": {name: {"text": view.text, "spans": view.spans} for name, view in views.items()},
+        "means": {
+            "shape": [n_layers, n_heads, d_head], "keys": keys, "of": run.plan.means_parameters(),
+        },
+    }  # fmt: skip
     with atomic_directory(target) as folder:
         for name in _COPIED:
             (folder / name).write_bytes((run.directory / name).read_bytes())
         _write_cells(folder / "cells.parquet", cells)
-        _write_means(folder / "means.parquet", means, reach)
+        _write_means(folder / "means.parquet", means, cells, longest)
         _write_attention(folder / "attention.parquet", views)
         write_json(folder / "prompts.json", prompts)
         write_json(folder / "run.json", _published(run.info, run.directory.name))
-        write_json(folder / "shown.json", {**run.showcase(), **_shown(run, views, means, cells)})
+        write_json(folder / "shown.json", {**run.showcase(), **shown})
         check_leaks(folder)
-        write_json(folder / _MANIFEST, _manifest(run, folder, cells))
+        missing = _missing_rows(run)
+        manifest = {
+            "format": FORMAT, "model": bundle_name(run.parameters.model),
+            "finished": missing == 0, "rows_missing": missing, "cells": len(cells),
+            "documents": sum(len(cell.documents["doc_id"]) for cell in cells),
+            "versions": run.info["versions"], "files": _file_facts(folder),
+        }  # fmt: skip
+        write_json(folder / _MANIFEST, manifest)
     return target
 
 
@@ -317,42 +319,37 @@ def _cells(run: Any, means: torch.Tensor) -> list[BundledCell]:
     def present(fraction: float, seed: int | None) -> set[str]:
         """Keys of the present means of the heads at a fraction, by whichever control."""
         seeds = [] if seed is None else [seed]
-        found = conditions(
+        ablated = conditions(
             scores, fractions=[fraction], ablations=["mean"], head_outputs=means,
             ablation_seeds=seeds, control=CONTROLS, full=False,
         )  # fmt: skip
-        return {condition.identity()["means"] for condition in found}
+        return {condition.identity()["means"] for condition in ablated}
 
-    found = {}
+    cells = {}
     for spec, documents in CellStore(run.directory / "cells").cells():
         if any(spec.get(name) != value for name, value in key.items()):
             continue
-        seeds = spec.get("fraction"), spec.get("ablation_seed")
-        if "means" in spec and spec["means"] not in present(*seeds):
+        drawn = spec.get("fraction"), spec.get("ablation_seed")
+        if "means" in spec and spec["means"] not in present(*drawn):
             continue
         # Where data lay is nobody's business; cells of earlier versions say it.
         spec = spec | {"data": file_name(spec["data"])}
-        found[content_key(spec)] = BundledCell(spec, documents, None, [])
-    return list(found.values())
+        cells[content_key(spec)] = BundledCell(spec, documents, None, [])
+    return list(cells.values())
 
 
 def _table_rows(directory: Path, cells: list[BundledCell]) -> list[BundledCell]:
     """The cells with their places in the run's table of documents."""
-    places = {
-        _row_key(document_frame(cell.spec, cell.documents, 0)): number
-        for number, cell in enumerate(cells)
-    }
-    rows: list[list[tuple[int, int, str]]] = [[] for _ in cells]
+    by_key = {_row_key(document_frame(cell.spec, cell.documents, 0)): cell for cell in cells}
     if (directory / "documents.parquet").is_file():
         frame = read_frame(directory / "documents.parquet")
         groups = frame.groupby([*KEYS, "setting"], dropna=False, sort=False)
         for place, (_, group) in enumerate(groups):
-            number = places.get(_row_key(group))
-            if number is not None:
+            if (cell := by_key.get(_row_key(group))) is not None:
                 first = group.iloc[0]
-                seed = int(first["demonstration_seed"])
-                rows[number].append((place, seed, str(first["setting"])))
-    return [replace(cell, rows=own) for cell, own in zip(cells, rows, strict=True)]
+                row = place, int(first["demonstration_seed"]), str(first["setting"])
+                cell.rows.append(row)
+    return cells
 
 
 def _row_key(rows: pd.DataFrame) -> tuple[Any, ...]:
@@ -363,36 +360,20 @@ def _row_key(rows: pd.DataFrame) -> tuple[Any, ...]:
 
 
 def _prompts(run: Any, cells: list[BundledCell]) -> tuple[dict[str, str], dict[str, int | None]]:
-    """Keys of the prompts by their group's name, and the longest of each in tokens, if known.
-
-    Notes in the cells a seed that gives their prompts.
-    """
+    """Keys of prompts by their group's name, and the longest in tokens; notes cells' seeds."""
     drawn = [seed for cell in cells for _, seed, _ in cell.rows]
     seeds = list(dict.fromkeys([*run.parameters.seeds, *drawn]))
     names: dict[str, str] = {}
     longest: dict[str, int | None] = {}
-    chosen: dict[str, int | None] = {}
+    first: dict[str, int | None] = {}
     for number, cell in enumerate(cells):
         key = cell.spec["prompts"]
-        if key not in chosen:
-            found, longest[key] = run.seeds_of(cell.spec, seeds)
-            names |= dict.fromkeys(found, key)
-            chosen[key] = next(iter(found.values()), None)
-        cells[number] = replace(cell, seed=chosen[key])
+        if key not in first:
+            by_name, longest[key] = run.seeds_of(cell.spec, seeds)
+            names |= dict.fromkeys(by_name, key)
+            first[key] = next(iter(by_name.values()), None)
+        cells[number] = replace(cell, seed=first[key])
     return names, longest
-
-
-def _reach(
-    cells: list[BundledCell], longest: Mapping[str, int | None], most: int
-) -> dict[Head, int]:
-    """Of each head that was ablated to its mean the number of positions that a prompt reached."""
-    reach: dict[Head, int] = {}
-    for cell in cells:
-        if "means" in cell.spec:
-            length = longest[cell.spec["prompts"]] or most
-            for head in (Head(*head) for head in cell.spec["heads"]):
-                reach[head] = min(most, max(length, reach.get(head, 0)))
-    return reach
 
 
 def _write_cells(path: Path, cells: list[BundledCell]) -> None:
@@ -406,19 +387,22 @@ def _write_cells(path: Path, cells: list[BundledCell]) -> None:
     _write_table(path, columns)
 
 
-def _write_means(path: Path, means: torch.Tensor, reach: Mapping[Head, int]) -> None:
+def _write_means(
+    path: Path, means: torch.Tensor, cells: list[BundledCell], longest: Mapping[str, int | None]
+) -> None:
+    # Of each head that was ablated to its mean the positions that a prompt reached.
+    reach: dict[Head, int] = {}
+    for cell in (cell for cell in cells if "means" in cell.spec):
+        length = longest[cell.spec["prompts"]] or means.shape[1]
+        for head in (Head(*head) for head in cell.spec["heads"]):
+            reach[head] = min(means.shape[1], max(length, reach.get(head, 0)))
     heads = sorted(reach)
-    _write_table(
-        path,
-        {
-            "layer": [head.layer for head in heads],
-            "head": [head.head for head in heads],
-            "values": [
-                means[head.layer, : reach[head], head.head].float().flatten().tolist()
-                for head in heads
-            ],
-        },
-    )
+    vectors = [means[head.layer, : reach[head], head.head] for head in heads]
+    columns: dict[str, list[Any]] = {
+        "layer": [head.layer for head in heads], "head": [head.head for head in heads],
+        "values": [of_head.float().flatten().tolist() for of_head in vectors],
+    }  # fmt: skip
+    _write_table(path, columns)
 
 
 def _write_attention(path: Path, views: Mapping[str, PromptView]) -> None:
@@ -426,7 +410,10 @@ def _write_attention(path: Path, views: Mapping[str, PromptView]) -> None:
     for name, view in views.items():
         kinds = {"pattern": {Head(0, 0): view.pattern / _STEPS}, "plain": view.plain}
         for kind, squares in {**kinds, "blocked": view.blocked}.items():
-            rows += [(name, kind, *head, _triangle(square)) for head, square in squares.items()]
+            for head, square in squares.items():
+                triangle = square[torch.tril_indices(*square.shape).unbind()].float() * _STEPS
+                steps = triangle.round().to(torch.uint8).numpy().tobytes()
+                rows.append((name, kind, *head, steps))
     names = ("prompt", "kind", "layer", "head", "values")
     _write_table(path, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
 
@@ -474,34 +461,6 @@ def _published(info: Mapping[str, Any], name: str) -> dict[str, Any]:
     said["seconds"] = info.get("seconds", {})
     redacted: dict[str, Any] = json.loads(redact(json.dumps(said)))
     return redacted
-
-
-def _shown(
-    run: Any, views: Mapping[str, PromptView], means: torch.Tensor, cells: list[BundledCell]
-) -> dict[str, Any]:
-    n_layers, _, n_heads, d_head = means.shape
-    keys = {content_key(c.spec["heads"]): c.spec["means"] for c in cells if "means" in c.spec}
-    return {
-        "views": {name: {"text": view.text, "spans": view.spans} for name, view in views.items()},
-        "means": {
-            "shape": [n_layers, n_heads, d_head], "keys": keys,
-            "of": run.plan.means_parameters(),
-        },
-    }  # fmt: skip
-
-
-def _manifest(run: Any, folder: Path, cells: list[BundledCell]) -> dict[str, Any]:
-    missing = _missing_rows(run)
-    return {
-        "format": FORMAT,
-        "model": bundle_name(run.parameters.model),
-        "finished": missing == 0,
-        "rows_missing": missing,
-        "cells": len(cells),
-        "documents": sum(len(cell.documents["doc_id"]) for cell in cells),
-        "versions": run.info["versions"],
-        "files": _file_facts(folder),
-    }
 
 
 def _missing_rows(run: Any) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -27,8 +28,8 @@ from icl_helpers.attention.heads import Head
 from icl_helpers.attention.hook import (
     AttentionCall,
     attention_layout,
-    edited_attention,
     equal_but_for_rounding,
+    watched_attention,
 )
 from icl_helpers.attention.interventions import (
     AttentionKnockout,
@@ -106,8 +107,8 @@ class ModelCheck:
             rows.append((it.weights, it.name, number(it.difference), number(it.bound), verdict))
         widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
         lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows]
-        found = [check.verdict for check in self.checks]
-        counts = [f"{found.count(verdict)} {verdict}" for verdict in dict.fromkeys(sorted(found))]
+        verdicts = Counter(sorted(check.verdict for check in self.checks))
+        counts = [f"{count} {verdict}" for verdict, count in verdicts.items()]
         return "\n".join([self.model, *lines, f"{', '.join(counts)} ({self.seconds:.0f} s)"])
 
 
@@ -162,14 +163,22 @@ def check_model(
 @torch.no_grad()
 def _checks(model: PreTrainedModel, quantization: str | None) -> Iterator[Check]:
     """Every check of one loaded model, in evaluation mode."""
-    weights = str(model.dtype).removeprefix("torch.")
-    weights = weights if quantization is None else f"{quantization}, {weights}"
+    weights = ", ".join(filter(None, [quantization, str(model.dtype).removeprefix("torch.")]))
     attention_layout(model)  # a model that is refused is refused here
     training = model.training
     model.eval()
     try:
         subject = _Subject(model)
-        for name, measure in subject.measures():
+        checks: dict[str, Callable[[], _Measured]] = {
+            "no intervention": subject.untouched,
+            "zero ablation": lambda: subject.against(subject.overwritten(None), "zero"),
+            "mean ablation": subject.averaged, "knockout": subject.knocked_out,
+            "grouped queries": subject.grouped,
+        }  # fmt: skip
+        for edit in ("full model", "zero", "mean", "knockout"):
+            checks[f"padded batch, {edit}"] = functools.partial(subject.padded, edit)
+            checks[f"generation, {edit}"] = functools.partial(subject.generated, edit)
+        for name, measure in checks.items():
             try:
                 yield Check(name, weights, *measure())
             except (_DoesNotApplyError, InterventionError, UnsupportedArchitectureError) as why:
@@ -208,27 +217,15 @@ class _Subject:
         self.mask = (torch.arange(length) < torch.tensor(self.lengths)[:, None]).to(model.device)
         blocked = (torch.rand(3, length, length, generator=draw) < 0.4).tril(-1)
         self.blocked = blocked.to(model.device) & self.mask[:, None] & self.mask[..., None]
-        self.chosen = [
-            [head for head in range(self.layout.n_heads) if (layer + head) % 2 == 0]
-            for layer in range(self.layout.n_layers)
-        ]
-        self.heads = [Head(layer, head) for layer, of in enumerate(self.chosen) for head in of]
+        n_heads, n_layers = self.layout.n_heads, self.layout.n_layers
+        # Of each layer every second head.
+        self.edited = [list(range(layer % 2, n_heads, 2)) for layer in range(n_layers)]
+        self.heads = [Head(layer, head) for layer, of in enumerate(self.edited) for head in of]
         self.eps = torch.finfo(model.dtype).eps
         self.rounding = self.eps**0.5
         # Quantised weights are multiplied otherwise for one token than for many.
         self.coarse = self.eps > 1e-5 or getattr(model, "is_quantized", False)
-        self.own: dict[str, float] = {}
-
-    def measures(self) -> Iterator[tuple[str, Callable[[], _Measured]]]:
-        """Names and functions of all checks."""
-        yield "no intervention", self.untouched
-        yield "zero ablation", self.zeroed
-        yield "mean ablation", self.averaged
-        yield "knockout", self.knocked_out
-        yield "grouped queries", self.grouped
-        for name in ("full model", "zero", "mean", "knockout"):
-            yield f"padded batch, {name}", functools.partial(self.padded, name)
-            yield f"generation, {name}", functools.partial(self.generated, name)
+        self.full_model: dict[str, float] = {}
 
     def logits(
         self, *interventions: Intervention, ids: torch.Tensor | None = None
@@ -254,10 +251,6 @@ class _Subject:
         exact = self.model.config._attn_implementation in ("sdpa", "eager")
         return _relative(self.logits(_NOTHING), self.logits()), 0.0 if exact else self.rounding
 
-    def zeroed(self) -> _Measured:
-        """Zero ablation against overwritten heads."""
-        return self.against(self.overwritten(None), "zero")
-
     def averaged(self) -> _Measured:
         """Means against replayed ones, and mean ablation against heads overwritten by them."""
         if not equal_but_for_rounding(self.call.output, self.entering(_NOTHING)):
@@ -274,7 +267,7 @@ class _Subject:
             if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
                 raise _DoesNotApplyError("its attention is handed no additive mask")
             mask = mask.expand(-1, self.layout.n_heads, -1, -1).clone()
-            for head in self.chosen[layer]:
+            for head in self.edited[layer]:
                 mask[:, head].masked_fill_(self.blocked, torch.finfo(mask.dtype).min)
             return args, kwargs | {"attention_mask": mask}
 
@@ -283,17 +276,15 @@ class _Subject:
         return self.against(expected, "knockout")
 
     def against(self, expected: torch.Tensor, name: str) -> _Measured:
-        """Compare an intervention on the padded batch with what it should give.
-
-        No more than a quarter of its effect is allowed, or a hook that does nothing might pass.
-        """
+        """Compare an intervention on the padded batch with what it should give."""
         with self.base():
             plain = self.logits()[self.mask]
-            found = self.logits(*self.interventions(name, slice(0, 3)))[self.mask]
+            edited = self.logits(*self.interventions(name, slice(0, 3)))[self.mask]
         effect = _relative(expected[self.mask], plain)
         if effect < _LEAST_UNITS * self.eps:
             raise _DoesNotApplyError(f"its effect on the logits, {effect:.0e}, is rounding here")
-        return _relative(found, expected[self.mask]), min(self.rounding, effect / 4)
+        # With no more than a quarter of its effect, or a hook that does nothing might pass.
+        return _relative(edited, expected[self.mask]), min(self.rounding, effect / 4)
 
     def grouped(self) -> _Measured:
         """One of the heads that share keys is knocked out: not a bit of the others may change."""
@@ -331,10 +322,10 @@ class _Subject:
         """Give what is done otherwise its bound: rounding, or thrice the full model's."""
         if not self.coarse:
             return difference, self.rounding
-        own = self.own.setdefault(kind, difference)
+        rounding = self.full_model.setdefault(kind, difference)
         if name == "full model":
             return difference, None, "the model's own rounding, by which the others are judged"
-        return difference, max(self.rounding, 3 * own)
+        return difference, max(self.rounding, 3 * rounding)
 
     def base(self) -> AbstractContextManager[None]:
         """The attention that an intervention and what it is compared with have in common."""
@@ -350,22 +341,15 @@ class _Subject:
     def call(self) -> AttentionCall:
         """The first layer's attention on the padded batch."""
         calls: list[AttentionCall] = []
-
-        def record(call: AttentionCall) -> torch.Tensor:
-            calls.append(call)
-            return call.output
-
-        with edited_attention(self.model, {0: [record]}):
+        with watched_attention(self.model, lambda _, call: calls.append(call), [0]):
             self.model(input_ids=self.ids, attention_mask=self.mask.long(), use_cache=False)
         return calls[0]
 
     @functools.cached_property
     def after(self) -> list[torch.nn.Module]:
-        """The first module of every layer that sees what the heads give.
-
-        Two rows differ in every token but the last. There, queries, keys and values of the first
-        layer are alike in both rows, and what heads made of the tokens before is not.
-        """
+        """The first module of every layer that sees what the heads give."""
+        # Two rows differ in every token but the last. There, queries, keys and values of the first
+        # layer are alike in both rows, and what heads made of the tokens before is not.
         first = self.layout.modules[0]
         names, inside = zip(*list(first.named_modules())[1:], strict=True)
         ids = self.ids[:2].clone()
@@ -373,11 +357,10 @@ class _Subject:
         seen: list[str] = []
 
         def look(index: int, args: tuple[Any, ...], kwargs: Any) -> None:
-            given = args[0] if args else None
-            if not isinstance(given, torch.Tensor) or given.shape[:-1] != ids.shape:
-                return
-            if not equal_but_for_rounding(given[0, -1], given[1, -1]):
-                seen.append(names[index])
+            states = args[0] if args else None
+            if isinstance(states, torch.Tensor) and states.shape[:-1] == ids.shape:
+                alike = equal_but_for_rounding(states[0, -1], states[1, -1])
+                seen.extend([] if alike else [names[index]])
 
         with _eager(self.model), input_hooks(inside, look):
             self.model(input_ids=ids, use_cache=False)
@@ -405,8 +388,8 @@ class _Subject:
         """Logits of the padded batch with heads overwritten by these values, or by zero."""
 
         def overwrite(layer: int, args: tuple[Any, ...], kwargs: Any) -> tuple[Any, Any]:
-            heads, chosen = self.split(args[0]).clone(), self.chosen[layer]
-            heads[:, :, chosen] = 0 if values is None else values[layer][:, chosen].to(heads)
+            heads, edited = self.split(args[0]).clone(), self.edited[layer]
+            heads[:, :, edited] = 0 if values is None else values[layer][:, edited].to(heads)
             return (heads.flatten(-2), *args[1:]), kwargs
 
         with _eager(self.model), input_hooks(self.after, overwrite):
@@ -418,8 +401,8 @@ class _Subject:
         outputs: dict[int, torch.Tensor] = {}
 
         def average(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            inputs[layer] = given.float().mean(0)
+            states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            inputs[layer] = states.float().mean(0)
 
         def feed(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             mean = inputs[layer][None].to(self.model.dtype)

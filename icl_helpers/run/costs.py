@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ from icl_helpers.models.loading import load_config, load_tokenizer
 from icl_helpers.models.reference_text import PAPER_POSITIONS, PAPER_SAMPLES
 from icl_helpers.parameters import StageParameters
 from icl_helpers.run.plan import GROUPS, Plan
-from icl_helpers.tasks.demonstrations import Rule
 from icl_helpers.tasks.prompts import PromptSet, build_prompts
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
@@ -155,28 +154,21 @@ def estimate_cost(
     """
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise InputError(f"tokens_per_second must be positive, got {tokens_per_second!r}")
-    known = PAPER_CONFIGS.get(parameters.model)
-    config = (
-        load_config(
-            parameters.model,
-            revision=parameters.revision,
-            trust_remote_code=parameters.trust_remote_code,
-        )
-        if known is None
-        else LlamaConfig(**known, dtype=torch.bfloat16)
-    )
+    p = parameters
+    if (known := PAPER_CONFIGS.get(p.model)) is None:
+        config = load_config(p.model, revision=p.revision, trust_remote_code=p.trust_remote_code)
+    else:
+        config = LlamaConfig(**known, dtype=torch.bfloat16)
     total, _ = parameter_counts(config)
-    plan, tokenizer = Plan(parameters), tokenizer or _embedded_tokenizer()
+    plan, tokenizer = Plan(p), tokenizer or _embedded_tokenizer()
     tokens, longest, uncounted = _grid_tokens(plan, tokenizer)
     closer = _closer_tokens(plan, config, tokenizer)
     context = config.get_text_config().max_position_embeddings
-    positions = min(parameters.positions or PAPER_POSITIONS, context)
+    positions = min(p.positions or PAPER_POSITIONS, context)
     return Cost(
         parameters=total,
-        weights_bytes=weights_bytes(
-            config, dtype=parameters.dtype, quantization=parameters.quantization
-        ),
-        working_bytes=_working_bytes(config, parameters, positions, longest),
+        weights_bytes=weights_bytes(config, dtype=p.dtype, quantization=p.quantization),
+        working_bytes=_working_bytes(config, p, positions, longest),
         tokens=tokens + PAPER_SAMPLES * positions + sum(closer.values()),
         rate=tokens_per_second or min(_FLOPS_PER_SECOND / (2 * total), _MOST_TOKENS_PER_SECOND),
         uncounted=uncounted,
@@ -187,10 +179,7 @@ def estimate_cost(
 def _closer_tokens(
     plan: Plan, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, int]:
-    """Tokens of the stages that look closer, which run each of their prompts many times.
-
-    Text tasks are left out, and so are Shapley values, which small models alone get.
-    """
+    """Tokens of the stages that look closer, without text tasks and Shapley values."""
     p = plan.parameters.model_copy(update={"limit": plan.parameters.analysis_limit})
     tokens = sum(
         _set_tokens(prompts, p, tokenizer)[0]
@@ -246,39 +235,23 @@ def _grid_tokens(
 def _set_tokens(
     prompts: PromptSet, p: StageParameters, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[float, int]:
-    """Tokens of a set of prompts, and of the longest one.
-
-    A draw of demonstrations hardly changes the length: every seed is counted as the first. The
-    abstract tasks' own rows stand for the published ones, which have to be fetched.
-    """
+    """Tokens of a set of prompts, and of the longest one."""
     abstract = not isinstance(get_task_spec(prompts.task), TextTaskSpec)
+    # A draw of demonstrations hardly changes the length: every seed is counted as the first. The
+    # abstract tasks' own rows stand for the published ones, which have to be fetched.
     data = "synthetic" if abstract else prompts.data
-    documents, mean, most = _prompt_tokens(
-        prompts.task,
-        prompts.shots,
-        prompts.labels,
-        p.seeds[0],
-        data,
-        prompts.demonstrations,
-        tokenizer,
-    )  # fmt: skip
+    counted = replace(prompts, seeds=tuple(p.seeds[:1]), data=data)
+    documents, mean, most = _prompt_tokens(counted, tokenizer)
     return mean * min(p.limit or documents, documents), most
 
 
 @functools.lru_cache(maxsize=128)
-def _prompt_tokens(
-    task: str,
-    shots: int,
-    labels: str,
-    seed: int,
-    data: str,
-    rule: Rule | None,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[int, float, int]:
+def _prompt_tokens(of: PromptSet, tokenizer: PreTrainedTokenizerBase) -> tuple[int, float, int]:
     """Documents of a task, and tokens of its prompts, mean and most, by a sample of them."""
     prompts = build_prompts(
-        task, shots=shots, seed=seed, labels=labels, data=data, demonstrations=rule
-    )
+        of.task, shots=of.shots, seed=of.seeds[0], labels=of.labels, data=of.data,
+        demonstrations=of.demonstrations,
+    )  # fmt: skip
     texts = [prompt.context for prompt in prompts[:_SAMPLE]]
     counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     return len(prompts), sum(counts) / len(counts), max(counts)
@@ -297,9 +270,7 @@ def stage_tokens(p: StageParameters, *, positions: int = PAPER_POSITIONS) -> dic
     """
     plan = Plan(p)
     each = sum(_set_tokens(prompts, p, _embedded_tokenizer())[0] for prompts in plan.prompt_sets())
-    kinds = {3: ("full",), 4: ("mean", "zero"), 5: ("knockout",)}
-    tokens = {
-        stage: round(each * sum(map(plan.condition_count, several)))
-        for stage, several in kinds.items()
-    }
-    return {1: _SCORE_TOKENS, 2: PAPER_SAMPLES * positions, **tokens}
+    tokens = {1: _SCORE_TOKENS, 2: PAPER_SAMPLES * positions}
+    for stage, kinds in {3: ("full",), 4: ("mean", "zero"), 5: ("knockout",)}.items():
+        tokens[stage] = round(each * sum(map(plan.condition_count, kinds)))
+    return tokens

@@ -110,15 +110,18 @@ class Plan:
     def prompt_sets(self, group: Group = "tasks") -> list[PromptSet]:
         """Sets of prompts of a group's tasks, in order."""
         p: Any = self.parameters
-        return [
-            prompts
-            for task in self.tasks(group)
-            for labels in self._label_sets(task, group)
-            for prompts in prompt_sets(
-                task, labels, self._shots(task, labels), p.seeds, self.data(task),
-                p.demonstrations, self.sampling(task),
-            )
-        ]  # fmt: skip
+        sets = []
+        for task in self.tasks(group):
+            of_labels = [get_task_spec(task).default_labels]
+            if isinstance(get_task_spec(task), TextTaskSpec):
+                asked = p.labels or ("both" if group == "nlp_tasks" else of_labels[0])
+                of_labels = ["semantic", "unrelated"] if asked == "both" else [asked]
+            for labels in of_labels:
+                sets += prompt_sets(
+                    task, labels, self._shots(task, labels), p.seeds, self.data(task),
+                    p.demonstrations, self.sampling(task),
+                )  # fmt: skip
+        return sets
 
     def analysis_sets(self) -> list[PromptSet]:
         """Prompts that are looked at closely (stages 9 and 10), one set a task.
@@ -131,26 +134,18 @@ class Plan:
         for task in self.tasks():
             spec = get_task_spec(task)
             kinds.setdefault((spec.sampler, len(spec.choices)), task)
-        found = []
+        sets = []
         for task in p.analysis_tasks or kinds.values():
             labels, data = get_task_spec(task).default_labels, self.data(task)
             most = [max(self._shots(task, labels))]
-            found += prompt_sets(
+            sets += prompt_sets(
                 task, labels, most, p.seeds[:1], data, p.demonstrations, self.sampling(task)
             )
-        return found
+        return sets
 
     def sampling(self, task: str) -> str:
         """How the run takes documents of a task where there is a limit."""
         return resolve_sampling(task, self._digest(task), self.parameters.sampling)
-
-    def _label_sets(self, task: str, group: Group) -> list[str]:
-        spec = get_task_spec(task)
-        if not isinstance(spec, TextTaskSpec):
-            return [spec.default_labels]
-        both = "both" if group == "nlp_tasks" else spec.default_labels
-        chosen = self.parameters.labels or both
-        return ["semantic", "unrelated"] if chosen == "both" else [chosen]
 
     def _shots(self, task: str, labels: str) -> list[int]:
         """Numbers of demonstrations; unrelated labels on text only with none and with the most.
@@ -180,28 +175,27 @@ class Plan:
     def row_key(
         self, task: str, condition: str, ablation: str, *, model_key: Mapping[str, Any]
     ) -> str:
-        """What stands in a row's column ``setting``: a hash of all that decides it beside its keys.
+        """A row's ``setting``: a hash of all that decides it beside its keys.
 
-        That is the model, the rows and how many of them, and of the parameters those that decide
-        results under such a condition, with what the user's files hold.
+        That is the model, the rows and how many, parameters and files that decide such a condition.
         """
         values = self.parameters.as_dict() | {"data": self.data(task), "data_dir": None}
         values |= {name: file_name(values[name]) for name, *_, it in about() if it.path}
-        decisive = {"prompts", condition, ablation}
-        chosen = {
+        decisive = {
             name: values[name]
             for name, _, default, it in about()
-            if it.decides in decisive and not (it.later and values[name] == default)
+            if it.decides in ("prompts", condition, ablation)
+            and not (it.later and values[name] == default)
         }
         files = [task, "reference"] if ablation == "mean" else [task]
         held = {name: digest for name in files if (digest := self._digest(name)) is not None}
-        return content_key([chosen, dict(model_key), *([held] if held else [])])
+        return content_key([decisive, dict(model_key), *([held] if held else [])])
 
     def means_parameters(self) -> dict[str, Any]:
         """The parameters that decide the means, as they are in a bundle."""
         values = self.parameters.as_dict()
-        decisive = [(name, it.path) for name, *_, it in about() if it.decides == "mean"]
-        return {name: file_name(values[name]) if path else values[name] for name, path in decisive}
+        decisive = {name: it.path for name, *_, it in about() if it.decides == "mean"}
+        return {n: file_name(values[n]) if path else values[n] for n, path in decisive.items()}
 
     def selected(
         self, frame: pd.DataFrame, group: Group, model_key: Mapping[str, Any]
@@ -215,10 +209,9 @@ class Plan:
         setting = functools.cache(functools.partial(self.row_key, model_key=model_key))
 
         def belongs(row: Any) -> bool:
-            full = row.condition == "full"
             return (
                 (row.task, row.labels, row.shots, row.demonstration_seed) in wanted
-                and (full or row.fraction in self.fractions)
+                and (row.condition == "full" or row.fraction in self.fractions)
                 and (pd.isna(row.ablation_seed) or row.ablation_seed in p.ablation_seeds)
                 and (row.control == "" or row.control in p.control)
                 and row.setting == setting(row.task, row.condition, row.ablation)
@@ -241,8 +234,7 @@ class Plan:
     def check_data(self, stages: Iterable[str] = tuple(_STAGES)) -> None:
         """Read the rows that these stages will need, so that what is missing is known before.
 
-        A text task among those of the knockout is an :class:`InputError`, and so are results of a
-        single document.
+        :class:`InputError`, too, for a text task to be blocked and for results of one document.
         """
         stages = tuple(stages)
         if "results" in stages and self.parameters.limit == 1:

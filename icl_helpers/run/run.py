@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from icl_helpers.attention.scores import prefix_matching_scores, random_sequence
 from icl_helpers.errors import ICLError, InputError, NotMeasuredError
 from icl_helpers.evaluation.cells import CellGroup, build
 from icl_helpers.evaluation.conditions import FULL, Condition, conditions, drawn_again
-from icl_helpers.evaluation.evaluate import ModelSource, evaluate_request, plan_request
+from icl_helpers.evaluation.evaluate import ModelSource, evaluate_groups, plan_groups
 from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.evaluation.store import KEYS, read_frame
 from icl_helpers.evaluation.workers import workers_from_environment
@@ -94,7 +94,6 @@ class Run:
         imported = imported_dir(self.directory)
         self._bundle = None if imported is None else Bundle(imported)
         self._values: dict[str, Any] = {}
-        self._means: torch.Tensor | None = None
         self._views: dict[bool, dict[str, PromptView]] = {}
         check_same_model(self.info, parameters)
         self.plan = Plan(parameters, None if imported is None else self.info.get("contents", {}))
@@ -129,20 +128,10 @@ class Run:
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._loaded is None:
             p = self.parameters
-            self._loaded = load_model(
-                p.model, revision=p.revision, dtype=p.dtype, device=p.device,
-                quantization=p.quantization, trust_remote_code=p.trust_remote_code,
-            )  # fmt: skip
+            self._loaded = load_model(p.model, **p.loading())
             attention_layout(self._loaded[0])
             self._identity = self._identify()
         return self._loaded
-
-    def _release(self) -> None:
-        """Let go of the model: workers load it themselves, and memory may not hold it twice."""
-        self._loaded = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -152,11 +141,10 @@ class Run:
         its files, as JSON values.
         """
         if self._identity is None:
-            kept = self.info.get("identity") or {}
-            if self._bundle is not None or (
-                kept.get("state") and kept["state"] == self._checkpoint_state()
-            ):
-                self._identity = kept
+            noted = self.info.get("identity") or {}
+            state = noted.get("state")
+            if self._bundle is not None or (state and state == self._checkpoint_state()):
+                self._identity = noted
                 self._record()
             else:
                 self._load()
@@ -171,32 +159,24 @@ class Run:
         """
         key = model_key(self.model, self.tokenizer, self.parameters.revision)
         if self._bundle is not None:
-            kept: dict[str, Any] = self.info["identity"]
-            other = sorted(name for name in key if key[name] != kept["key"].get(name))
+            noted: dict[str, Any] = self.info["identity"]
+            other = sorted(name for name in key if key[name] != noted["key"].get(name))
             if other:
                 raise InputError(
                     f"{self.directory} was imported, and the model here differs from its model in "
                     f"{', '.join(other)}; evaluate this one in another run_dir"
                 )
-            return kept
+            return noted
         identity: dict[str, Any] = {
-            "key": key,
-            "context": one_angle_length(self.model),
-            "state": self._checkpoint_state(),
-        }
-        self._record(
-            **model_facts(self.model),
-            fingerprint=identity["key"]["fingerprint"],
-            identity=identity,
-        )
+            "key": key, "context": one_angle_length(self.model), "state": self._checkpoint_state()
+        }  # fmt: skip
+        facts = model_facts(self.model)
+        self._record(**facts, fingerprint=key["fingerprint"], identity=identity)
         return identity
 
     def _checkpoint_state(self) -> str | None:
         p = self.parameters
-        return checkpoint_state(
-            resolve_model(p.model), revision=p.revision, dtype=p.dtype, device=p.device,
-            quantization=p.quantization, trust_remote_code=p.trust_remote_code,
-        )  # fmt: skip
+        return checkpoint_state(resolve_model(p.model), **p.loading())
 
     def prefix_scores(self) -> torch.Tensor:
         """Prefix-matching scores, [sequences, layers, heads]; computed once."""
@@ -205,18 +185,16 @@ class Run:
         def compute() -> torch.Tensor:
             sequences = random_sequences(self.tokenizer)
             scores = prefix_matching_scores(self.model, sequences)
-            ranking = token_pool(self.tokenizer)[1]
-            write_json(self.directory / "heads.json", self._heads_json(scores, ranking))
+            mean = scores.mean(0)
+            content = {
+                "tokens_ranked_by": token_pool(self.tokenizer)[1],
+                "induction_heads": {f"{f:g}": top_heads(mean, f) for f in self.plan.fractions},
+                "scores": mean.tolist(),
+            }
+            write_json(self.directory / "heads.json", content)
             return scores
 
         return cached_tensor(self.directory / "prefix_scores.safetensors", key, compute)
-
-    def _heads_json(self, scores: torch.Tensor, ranking: str) -> dict[str, Any]:
-        mean = scores.mean(0)
-        chosen = {
-            f"{f:g}": [list(head) for head in top_heads(mean, f)] for f in self.plan.fractions
-        }
-        return {"tokens_ranked_by": ranking, "induction_heads": chosen, "scores": mean.tolist()}
 
     @property
     def n_heads(self) -> int:
@@ -229,12 +207,11 @@ class Run:
 
     def mean_head_outputs(self) -> torch.Tensor:
         """Mean head outputs, [layers, positions, heads, d_head]; computed once."""
-        # To look whether they are there takes the reference text, and stages ask many times.
-        if self._means is None:
-            self._means = self._mean_head_outputs()
         return self._means
 
-    def _mean_head_outputs(self) -> torch.Tensor:
+    @functools.cached_property
+    def _means(self) -> torch.Tensor:
+        # To look whether they are there takes the reference text, and stages ask many times.
         p = self.parameters
         texts = reference_texts(p.model, reference=p.reference)
         positions = min(p.positions or PAPER_POSITIONS, self.identity["context"])
@@ -254,30 +231,21 @@ class Run:
         if kind == "full":
             return [FULL]
         p = self.parameters
-        found = conditions(
+        of_kind = conditions(
             self.prefix_scores().mean(0), fractions=self.plan.fractions, ablations=[kind],
             head_outputs=torch.empty(0), ablation_seeds=p.ablation_seeds, control=p.control,
             categories=p.categories, full=False,
         )  # fmt: skip
-        return self._with_means(found) if kind == "mean" else found
-
-    def _with_means(self, found: list[Condition]) -> list[Condition]:
-        """The conditions with their means: those of the bundle where it has them."""
-        filled = []
-        for condition in found:
-            brought = self._brought_means(condition)
+        if kind != "mean":
+            return of_kind
+        # The bundle's means of these heads, where they are those that are asked for.
+        bundle, filled = self._bundle, []
+        usable = bundle is not None and bundle.shown["means"]["of"] == self.plan.means_parameters()
+        for condition in of_kind:
+            brought = bundle.means(condition.heads) if bundle is not None and usable else None
             outputs, key = brought or (self.mean_head_outputs(), None)
             filled.append(replace(condition, head_outputs=outputs, means_key=key))
         return filled
-
-    def _brought_means(self, condition: Condition) -> tuple[torch.Tensor, str] | None:
-        """The bundle's means of a condition's heads, where they are those that are asked for."""
-        if (
-            self._bundle is None
-            or self._bundle.shown["means"]["of"] != self.plan.means_parameters()
-        ):
-            return None
-        return self._bundle.means(condition.heads)
 
     def evaluate(self, *kinds: str, group: Group = "tasks") -> pd.DataFrame:
         """Accuracies of a group's tasks under the conditions of these kinds.
@@ -291,17 +259,19 @@ class Run:
         sets = self.plan.prompt_sets(group)
         if not sets:
             return pd.DataFrame(columns=[*KEYS, "n", "n_invalid", "accuracy"])
-        request = plan_request(
-            sets, conditions=conditions, limit=p.limit, run_dir=self.directory,
-            setting=functools.partial(self.plan.row_key, model_key=key),
-        )  # fmt: skip
+        groups = plan_groups(sets, conditions=conditions, limit=p.limit)
+        setting = functools.partial(self.plan.row_key, model_key=key)
         with workers_from_environment() as workers:
             if workers is not None:
-                self._release()
+                # They load the model themselves, and memory may not hold it twice.
+                self._loaded = None
+                gc.collect()
+                torch.cuda.empty_cache()
             load = functools.cache(self.scorer)
-            results = evaluate_request(
-                request, key, load=load, executor=workers, source=source_of(p)
-            )
+            results = evaluate_groups(
+                groups, key, self.directory, load, setting=setting, executor=workers,
+                source=source_of(p),
+            )  # fmt: skip
         return pd.DataFrame(results)
 
     def scorer(self) -> InterventionLM:
@@ -335,11 +305,11 @@ class Run:
 
     def mean_norms(self) -> torch.Tensor:
         """Norm of each head's mean output, averaged over positions, [layers, heads]."""
-
-        def compute() -> Any:
-            return self.mean_head_outputs().norm(dim=-1).mean(dim=1).tolist()
-
-        return torch.tensor(self._shown("mean norms", [self.plan.means_parameters()], compute))
+        norms = self._shown(
+            "mean norms", [self.plan.means_parameters()],
+            lambda: self.mean_head_outputs().norm(dim=-1).mean(dim=1).tolist(),
+        )  # fmt: skip
+        return torch.tensor(norms)
 
     def example(self, task: str, *, shots: int, labels: str | None = None) -> Prompt:
         """The first prompt of a task, at the first demonstration seed."""
@@ -353,12 +323,11 @@ class Run:
             return asdict(prompts[0])
 
         of = [task, shots, seed, labels, file_name(data), rule]
-        found = self._shown("example", of, compute)
-        return Prompt(**found | {"choices": tuple(found["choices"])})
+        values = self._shown("example", of, compute)
+        return Prompt(**values | {"choices": tuple(values["choices"])})
 
     def knockout_example(self) -> dict[str, int]:
         """Tokens of a prompt with two demonstrations, and the pairs that a knockout blocks."""
-
         prompt = self.example(self.plan.tasks()[0], shots=2)
         categories = self.parameters.categories
 
@@ -366,8 +335,8 @@ class Run:
             blocked = induction_pattern(prompt.context, self.tokenizer, categories=categories)
             return {"tokens": len(blocked), "blocked pairs": int(blocked.sum())}
 
-        found: dict[str, int] = self._shown("knockout", [prompt.context, categories], compute)
-        return found
+        counts: dict[str, int] = self._shown("knockout", [prompt.context, categories], compute)
+        return counts
 
     def text_tasks(self) -> pd.DataFrame:
         """Data, sizes and labels of the run's text tasks."""
@@ -375,12 +344,9 @@ class Run:
         from icl_helpers.results.notebook import text_task_table
 
         data = {task: self.plan.data(task) for task in self.plan.tasks("nlp_tasks")}
-
-        def compute() -> Any:
-            return text_task_table(data).to_dict("index")
-
-        of = [[task, file_name(place)] for task, place in data.items()]
-        return pd.DataFrame.from_dict(self._shown("text tasks", of, compute), orient="index")
+        of = [[task, file_name(source)] for task, source in data.items()]
+        table = self._shown("text tasks", of, lambda: text_task_table(data).to_dict("index"))
+        return pd.DataFrame.from_dict(table, orient="index")
 
     def showcase(self) -> dict[str, Any]:
         """What stages show that an imported run can have from its bundle only, as JSON values."""
@@ -414,8 +380,8 @@ class Run:
     def measurements(self) -> dict[str, Any]:
         """Every measurement of the model that was made here, by what it is kept under."""
         files = sorted(self._measurements_dir().glob("*.json"))
-        found = (json.loads(path.read_bytes()) for path in files)
-        return {stored["key"]: stored["value"] for stored in found}
+        measured = (json.loads(path.read_bytes()) for path in files)
+        return {stored["key"]: stored["value"] for stored in measured}
 
     def _measurements_dir(self) -> Path:
         return self.directory / "measurements" / content_key(self.identity["key"])
@@ -435,26 +401,22 @@ class Run:
         The prompts are of the first word-sequence task and the three first others. Blocked are the
         five best together.
         """
-        if every not in self._views:
-            self._views[every] = self._computed_views(every=every)
-        return self._views[every]
-
-    def _computed_views(self, *, every: bool) -> dict[str, PromptView]:
+        if every in self._views:
+            return self._views[every]
         if self._bundle is not None and self._bundle.shown["viewed"] == self._viewed():
-            views = self._bundle.views()
-            return {name: views[name] for name in map(view_name, self._viewed_tasks())}
-        p, scores = self.parameters, self.prefix_scores()
-        also = [Head(*head) for head in np.ndindex(*scores.shape[1:])] if every else []
-        return {
-            name: prompt_view(
-                self.model, self.tokenizer, self._viewed_heads(), prompt,
-                categories=p.categories, also=also,
-            )
-            for task in self._viewed_tasks()
-            for name, prompt in viewer_prompts(
-                [task], seed=p.seeds[0], data=self.plan.data(task)
-            ).items()
-        }  # fmt: skip
+            kept = self._bundle.views()
+            self._views[every] = {n: kept[n] for n in map(view_name, self._viewed_tasks())}
+            return self._views[every]
+        p, views = self.parameters, {}
+        heads = [Head(*head) for head in np.ndindex(*self.prefix_scores().shape[1:])]
+        options: dict[str, Any] = {"categories": p.categories, "also": heads if every else []}
+        best = self.induction_heads()[:5]
+        for task in self._viewed_tasks():
+            prompts = viewer_prompts([task], seed=p.seeds[0], data=self.plan.data(task))
+            for name, prompt in prompts.items():
+                views[name] = prompt_view(self.model, self.tokenizer, best, prompt, **options)
+        self._views[every] = views
+        return views
 
     def first_view(self) -> PromptView:
         """The first of :meth:`views`."""
@@ -470,9 +432,6 @@ class Run:
         self._record(followers=found)
         return found
 
-    def _viewed_heads(self) -> list[Head]:
-        return self.induction_heads()[:5]
-
     def _viewed_tasks(self) -> list[str]:
         tasks = self.plan.tasks()
         first = next((task for task in tasks if task.startswith("wordseq")), tasks[0])
@@ -482,7 +441,7 @@ class Run:
         """What decides the views."""
         p = self.parameters
         data = {task: file_name(self.plan.data(task)) for task in self._viewed_tasks()}
-        return content_key([data, p.seeds[0], p.categories, self._viewed_heads()])
+        return content_key([data, p.seeds[0], p.categories, self.induction_heads()[:5]])
 
     def seeds_of(
         self, spec: Mapping[str, Any], seeds: Sequence[int]
@@ -491,8 +450,8 @@ class Run:
 
         Seeds by the name of their group of cells; none where the data are not here any more.
         """
-        places = [self.plan.data(spec["task"]), spec["data"]]
-        data = next(place for place in places if file_name(place) == spec["data"])
+        sources = [self.plan.data(spec["task"]), spec["data"]]
+        data = next(source for source in sources if file_name(source) == spec["data"])
         groups = [CellGroup.of_spec(spec, seed=seed, data=data) for seed in seeds]
         for group in groups:
             try:
@@ -526,20 +485,16 @@ class Run:
         return [str(value) for _, value in sorted(self.identity["key"].items())]
 
     def _record(self, **values: Any) -> None:
-        content = {
-            **self.info,
-            "model": self.info.get("model", self.parameters.model),
-            "parameters": self.info.get("parameters", StageParameters().as_dict())
-            | self.parameters.as_dict(stated=True),
-            "contents": self.info.get("contents", {}) | self.plan.contents(),
-            **({} if self._untouched else {"updated": _now()}),
-            **values,
+        info = self.info
+        parameters = info.get("parameters", StageParameters().as_dict())
+        content = info | {
+            "model": info.get("model", self.parameters.model),
+            "parameters": parameters | self.parameters.as_dict(stated=True),
+            "contents": info.get("contents", {}) | self.plan.contents(),
         }
-        write_json(self.directory / "run.json", content)
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if not self._untouched:
+            content["updated"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        write_json(self.directory / "run.json", content | values)
 
 
 def run_at(directory: str | os.PathLike[str]) -> Run:
@@ -549,8 +504,5 @@ def run_at(directory: str | os.PathLike[str]) -> Run:
 
 def source_of(parameters: StageParameters) -> ModelSource:
     """Where workers get the model of a run."""
-    values = parameters.as_dict()
-    return ModelSource(
-        values.pop("model"),
-        **{f.name: values[f.name] for f in fields(ModelSource) if f.name in values},
-    )
+    p = parameters
+    return ModelSource(p.model, batch_size=p.batch_size, **p.loading())

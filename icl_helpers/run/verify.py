@@ -27,7 +27,7 @@ from tqdm import tqdm
 from icl_helpers.attention.heads import top_heads
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
 from icl_helpers.errors import ICLError, InputError
-from icl_helpers.evaluation.cells import CellGroup, Prompts, build, score_documents
+from icl_helpers.evaluation.cells import CellGroup, build, score_documents
 from icl_helpers.evaluation.conditions import Condition
 from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.models.fingerprint import model_facts, model_key
@@ -145,74 +145,70 @@ def verify_bundle(
         model or p["model"], revision=p["revision"], dtype=p["dtype"], device=device,
         quantization=p["quantization"], trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    notes = _compare_keys(info, model_key(loaded, tokenizer, p["revision"]))
-    scores = prefix_matching_scores(loaded, random_sequences(tokenizer))
-    kept = load_file(bundle.folder / "prefix_scores.safetensors")["prefix_scores"]
-    cells = bundle.cells()
-    _check_heads(bundle, cells, kept.mean(0))
-    groups, left_out = _groups(cells, data_dir)
-    compared = _Compared()
-    lm = InterventionLM(loaded, tokenizer)
-    until = None if seconds is None else began + seconds
-    for group, own, documents in _drawn(groups, share, seed, until):
-        prompts = build(group)
-        if prompts.key != own[0].spec["prompts"]:
-            raise InputError(
-                f"the prompts of {group.task} ({group.shots} examples, seed {group.seed}) come out "
-                f"otherwise here than in bundle {directory}: the rows of {group.data!r} differ"
-            )
-        compared.add(lm, bundle, prompts, own, documents)
-    if not compared.differences:
-        raise InputError(f"bundle {directory}: nothing can be compared ({'; '.join(left_out)})")
-    facts = model_facts(loaded)
-    tolerance, least = TOLERANCES.get(info["dtype"], TOLERANCES["float32"])
-    differences = np.array(compared.differences)
-    return Verification(
-        model=info["model"],
-        documents=len(differences),
-        of_documents=sum(len(cell.documents["doc_id"]) for cell in cells),
-        cells=len(compared.cells),
-        of_cells=len(cells),
-        equal_answers=float(np.mean(compared.equal)),
-        largest=float(differences.max()),
-        percentile_99=float(np.quantile(differences, 0.99, method="higher")),
-        scores_largest=float((scores - kept).abs().max()),
-        tolerance=tolerance,
-        least_equal=least,
-        seed=seed,
-        seconds=round(time.monotonic() - began, 1),
-        made=_circumstances(info),
-        here={**_circumstances(facts), "threads": str(torch.get_num_threads())},
-        left_out=tuple(left_out),
-        notes=tuple(notes),
-    )
-
-
-def _circumstances(facts: dict[str, Any]) -> dict[str, str]:
-    versions = {name: facts["versions"].get(name, "") for name in ("torch", "transformers")}
-    return {name: str(facts.get(name)) for name in ("device", "dtype", "machine")} | versions
-
-
-def _compare_keys(info: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """Notes on what differs of the model; other weights are refused."""
-    made = info["identity"]["key"]
+    here, made = model_key(loaded, tokenizer, p["revision"]), info["identity"]["key"]
     other = [name for name in here if here[name] != made.get(name)]
     if "fingerprint" in other:
         raise InputError(
             f"the model here has other weights than {info['model']} had when the run was made "
             f"(fingerprint {here['fingerprint']}, not {made['fingerprint']})"
         )
-    return [f"{name} is {here[name]}, not {made.get(name)} as in the run" for name in other]
-
-
-def _check_heads(bundle: Bundle, cells: Sequence[BundledCell], scores: torch.Tensor) -> None:
-    """Refuse cells whose induction heads are not those that the bundle's scores give."""
+    scores = prefix_matching_scores(loaded, random_sequences(tokenizer))
+    stated = load_file(bundle.folder / "prefix_scores.safetensors")["prefix_scores"]
+    cells = bundle.cells()
     for spec in (cell.spec for cell in cells if cell.spec["condition"].startswith("induction")):
-        if spec["heads"] != sorted(map(list, top_heads(scores, spec["fraction"]))):
+        if spec["heads"] != sorted(map(list, top_heads(stated.mean(0), spec["fraction"]))):
             raise InputError(
-                f"bundle {bundle.folder}: cells.parquet has induction "
-                f"heads that are not the highest of prefix_scores.safetensors"
+                f"bundle {bundle.folder}: cells.parquet has induction heads that are not the "
+                f"highest of prefix_scores.safetensors"
             )
+    groups, left_out = _groups(cells, data_dir)
+    # Of every cell and document: the largest difference, and whether the answer is the same.
+    compared: list[tuple[float, bool]] = []
+    compared_cells: set[int] = set()
+    lm = InterventionLM(loaded, tokenizer)
+    until = None if seconds is None else began + seconds
+    for group, alike, doc_ids in _drawn(groups, share, seed, until):
+        prompts = build(group)
+        if prompts.key != alike[0].spec["prompts"]:
+            raise InputError(
+                f"the prompts of {group.task} ({group.shots} examples, seed {group.seed}) come out "
+                f"otherwise here than in bundle {directory}: the rows of {group.data!r} differ"
+            )
+        conditions = [_condition(cell, bundle) for cell in alike]
+        lm.share(conditions)
+        for cell, condition in zip(alike, conditions, strict=True):
+            again = score_documents(lm, condition, prompts, doc_ids)
+            compared += _compared(cell.documents, again)
+            compared_cells.add(id(cell))
+        lm.forget()
+    if not compared:
+        raise InputError(f"bundle {directory}: nothing can be compared ({'; '.join(left_out)})")
+    tolerance, least = TOLERANCES.get(info["dtype"], TOLERANCES["float32"])
+    differences, equal = map(np.array, zip(*compared, strict=True))
+    return Verification(
+        model=info["model"],
+        documents=len(differences),
+        of_documents=sum(len(cell.documents["doc_id"]) for cell in cells),
+        cells=len(compared_cells),
+        of_cells=len(cells),
+        equal_answers=float(np.mean(equal)),
+        largest=float(differences.max()),
+        percentile_99=float(np.quantile(differences, 0.99, method="higher")),
+        scores_largest=float((scores - stated).abs().max()),
+        tolerance=tolerance,
+        least_equal=least,
+        seed=seed,
+        seconds=round(time.monotonic() - began, 1),
+        made=_circumstances(info),
+        here=_circumstances(model_facts(loaded)) | {"threads": str(torch.get_num_threads())},
+        left_out=tuple(left_out),
+        notes=tuple(f"{k} is {here[k]}, not {made.get(k)} as in the run" for k in other),
+    )
+
+
+def _circumstances(facts: dict[str, Any]) -> dict[str, str]:
+    versions = {name: facts["versions"].get(name, "") for name in ("torch", "transformers")}
+    return {name: str(facts.get(name)) for name in ("device", "dtype", "machine")} | versions
 
 
 # Cells that share their prompts.
@@ -226,8 +222,8 @@ def _groups(cells: Sequence[BundledCell], data_dir: str | None) -> tuple[list[_G
         by_prompts.setdefault(cell.spec["prompts"], []).append(cell)
     groups: list[_Group] = []
     lacking: dict[tuple[str, str], list[BundledCell]] = {}
-    for own in by_prompts.values():
-        spec, seed = own[0].spec, own[0].seed
+    for alike in by_prompts.values():
+        spec, seed = alike[0].spec, alike[0].seed
         data = spec["data"] if spec["data"] in ("synthetic", "original") else data_dir
         try:
             if data is None:
@@ -237,79 +233,52 @@ def _groups(cells: Sequence[BundledCell], data_dir: str | None) -> tuple[list[_G
             group = CellGroup.of_spec(spec, seed=seed, data=data)
             check_rows(group.task, data=group.data)
         except ICLError as error:
-            lacking.setdefault((spec["task"], str(error)), []).extend(own)
+            lacking.setdefault((spec["task"], str(error)), []).extend(alike)
         else:
-            groups.append((group, own))
+            groups.append((group, alike))
     return groups, [
-        f"{len(own)} cells of {task}: {why}" for (task, why), own in sorted(lacking.items())
+        f"{len(missing)} cells of {task}: {why}" for (task, why), missing in sorted(lacking.items())
     ]
 
 
 def _drawn(
     groups: Sequence[_Group], share: float, seed: int, until: float | None
 ) -> Iterator[tuple[CellGroup, list[BundledCell], list[int]]]:
-    """Yield groups with documents to compute again; with a limit one at a time, at random.
-
-    Nothing more is yielded where it would take too long if it took as long as the last.
-    """
-    units = [(n, doc) for n, (_, own) in enumerate(groups) for doc in own[0].documents["doc_id"]]
+    """Yield groups with documents to compute again; with a limit one, while time is left."""
+    documents = [cells[0].documents["doc_id"] for _, cells in groups]
+    units = [(number, doc_id) for number, doc_ids in enumerate(documents) for doc_id in doc_ids]
     random.Random(seed).shuffle(units)
     units = units[: math.ceil(share * len(units))]
+    batches = [(number, [document]) for number, document in units]
     if until is None:
         by_group: dict[int, list[int]] = {}
         for number, document in units:
             by_group.setdefault(number, []).append(document)
         batches = list(by_group.items())
-    else:
-        batches = [(number, [document]) for number, document in units]
     took = 0.0
-    for count, (number, documents) in enumerate(tqdm(batches, desc="verify", unit="prompts")):
+    for count, (number, doc_ids) in enumerate(tqdm(batches, desc="verify", unit="prompts")):
         began = time.monotonic()
         if until is not None and count and began + took > until:
             return
-        yield *groups[number], documents
+        yield *groups[number], doc_ids
         took = time.monotonic() - began
 
 
-class _Compared:
-    """What the documents that were computed again showed."""
-
-    def __init__(self) -> None:
-        self.differences: list[float] = []
-        self.equal: list[bool] = []
-        self.cells: set[int] = set()
-
-    def add(
-        self,
-        lm: InterventionLM,
-        bundle: Bundle,
-        prompts: Prompts,
-        cells: Sequence[BundledCell],
-        documents: Sequence[int],
-    ) -> None:
-        """Score these documents under the conditions of the cells."""
-        conditions = [_condition(cell, bundle) for cell in cells]
-        lm.share(conditions)
-        for cell, condition in zip(cells, conditions, strict=True):
-            found = score_documents(lm, condition, prompts, documents)
-            self.cells.add(id(cell))
-            for place, document in enumerate(found["doc_id"]):
-                stated = cell.documents["doc_id"].index(document)
-                self._compare(cell.documents, stated, found, place)
-        lm.forget()
-
-    def _compare(
-        self, stated: dict[str, list[Any]], at: int, found: dict[str, list[Any]], place: int
-    ) -> None:
-        # Blocked pairs are a knockout's, and cells of earlier versions have no number of them.
-        exact = {"target", "n_tokens", "n_blocked"} & stated.keys()
-        same = all(stated[name][at] == found[name][place] for name in exact)
-        one, other = stated["log_probabilities"][at], found["log_probabilities"][place]
-        pairs = list(zip(one, other, strict=False))
-        finite = all((a is None) == (b is None) for a, b in pairs) and len(one) == len(other)
+def _compared(
+    stated: dict[str, list[Any]], again: dict[str, list[Any]]
+) -> Iterator[tuple[float, bool]]:
+    """Of each document that was scored again the largest difference, and whether answers agree."""
+    # Blocked pairs are a knockout's, and cells of earlier versions have no number of them.
+    exact = {"target", "n_tokens", "n_blocked"} & stated.keys()
+    for row, doc_id in enumerate(again["doc_id"]):
+        at = stated["doc_id"].index(doc_id)
+        same = all(stated[name][at] == again[name][row] for name in exact)
+        first, second = stated["log_probabilities"][at], again["log_probabilities"][row]
+        pairs = list(zip(first, second, strict=False))
+        finite = all((a is None) == (b is None) for a, b in pairs) and len(first) == len(second)
         gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
-        self.differences.append(max(gaps, default=0.0) if same and finite else math.inf)
-        self.equal.append(same and _answer(one) == _answer(other))
+        difference = max(gaps, default=0.0) if same and finite else math.inf
+        yield difference, same and _answer(first) == _answer(second)
 
 
 def _condition(cell: BundledCell, bundle: Bundle) -> Condition:

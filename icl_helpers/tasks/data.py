@@ -51,10 +51,7 @@ Row = dict[str, Any]
 
 
 class TextSplits(NamedTuple):
-    """Checked rows: demonstrations come from ``train``, documents from ``validation``.
-
-    Each row's ``label`` is 0 or 1.
-    """
+    """Rows, ``label`` 0 or 1: demonstrations come from ``train``, documents from ``validation``."""
 
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
@@ -63,18 +60,10 @@ class TextSplits(NamedTuple):
 def load_splits(spec: TextTaskSpec, *, data: str | os.PathLike[str] = "synthetic") -> TextSplits:
     """Both splits of a text task.
 
-    Parameters
-    ----------
-    data
-        ``"synthetic"`` or ``"original"``: from the hub, or embedded for a stand-in; else a
-        directory of local files.
-
-    Raises
-    ------
-    InputError
-        No such directory, or a malformed row, naming the file and the row.
-    MissingArtefactError
-        The hub cannot be reached or a file is not there, naming where to put it.
+    ``data``: ``"synthetic"`` or ``"original"``, from the hub, or embedded for a stand-in; else a
+    directory of local files. Raises :class:`InputError` for no directory and for a malformed row,
+    naming file and row, and :class:`MissingArtefactError` where the hub cannot be reached or a file
+    is not there, naming where to put it.
     """
     if os.fspath(data) not in ("synthetic", "original"):
         files = _local_files(spec, _directory(data, spec.name))
@@ -98,10 +87,7 @@ def hold_out(rows: list[Row], *, seed: int = HOLD_OUT_SEED) -> tuple[list[Row], 
 
 
 def check_local(data_dir: str | os.PathLike[str], tasks: Iterable[str]) -> None:
-    """Check that the files of these tasks are there; abstract tasks and stand-ins need none.
-
-    Raises as :func:`load_splits` does.
-    """
+    """Check that the files that these tasks need are there; raises as :func:`load_splits`."""
     if not user_path(data_dir).is_dir():
         raise InputError(
             f"data_dir must be a directory that holds TASK/train.jsonl and TASK/validation.jsonl "
@@ -286,10 +272,7 @@ def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:
 
 
 def rows_digest(task: str, *, data: str | os.PathLike[str] = "synthetic") -> str | None:
-    """SHA-256 of the files that hold a task's rows; None for those of this project and the hub.
-
-    None, too, where there are no such files.
-    """
+    """SHA-256 of the files of a task's rows; None for this project's, the hub's and absent ones."""
     spec = get_task_spec(task)
     try:
         if os.fspath(data) == "synthetic":

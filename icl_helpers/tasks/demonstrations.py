@@ -106,28 +106,17 @@ def draw_demonstrations(
     contents: Sequence[str] | None = None,
     rule: Rule = "exact",
 ) -> list[Demonstrations]:
-    """Each query's demonstrations.
+    """The demonstrations of each of the ``queries``, (text, label) of every document in order.
 
-    Parameters
-    ----------
-    queries
-        (text, label) of every document, in order.
-    same_split
-        True when the queries are themselves rows of the pool: one more row is drawn. Rows equal to
-        the query are dropped in either case, and the first ``shots`` are kept.
-    contents
-        What a prompt shows of each query; default: its text.
-    rule
-        ``exact``: rows with the query's content are dropped; where fewer than ``shots`` are left,
-        other rows of their class take their places, and a class with too few rows for that, or for
-        an even share, is an error. ``fewer``: the same, but fewer may be shown. ``published``: as
-        the published code, which shows fewer without a word, and drops only what equals the query
-        in text and label.
+    ``same_split``: the queries are themselves rows of the pool, and one more row is drawn. The
+    first ``shots`` rows are shown. ``contents`` are what a prompt shows of each query; default: its
+    text. ``rule`` exact: rows with the query's content are dropped, others of their class take
+    their places where fewer than ``shots`` are left, and a class with too few rows for that, or for
+    an even share, is an error; fewer: the same, but fewer may be shown; published: as the published
+    code, which shows fewer without a word, and drops only what equals the query in text and label.
 
-    Raises
-    ------
-    InputError
-        Negative shots, a pool with a single class, or more shots than the pool can give.
+    Raises :class:`InputError` for negative shots, a pool with a single class, or more shots than
+    the pool can give.
     """
     most = len(pool.texts) - same_split
     if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0:

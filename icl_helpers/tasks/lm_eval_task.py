@@ -26,10 +26,9 @@ __all__ = ["PatternTask", "load_task"]
 class PatternTask(ConfigurableTask):
     """A task of :func:`icl_helpers.build_prompts` as a multiple-choice task of lm-eval.
 
-    Its ``metadata`` name the task (``pattern_task``) and may give the label set (``labels``), the
-    data (``data``, default synthetic), the rule for demonstrations (``demonstrations``), and a
-    pinned demonstration seed (``demonstration_seed``); without one the seed is lm-eval's
-    ``fewshot_random_seed``.
+    Its ``metadata`` name the task (``pattern_task``) and may give ``labels``, ``data`` (default
+    synthetic), the rule for ``demonstrations``, and a pinned ``demonstration_seed``; without one it
+    is lm-eval's ``fewshot_random_seed``.
     """
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:

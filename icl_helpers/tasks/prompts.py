@@ -17,7 +17,6 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from icl_helpers.errors import InputError
 from icl_helpers.tasks.data import data_file, is_published, load_rows, load_splits, rows_digest
@@ -50,7 +49,8 @@ class Prompt:
     n_dropped: int = 0
 
 
-class PromptSet(NamedTuple):
+@dataclass(frozen=True)
+class PromptSet:
     """Prompts that are evaluated together, and the demonstration seeds for which they stand.
 
     Zero-shot prompts have no demonstrations: one set stands for all seeds. ``sampling`` is how a
@@ -104,10 +104,9 @@ def resolve_shots(task: str, shots: Shots) -> list[int]:
 
 
 def resolve_sampling(task: str, digest: str | None, sampling: str | None) -> str:
-    """How a limit takes a task's documents: as given, or ``balanced`` over the labels.
+    """How a limit takes documents: as given, else ``balanced`` over the labels.
 
-    Of the published files of the abstract tasks, which :func:`rows_digest` tells, it takes the
-    ``first``, as the published code does.
+    Of the abstract tasks' published files it takes the ``first``, as the published code does.
     """
     if sampling is None:
         return "first" if is_published(task, digest) else "balanced"

@@ -39,8 +39,7 @@ SAMPLINGS = ("balanced", "first")
 class HubSource:
     """Where a data set lies on the Hugging Face hub.
 
-    ``validation`` is None where the data set has a training split only: a fifth of it, drawn by a
-    fixed seed, is then held out (see :func:`icl_helpers.tasks.data.hold_out`).
+    ``validation`` None: it has a training split only, of which a fifth is held out (``hold_out``).
     """
 
     path: str

@@ -88,7 +88,8 @@ def test_answers_are_those_of_single_passes_with_the_heads_taken_out_by_hand(lla
     heads = (Head(0, 1), Head(2, 3))
     means = torch.randn(3, 512, 4, 8, generator=torch.Generator().manual_seed(0))
     conditions = (FULL, Condition("random_heads", "mean", 0.1, None, heads, means, means_key="m"))
-    group = CellGroup("wordseq1_binary", "unrelated", 2, 42, 4, "balanced", "synthetic", conditions)
+    prompt_set = ("wordseq1_binary", "unrelated", 2, (42,), "synthetic", None, "balanced")
+    group = CellGroup(*prompt_set, 4, conditions)
     found = group_answers(InterventionLM(llama, tokenizer), group)
     prompts = icl.build_prompts("wordseq1_binary", shots=2, seed=42)
     with torch.no_grad():

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def job(first: int, cells: int, *, task: str = "repetition") -> Job:
     group = CellGroup(
-        task, "unrelated", 5, 42, 4, "first", "synthetic", (icl.Condition("full"),) * cells
+        task, "unrelated", 5, (42,), "synthetic", None, "first", 4, (icl.Condition("full"),) * cells
     )
     indices = range(first, first + cells)
     return pack(group, source=ModelSource(), key={}, cells_dir=None, cell_indices=indices)

@@ -21,7 +21,7 @@ import random
 import string
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +32,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from icl_helpers.attention.heads import Head, top_heads
@@ -55,7 +56,6 @@ from icl_helpers.tasks.specs import pattern_spec
 
 __all__ = [
     "Answers", "WordMatch", "answers", "blank_line_sentence", "compare", "control_overlap",
-    "lost_demonstrations",
     "published_letters", "published_rule_rows", "resampled_accuracy", "row_audit", "score_term",
     "search_audit", "small_tokenizer", "string_matched_pattern", "string_matches",
     "summary_sentence", "task_audit",
@@ -86,15 +86,11 @@ Asked = Callable[[Sequence[Prompt]], Answers]
 
 @measuring
 def answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    *,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *,
     condition: Condition = FULL,
     patterns: Sequence[Bool[torch.Tensor, "tokens tokens"]] | None = None,
-    bos: int = 0,
-    batch_size: int = 25,
-) -> Answers:
+    bos: int = 0, batch_size: int = 25,
+) -> Answers:  # fmt: skip
     """Answers to prompts under one condition, by the first token of each label.
 
     Parameters
@@ -116,7 +112,7 @@ def answers(
         raise InputError("prompts must hold at least one prompt")
     first = _bos(model) * bos if bos else []
     contexts = [prompt.context for prompt in prompts]
-    ids = [first + found for found in tokenizer(contexts, add_special_tokens=False).input_ids]
+    ids = [first + own for own in tokenizer(contexts, add_special_tokens=False).input_ids]
     if condition.ablation == "knockout" and patterns is None:
         patterns = induction_patterns(contexts, tokenizer, categories=condition.categories)
     # Prompts of about the same length meet in a batch: less padding to compute.
@@ -129,18 +125,14 @@ def answers(
         for index, logits in zip(batch, last, strict=True):
             labels = _label_tokens(tokenizer, prompts[index], len(ids[index]) - len(first))
             scores[index] = logits.log_softmax(-1)[labels]
-    return _judge(prompts, [scores[index] for index in range(len(prompts))])
-
-
-def _judge(prompts: Sequence[Prompt], scores: Sequence[torch.Tensor]) -> Answers:
-    chosen = torch.stack([found.argmax() for found in scores])
-    targets = torch.tensor([prompt.target for prompt in prompts])
-    right, margins = [], []
-    for found, target in zip(scores, targets.tolist(), strict=True):
-        wrong = torch.cat([found[:target], found[target + 1 :]])
-        right.append(found[target])
-        margins.append(found[target] - wrong.max())
-    return Answers(chosen, chosen == targets, torch.stack(margins), torch.stack(right))
+    targets = [prompt.target for prompt in prompts]
+    chosen = torch.stack([scores[index].argmax() for index in range(len(prompts))])
+    right = torch.stack([scores[index][target] for index, target in enumerate(targets)])
+    wrong = [
+        scores[index][torch.arange(len(scores[index])) != target].max()
+        for index, target in enumerate(targets)
+    ]
+    return Answers(chosen, chosen == torch.tensor(targets), right - torch.stack(wrong), right)
 
 
 def _bos(model: PreTrainedModel) -> list[int]:
@@ -151,46 +143,34 @@ def _bos(model: PreTrainedModel) -> list[int]:
 
 
 def _label_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, n_context: int) -> list[int]:
-    whole = tokenizer(
-        [prompt.context + choice for choice in prompt.choices], add_special_tokens=False
-    ).input_ids
-    found = [ids[n_context] for ids in whole]
-    if len(set(found)) < len(found):
+    texts = [prompt.context + choice for choice in prompt.choices]
+    tokens = [ids[n_context] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    if len(set(tokens)) < len(tokens):
         raise InputError(
             f"the labels {', '.join(prompt.choices)} begin with the same token in this tokenizer; "
             f"use evaluate(), which scores whole labels"
         )
-    return found
+    return tokens
 
 
 def _last_logits(
-    model: PreTrainedModel,
-    ids: Sequence[list[int]],
-    condition: Condition,
-    patterns: Sequence[torch.Tensor] | None,
-    shift: int,
-) -> Float[torch.Tensor, "batch vocabulary"]:
+    model: PreTrainedModel, ids: Sequence[list[int]], condition: Condition,
+    patterns: Sequence[torch.Tensor] | None, shift: int,
+) -> Float[torch.Tensor, "batch vocabulary"]:  # fmt: skip
     """Logits after the last token of each sequence; padding lies to the right, unseen."""
-    width = max(map(len, ids))
-    batch = torch.zeros(len(ids), width, dtype=torch.long)
-    blocked = torch.zeros(len(ids), width, width, dtype=torch.bool)
-    for row, found in enumerate(ids):
-        batch[row, : len(found)] = torch.tensor(found)
-        if patterns is not None:
-            blocked[row, shift : len(found), shift : len(found)] = patterns[row]
-    ends = [len(found) - 1 for found in ids]
-    kept = sorted(set(ends))
-    with ExitStack() as stack:
-        chosen = condition.interventions(blocked.to(model.device))
-        if chosen:
-            stack.enter_context(intervene(model, *chosen))
+    batch = pad_sequence([torch.tensor(own) for own in ids], batch_first=True)
+    blocked = torch.zeros(*batch.shape, batch.shape[1], dtype=torch.bool)
+    for row, pattern in enumerate(patterns or ()):
+        blocked[row, shift : len(ids[row]), shift : len(ids[row])] = pattern
+    ends = [len(own) - 1 for own in ids]
+    positions = sorted(set(ends))
+    interventions = condition.interventions(blocked.to(model.device))
+    with intervene(model, *interventions) if interventions else nullcontext():
         logits = model(
-            input_ids=batch.to(model.device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(kept, device=model.device),
-        ).logits
-    places = [kept.index(end) for end in ends]
-    return logits[range(len(ids)), places].float().cpu()
+            input_ids=batch.to(model.device), use_cache=False,
+            logits_to_keep=torch.tensor(positions, device=model.device),
+        ).logits  # fmt: skip
+    return logits[range(len(ids)), [positions.index(end) for end in ends]].float().cpu()
 
 
 def compare(
@@ -216,32 +196,31 @@ def compare(
         first: list[Answers] = []
         for side, functions in sides.items():
             several = functions if isinstance(functions, Sequence) else [functions]
-            found = [function(asked) for function in several]
-            first = first or found
-            pairs = (
-                list(zip(first, found, strict=True))
-                if len(first) == len(found)
-                else list(itertools.product(first, found))
+            seeds = [function(asked) for function in several]
+            first = first or seeds
+            equal = len(first) == len(seeds)
+            pairs = list(
+                zip(first, seeds, strict=True) if equal else itertools.product(first, seeds)
             )
-            changed = [float((a.chosen != b.chosen).double().mean()) for a, b in pairs]
-            margin = [float((a.margin - b.margin).abs().mean()) for a, b in pairs]
-            accuracy = [answer.accuracy for answer in found]
-            rows.append((task, side, 100 * fmean(accuracy), 100 * fmean(changed), fmean(margin)))
+            changed = fmean(float((a.chosen != b.chosen).double().mean()) for a, b in pairs)
+            margin = fmean(float((a.margin - b.margin).abs().mean()) for a, b in pairs)
+            accuracy = fmean(seed.accuracy for seed in seeds)
+            rows.append((task, side, 100 * accuracy, 100 * changed, margin))
     return pd.DataFrame(rows, columns=["task", "side", "accuracy", "changed", "margin"])
 
 
 def summary_sentence(frame: pd.DataFrame) -> str:
     """One line for what :func:`compare` found: ranges over tasks, which may differ."""
     sides = frame.groupby("side", sort=False)
-    ranges = {
-        column: {str(k): range_in_words(Span.of(list(values)), 1) for k, values in sides[column]}
+    accuracy, changed = (
+        {str(side): range_in_words(Span.of(list(values)), 1) for side, values in sides[column]}
         for column in ("accuracy", "changed")
-    }
-    accuracies = ", ".join(f"{found} % {side}" for side, found in ranges["accuracy"].items())
-    changed = " and ".join(f"{found} %" for found in list(ranges["changed"].values())[1:])
+    )
+    accuracies = ", ".join(f"{percent} % {side}" for side, percent in accuracy.items())
+    others = " and ".join(f"{percent} %" for percent in list(changed.values())[1:])
     tasks = frame["task"].nunique()
     over = f" over {tasks} tasks" if tasks > 1 else ""
-    return f"accuracy {accuracies}{over}; {changed} of a task's answers changed"
+    return f"accuracy {accuracies}{over}; {others} of a task's answers changed"
 
 
 def blank_line_sentence() -> str:
@@ -271,16 +250,14 @@ def score_term(
         name: prefix_matching_scores(model, sequences, published_formula=formula).mean(0)
         for name, formula in (("published", True), ("corrected", False))
     }
-    n_layers, n_heads = both["published"].shape
-    heads = [Head(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    frame = pd.DataFrame(heads, columns=["layer", "head"])
+    heads = [Head(*head) for head in np.ndindex(*both["published"].shape)]
+    frame = pd.DataFrame(heads)
     for name, scores in both.items():
         frame[name] = scores.flatten().double().numpy()
     frame["difference"] = frame["published"] - frame["corrected"]
     for name, column in (("rank", "published"), ("corrected_rank", "corrected")):
-        ranked = top_heads(both[column], 1.0)
-        places = {head: place for place, head in enumerate(ranked, start=1)}
-        frame[name] = [places[head] for head in heads]
+        ranks = dict(zip(top_heads(both[column], 1.0), itertools.count(1), strict=False))
+        frame[name] = [ranks[head] for head in heads]
     return frame.sort_values("rank", ignore_index=True)
 
 
@@ -294,12 +271,12 @@ def control_overlap(
     controls with at least one.
     """
     per_layer = pd.Series([head.layer for head in induction]).value_counts()
-    found = [len(set(control) & set(induction)) for control in drawn]
+    again = [len(set(control) & set(induction)) for control in drawn]
     return {
         "heads": len(induction),
         "expected": float((per_layer**2).sum() / n_heads),
-        "drawn": found,
-        "any": sum(count > 0 for count in found) / len(found),
+        "drawn": again,
+        "any": sum(count > 0 for count in again) / len(again),
     }
 
 
@@ -322,13 +299,10 @@ def published_rule_rows(task: str, *, seed: int = 0) -> list[tuple[str, str]]:
             rows.append((" ".join(letters[int(place)] for place in shape), "Foo"))
             rows.append((" ".join(rng.sample(string.ascii_uppercase, len(shape))), "Bar"))
     elif task.endswith("_4way"):
-        every = load_rows(task)
-        labels = dict.fromkeys(label for _, label in every)
-        rows = [
-            row
-            for label in labels
-            for row in rng.choices([row for row in every if row[1] == label], k=250)
-        ]
+        by_label: dict[str, list[tuple[str, str]]] = {}
+        for row in load_rows(task):
+            by_label.setdefault(row[1], []).append(row)
+        rows = [row for same in by_label.values() for row in rng.choices(same, k=250)]
     else:
         raise InputError(
             f"the published file of {task} holds every pair once; tasks drawn at random: "
@@ -352,26 +326,21 @@ def row_audit(rows: Sequence[tuple[str, str]]) -> dict[str, int]:
     }
 
 
-def lost_demonstrations(prompts: Iterable[Prompt], shots: int) -> int:
-    """Number of prompts with fewer demonstrations than asked for.
-
-    Copies of the query are dropped after the draw, so that a repeated row may cost one.
-    """
-    return sum(prompt.context.count("\n\n") - 1 < shots for prompt in prompts)
-
-
 def task_audit(
     task: str, *, data: str, seeds: Sequence[int], shots: Sequence[int] = (5, 10)
 ) -> dict[str, int]:
-    """:func:`row_audit` of a task's rows and :func:`lost_demonstrations` of its prompts."""
-    audit = {**row_audit(load_rows(task, data=data)), "prompts": 0}
-    short = 0
-    for number in shots:
-        for seed in seeds:
-            prompts = build_prompts(task, shots=number, seed=seed, data=data)
-            audit["prompts"] += len(prompts)
-            short += lost_demonstrations(prompts, number)
-    return {**audit, "prompts short of a demonstration": short}
+    """Count as :func:`row_audit`, and prompts with fewer demonstrations than asked for.
+
+    Copies of the query are dropped after the draw, so that a repeated row may cost one.
+    """
+    short = [
+        prompt.context.count("\n\n") - 1 < number
+        for number in shots
+        for seed in seeds
+        for prompt in build_prompts(task, shots=number, seed=seed, data=data)
+    ]
+    audit = row_audit(load_rows(task, data=data))
+    return {**audit, "prompts": len(short), "prompts short of a demonstration": sum(short)}
 
 
 class WordMatch(NamedTuple):
@@ -396,17 +365,17 @@ def string_matches(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[Word
         (prompt[e.start : e.end].strip(), e.end) for e in prompt_elements(prompt) if _is_word(e)
     }
     body = prompt.index("\n\n")
-    found: dict[tuple[str, int], WordMatch] = {}
+    matches: dict[tuple[str, int], WordMatch] = {}
     for word, category in word_categories().items():
         for text in (word, f" {word}"):
             wanted = tokenizer(text, add_special_tokens=False).tokens()
             for first in range(len(tokens) - len(wanted) + 1):
                 if tokens[first : first + len(wanted)] == wanted and offsets[first][0] > body:
                     start, end = offsets[first][0], offsets[first + len(wanted) - 1][1]
-                    match = WordMatch(word, category, start, end, (word, end) in right)
                     # With the space before it and without, it is the same word.
-                    found[word, end] = match
-    return sorted(found.values(), key=lambda match: (match.start, match.end))
+                    is_word = (word, end) in right
+                    matches[word, end] = WordMatch(word, category, start, end, is_word)
+    return sorted(matches.values(), key=lambda match: (match.start, match.end))
 
 
 def _is_word(element: Element) -> bool:
@@ -414,11 +383,9 @@ def _is_word(element: Element) -> bool:
 
 
 def string_matched_pattern(
-    prompt: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
+    prompt: str, tokenizer: PreTrainedTokenizerBase, *,
     search: PreTrainedTokenizerBase | None = None,
-) -> Bool[torch.Tensor, "tokens tokens"]:
+) -> Bool[torch.Tensor, "tokens tokens"]:  # fmt: skip
     """The pairs a knockout blocks when words are found by :func:`string_matches`.
 
     Give it to :class:`icl_helpers.AttentionKnockout` to have the published search. ``search`` finds
@@ -447,10 +414,9 @@ def small_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
         add_prefix_space=False, trim_offsets=False, use_regex=split_words
     )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -464,27 +430,21 @@ def search_audit(
     Also the share of labels that share a token with their colon, which that search misses, and
     the tokens of a blank line, of which it expects one.
     """
-    words = wrong = found = labels = joined = 0
+    words, right, joined = 0, [], []
     for context in contexts:
-        matches = string_matches(context, tokenizer)
         elements = prompt_elements(context)
         words += sum(_is_word(element) for element in elements)
-        found += sum(match.right for match in matches)
-        wrong += sum(not match.right for match in matches)
+        right += [match.right for match in string_matches(context, tokenizer)]
         offsets = tokenizer(context, return_offsets_mapping=True, add_special_tokens=False)
         starts = {start for start, _ in offsets["offset_mapping"]}
-        for element in elements:
-            if element.kind == "labels":
-                labels += 1
-                joined += element.start not in starts
-    blank = len(tokenizer("A\n\nA", add_special_tokens=False).input_ids) - 2
+        joined += [element.start not in starts for element in elements if element.kind == "labels"]
     return {
         "tokens": len(tokenizer),
         "words": words,
-        "found": found,
-        "found wrongly": wrong,
-        "labels joined to their colon": joined / labels,
-        "tokens of a blank line": blank,
+        "found": sum(right),
+        "found wrongly": len(right) - sum(right),
+        "labels joined to their colon": fmean(joined),
+        "tokens of a blank line": len(tokenizer("A\n\nA", add_special_tokens=False).input_ids) - 2,
     }
 
 
@@ -494,10 +454,10 @@ def published_letters(data: str = "synthetic") -> tuple[dict[str, str], str]:
     A folder given as ``data``; or the published files where ``icl data original`` has put them;
     else rows drawn by their rule, in a temporary folder that lasts as long as the process.
     """
-    cached = [original_data_dir() / pattern_spec(task).original_file for task in _PATTERNS]
+    original = [original_data_dir() / pattern_spec(task).original_file for task in _PATTERNS]
     if data not in ("synthetic", "original"):
         return dict.fromkeys(_PATTERNS, data), "the files given"
-    if data == "original" or all(path.is_file() for path in cached):
+    if data == "original" or all(path.is_file() for path in original):
         return dict.fromkeys(_PATTERNS, "original"), "the published files"
     for task in _PATTERNS:
         spec = pattern_spec(task)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from icl_helpers.attention.induction_pattern import (
     prompt_elements,
 )
 from icl_helpers.book.claims import VERDICTS, Evidence, claims
+from icl_helpers.evaluation.store import ROW
 from icl_helpers.files import (
     SMOLLM2,
     assets_dir,
@@ -84,13 +87,13 @@ def _page(name: str, **values: Any) -> str:
 
 def run_titles(runs: Sequence[Path]) -> dict[Path, str]:
     """What each run is called: by its model, and by its own name where others are of that model."""
-    names = {run: shown_name(run_info(run)["model"]) for run in runs}
-    several = {name for name in names.values() if list(names.values()).count(name) > 1}
+    names = {run: _model(run) for run in runs}
     titles = {}
     for run, name in names.items():
         remarks = ["instruct, 4-bit weights"] if name == SMOLLM2 else []
         remarks += ["trained on these puzzles"] if name in embedded_models() else []
-        remarks += [run.name] if name in several and run.name != name else []
+        several = list(names.values()).count(name) > 1
+        remarks += [run.name] if several and run.name != name else []
         titles[run] = f"{name} ({'; '.join(remarks)})" if remarks else name
     return titles
 
@@ -101,12 +104,12 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
     evidence = {run: Evidence.of_run(run) for run in runs}
     judged = [(claim, {run: claim.judge(evidence[run]) for run in runs}) for claim in claims()]
     rows = [
-        [f"[{claim.text}](#claim-{claim.name})", *(found[run].verdict for run in runs)]
-        for claim, found in judged
+        [f"[{claim.text}](#claim-{claim.name})", *(findings[run].verdict for run in runs)]
+        for claim, findings in judged
     ]
     counts = {}
     for run in runs:
-        verdicts = [found[run].verdict for _, found in judged]
+        verdicts = [findings[run].verdict for _, findings in judged]
         counts[run] = listed([f"{verdicts.count(it)} {it}" for it in VERDICTS if it in verdicts])
     page = _page(
         "claims", judged=judged, runs=runs, titles=titles, counts=counts, stages=_stage_pages(),
@@ -118,7 +121,6 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
 
 
 def _stage_pages() -> dict[int, str]:
-    """The name of each stage's page, by its number."""
     return {int(path.name[:2]): path.stem for path in stage_notebooks()}
 
 
@@ -128,14 +130,10 @@ def report_page(runs: Sequence[Path], verdicts: str) -> str:
     first = infos[runs[0]]
     tokens = stage_tokens(Plan.of_run(first).parameters)
     pages = _stage_pages()
-    rows = [
-        {
-            "text": claim.text, "name": claim.name, "place": claim.place, "stage": claim.stage,
-            "page": pages[claim.stage],
-            "tokens": f"{tokens[claim.stage] / 1e6:.1f}" if claim.stage in tokens else "",
-        }
-        for claim in claims()
-    ]  # fmt: skip
+    rows = []
+    for claim in claims():
+        millions = f"{tokens[claim.stage] / 1e6:.1f}" if claim.stage in tokens else ""
+        rows.append({**vars(claim), "page": pages[claim.stage], "tokens": millions})
     costs = [
         f"{titles[run]}: {sum(info.get('seconds', {}).values()) / 60:.0f} minutes on "
         f"{info.get('device', '?')} when its stages last ran ({info.get('machine', '?')})"
@@ -151,7 +149,7 @@ def report_page(runs: Sequence[Path], verdicts: str) -> str:
 
 def verification_page(runs: Sequence[Path]) -> str | None:
     """What the verification of each imported run said; None where none was imported."""
-    found = []
+    reports = []
     for run, title in run_titles(runs).items():
         if "imported" not in run_info(run):
             continue
@@ -160,49 +158,46 @@ def verification_page(runs: Sequence[Path]) -> str | None:
         if path.is_file():
             report = json.loads(path.read_text(encoding="utf-8"))
         bundle = run_slug(run) if imported_dir(run) is not None else None
-        found.append({**report, "title": title, "bundle": bundle, "table": _report_table(report)})
-    return _page("verification", runs=found) if found else None
+        table = "" if "reason" in report else _report_table(report)
+        reports.append({**report, "title": title, "bundle": bundle, "table": table})
+    return _page("verification", runs=reports) if reports else None
 
 
 def _report_table(report: Mapping[str, Any]) -> str:
-    if "reason" in report:
-        return ""
+    worst, most = (
+        "one has a value, the other none" if value is None else f"{value:.1e} nats"
+        for value in (report["largest"], report["percentile_99"])
+    )
+    made, here = (
+        ", ".join(f"{name} {value}" for name, value in report[place].items())
+        for place in ("made", "here")
+    )
     rows = [
         ("documents computed again", f"{report['documents']:,} of {report['of_documents']:,}"),
         ("in cells", f"{report['cells']:,} of {report['of_cells']:,}"),
         ("equal answers", f"{report['equal_answers']:.2%}"),
-        ("largest difference of a log-probability", _nats(report["largest"])),
-        ("99 % of the documents differ by at most", _nats(report["percentile_99"])),
+        ("largest difference of a log-probability", worst),
+        ("99 % of the documents differ by at most", most),
         ("largest difference of a prefix-matching score", f"{report['scores_largest']:.1e}"),
-        ("made on", _stated(report["made"])),
-        ("computed again on", _stated(report["here"])),
+        ("made on", made),
+        ("computed again on", here),
         ("seconds", f"{report['seconds']:.0f}"),
     ]
     return markdown_table(["what", "found"], rows)
 
 
-def _stated(facts: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
-
-
-def _nats(value: float | None) -> str:
-    return "one has a value, the other none" if value is None else f"{value:.1e} nats"
-
-
 def runs_page(runs: Sequence[Path]) -> str:
     """Say how every run was made: parameters, versions, and how long its stages took."""
     infos = {run.name: run_info(run) for run in runs}
-    for info in infos.values():
+    made, seconds, versions = {}, {}, {}
+    for name, info in infos.items():
         info["model"] = shown_name(info["model"])
-    made = {
-        name: {fact.replace("_", " "): info.get(fact) for fact in _FACTS}
-        | {key.replace("_", " "): _parameter(key, info["parameters"].get(key)) for key in _CHOICES}
-        for name, info in infos.items()
-    }
-    seconds = {name: dict(info.get("seconds", {})) for name, info in infos.items()}
-    for stages in seconds.values():
-        stages["**together**"] = round(sum(stages.values()), 1)
-    versions = {name: info.get("versions", {}) for name, info in infos.items()}
+        facts = {fact: info.get(fact) for fact in _FACTS}
+        facts |= {key: _parameter(key, info["parameters"].get(key)) for key in _CHOICES}
+        made[name] = {key.replace("_", " "): value for key, value in facts.items()}
+        stages = info.get("seconds", {})
+        seconds[name] = {**stages, "**together**": round(sum(stages.values()), 1)}
+        versions[name] = info.get("versions", {})
     return _page(
         "runs", made=_beside(made, "what"), versions=_beside(versions, "package"),
         seconds=_beside(seconds, "stage"),
@@ -227,14 +222,7 @@ def _beside(columns: Mapping[str, Mapping[str, Any]], corner: str) -> str:
 def comparison_page(runs: Sequence[Path], folder: Path) -> str:
     """Runs side by side at each run's larger share of heads; the whole as CSV in ``folder``."""
     frame = compare_runs(
-        {
-            run.name: (
-                shown_name(run_info(run)["model"]),
-                run_table(run, "results", None),
-                run_heads(run),
-            )
-            for run in runs
-        }
+        {run.name: (_model(run), run_table(run, "results", None), run_heads(run)) for run in runs}
     )
     frame.to_csv(folder / "comparison.csv", index=False)
     shown = frame[
@@ -248,17 +236,17 @@ def comparison_page(runs: Sequence[Path], folder: Path) -> str:
 
 
 def _pivot(rows: pd.DataFrame, runs: Sequence[Path]) -> str:
-    cells = {
-        (row["task"], row["labels"], row["shots"], row["run"]): f"{row['accuracy']:.1f}"
-        + (f" ({row['change']:+.1f})" if row["condition"] != "full" else "")
-        for row in rows.to_dict("records")
-    }
+    change = rows["change"].map(" ({:+.1f})".format).mask(rows["condition"] == "full", "")
+    cells = rows.assign(text=rows["accuracy"].map("{:.1f}".format) + change)
     names = [run.name for run in runs]
+    wide = cells.pivot(index=ROW, columns="run", values="text").reindex(columns=names).fillna("")
     heads = rows.groupby("run")["heads"].first()
-    titles = [", ".join(filter(None, [name, heads.get(name)])) for name in names]
-    keys = list(dict.fromkeys(key[:3] for key in cells))
-    lines = [[*key, *(cells.get((*key, name)) for name in names)] for key in keys]
-    return markdown_table(["task", "labels", "shots", *titles], lines)
+    wide.columns = pd.Index([", ".join(filter(None, [it, heads.get(it)])) for it in names])
+    return _markdown(wide.loc[cells.set_index(ROW).index.unique()].reset_index())
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    return markdown_table(list(frame.columns), frame.itertuples(index=False, name=None))
 
 
 def overlay_page(run: Path, folder: Path) -> str | None:
@@ -270,25 +258,20 @@ def overlay_page(run: Path, folder: Path) -> str | None:
     if frame is None or frame.empty:
         return None
     frame.to_csv(folder / "overlay.csv", index=False)
-    rows = [
-        [
-            row["table"], row["task"], row["labels"], row["shots"],
-            row["condition"].replace("_", " "), row["ablation"],
-            row["heads"],
-            f"{row['published']:.1f}", f"{row['accuracy']:.1f}",
-            f"{row['low']:.1f} to {row['high']:.1f}", f"{row['difference']:+.1f}",
-            "yes" if row["inside"] else "no",
-        ]
-        for row in frame.to_dict("records")
-    ]  # fmt: skip
-    header = [
-        "table", "task", "labels", "shots", "condition", "ablation", "heads", "published",
-        "this run", "95 % interval", "difference", "inside",
-    ]  # fmt: skip
-    difference = frame["difference"]
+    percent, difference = "{:.1f}".format, frame["difference"]
+    shown = frame[["table", *ROW, "condition", "ablation", "heads"]].assign(
+        condition=frame["condition"].str.replace("_", " "),
+        published=frame["published"].map(percent),
+        **{
+            "this run": frame["accuracy"].map(percent),
+            "95 % interval": frame["low"].map(percent) + " to " + frame["high"].map(percent),
+        },
+        difference=difference.map("{:+.1f}".format),
+        inside=frame["inside"].map({True: "yes", False: "no"}),
+    )
     return _page(
         "overlay", model=shown_name(model), inside=int(frame["inside"].sum()), count=len(frame),
-        low=difference.min(), high=difference.max(), table=markdown_table(header, rows),
+        low=difference.min(), high=difference.max(), table=_markdown(shown),
     )  # fmt: skip
 
 
@@ -306,12 +289,10 @@ def notebooks_page(staged: Path, runs: Sequence[Path]) -> str:
         for path in stage_notebooks()
     ]
     chapters = [
-        [_title(path), *(f"{{download}}`{kind} <{path.name}>`" for kind in ("clean", "executed"))]
-        for path in chapter_notebooks()
-        if (staged / path.name).is_file()
-    ]
-    for row in chapters:
-        row[1] = row[1].replace("<", "<notebooks/")
+        [_title(path), f"{{download}}`clean <notebooks/{path.name}>`",
+         f"{{download}}`executed <{path.name}>`"]
+        for path in chapter_notebooks() if (staged / path.name).is_file()
+    ]  # fmt: skip
     return _page(
         "notebooks",
         stages=markdown_table(["stage", "notebook", *(run.name for run in runs)], stages),
@@ -351,18 +332,18 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     """
     run = runs[0]
     info, titles, sizes = run_info(run), run_titles(runs), {run: _size(run) for run in runs}
-    name, parameters = shown_name(info["model"]), info["parameters"]
+    name, parameters = _model(run), info["parameters"]
     results = abstract_results(run_table(run, "results", "tasks"))
     documents = run_table(run, "documents", None)
     outcomes = kind_outcomes(documents)
     n_heads = sizes[run][0]
     heads = heads_in_words(max(it.fraction for it in outcomes) or 1.0, n_heads)
     (staged / "_static" / "narrow").mkdir(parents=True, exist_ok=True)
-    for narrow, place in ((False, "front.png"), (True, "narrow/fig-front.png")):
-        figure = accuracy_bars(results, ablations=list(_FIGURE), n_heads=n_heads, narrow=narrow)
-        figure.savefig(staged / "_static" / place, dpi=160)
+    for narrow, file in ((False, "front.png"), (True, "narrow/fig-front.png")):
+        figure = accuracy_bars(results, ablations=_FIGURE, n_heads=n_heads, narrow=narrow)
+        figure.savefig(staged / "_static" / file, dpi=160)
     left = removal_caption(documents[documents["task"].isin(results["task"])])
-    alt = f"{bars_alt(results, ablations=list(_FIGURE), n_heads=n_heads)} {left}".strip()
+    alt = f"{bars_alt(results, ablations=_FIGURE, n_heads=n_heads)} {left}".strip()
     embedded = [name for name in embedded_models() if name in map(_model, runs)]
     return {
         "model": name,
@@ -410,38 +391,36 @@ def model_card(model: str) -> str:
     return body.replace(f"# {model}", f"# Model card of {model}", 1).strip()
 
 
-def drawing(*, model: str = "icl-tiny", task: str = "wordseq1_binary", shots: int = 2) -> str:
+def drawing() -> str:
     """Draw what an induction head attends to, and the pairs that a knockout blocks, on a prompt.
 
-    Pairs are those of :func:`icl_helpers.induction_pattern` by the model's tokenizer; the prompt is
+    Pairs are those of :func:`icl_helpers.induction_pattern` by icl-tiny's tokenizer; the prompt is
     the task's first whose query shares a word's category with a demonstration.
     """
     copied = list("KRT") * 2
     ideal = {
-        (at, k + 1): "words"
-        for at in range(len(copied))
-        for k in range(at)
-        if copied[k] == copied[at]
+        (at, key + 1): "words"
+        for at, key in itertools.product(range(len(copied)), repeat=2)
+        if key < at and copied[key] == copied[at]
     }
-    tokenizer = load_tokenizer(model)
-    for prompt in build_prompts(task, shots=shots, seed=42):
+    tokenizer = load_tokenizer("icl-tiny")
+    for prompt in build_prompts("wordseq1_binary", shots=2, seed=42):
         encoded = tokenizer(prompt.context, add_special_tokens=False, return_offsets_mapping=True)
         spans, elements = encoded["offset_mapping"], prompt_elements(prompt.context)
         kinds = {name: elements_pattern(elements, spans, categories=(name,)) for name in CATEGORIES}
-        query = next(i for i, (_, end) in enumerate(spans) if end > elements[-3].start)
+        first, query = (
+            next(at for at, (_, end) in enumerate(spans) if end > element.start)
+            for element in (elements[0], elements[-3])
+        )
         if kinds["words"][query].any():
             break
-    first = next(i for i, (_, end) in enumerate(spans) if end > elements[0].start)
-    whole = induction_pattern(prompt.context, tokenizer)
     pairs = {
         (at - first, key - first): next(kind for kind in CATEGORIES if kinds[kind][at, key])
-        for at, key in whole.nonzero().tolist()
+        for at, key in induction_pattern(prompt.context, tokenizer).nonzero().tolist()
     }
     shown = [prompt.context[start:end].strip() or "blank line" for start, end in spans[first:]]
-    return _page(
-        "drawing", figures=[(copied, ideal, 0), (shown, pairs, query - first)], arcs=_arcs,
-        say=_say_pairs,
-    )  # fmt: skip
+    figures = [(copied, ideal, 0), (shown, pairs, query - first)]
+    return _page("drawing", figures=figures, arcs=_arcs, say=_say_pairs)
 
 
 def _arcs(pairs: Mapping[tuple[int, int], str], loud: int) -> list[dict[str, Any]]:
@@ -469,22 +448,22 @@ def architecture_table() -> str:
 
     ``book/_static/architectures.json`` is written by ``tests/sweep_causal_lm_types.py``.
     """
-    found = json.loads((book_dir() / "_static" / "architectures.json").read_text(encoding="utf-8"))
-    types = found["types"]
+    sweep = json.loads((book_dir() / "_static" / "architectures.json").read_text(encoding="utf-8"))
     rows = []
-    for name, kind in types.items():
+    for name, kind in sweep["types"].items():
         cached = kind.get("cached", "")
         worst = max(cached.values()) if isinstance(cached, dict) else cached
         parts = [kind.get("hooked"), worst, kind.get("zero_against_projection")]
         shown = [f"{part:.0e}" if isinstance(part, float) else part or "" for part in parts]
-        why = kind.get("reason", "").replace("|", ", ")
-        rows.append([f"`{name}`", kind["result"], *shown, why])
-    results = [kind["result"] for kind in types.values()]
-    counts = ", ".join(f"{results.count(r)} {r}" for r in dict.fromkeys(sorted(results)))
+        rows.append(
+            [f"`{name}`", kind["result"], *shown, kind.get("reason", "").replace("|", ", ")]
+        )
+    results = Counter(sorted(kind["result"] for kind in sweep["types"].values()))
+    counts = ", ".join(f"{count} {result}" for result, count in results.items())
     header = ["type", "result", "hook", "cache", "zero ablation", "why not"]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in sweep["versions"].items())
     return (
-        f"Of {len(types)} types: {counts} ({found['date']}; {versions}).\n\n"
+        f"Of {len(rows)} types: {counts} ({sweep['date']}; {versions}).\n\n"
         f"````{{admonition}} All types\n:class: dropdown\n\n{markdown_table(header, rows)}\n````"
     )
 
@@ -493,29 +472,30 @@ def architecture_table() -> str:
 _RECIPE_RATES = {"llama-3-8b-4bit.yaml": 900.0}
 
 
-def recipe_table(folder: Path | None = None) -> str:
+def recipe_table() -> str:
     """The ready recipes with their estimates, as a Markdown table for the book.
 
     Recipes of models whose configuration is not at hand are left out.
     """
     rows = []
-    for path in sorted((folder or notebooks_dir() / "parameters").glob("*.yaml")):
+    for path in sorted((notebooks_dir() / "parameters").glob("*.yaml")):
         p = stage_parameters(**read_parameters(path))
         if p.model not in PAPER_CONFIGS:
             continue
-        kind = p.dtype if p.quantization is None else f"{p.quantization}, {p.dtype}"
-        documents = "all" if p.limit is None else f"{p.limit} a task"
         cost = estimate_cost(p, tokens_per_second=_RECIPE_RATES.get(path.name))
         rows.append(
-            (
-                f"`{path.name}`", kind, p.batch_size, documents,
-                f"{cost.weights_bytes / 1e9:.0f} GB", f"{cost.working_bytes / 1e9:.0f} GB",
-                f"{cost.tokens / 1e6:.0f} million",
-                f"{cost.hours:.1f} at {cost.rate:,.0f} tokens/s",
-            )
-        )  # fmt: skip
-    header = ["recipe", "dtype", "batch size", "documents", "weights", "work", "tokens"]
-    return markdown_table([*header, "GPU hours"], rows)
+            {
+                "recipe": f"`{path.name}`",
+                "dtype": p.dtype if p.quantization is None else f"{p.quantization}, {p.dtype}",
+                "batch size": p.batch_size,
+                "documents": "all" if p.limit is None else f"{p.limit} a task",
+                "weights": f"{cost.weights_bytes / 1e9:.0f} GB",
+                "work": f"{cost.working_bytes / 1e9:.0f} GB",
+                "tokens": f"{cost.tokens / 1e6:.0f} million",
+                "GPU hours": f"{cost.hours:.1f} at {cost.rate:,.0f} tokens/s",
+            }
+        )
+    return _markdown(pd.DataFrame(rows))
 
 
 _OUTCOMES = {

@@ -38,25 +38,25 @@ TASKS = (
     "recursion", "centre_embedding", "review_sentiment", "fact_opinion",
 )  # fmt: skip
 _ASSETS = ("viewer.css", "viewer.js", "playground.css", "playground.js")
-_SEED = 42
+_SEED, _PROMPTS = 42, 3
 
 
-def write_playground(folder: Path, *, prompts: int = 3) -> None:
+def write_playground(folder: Path) -> None:
     """Write scripts, styles and ``icl-tiny.js`` into a folder, for the page to load from there."""
     folder.mkdir(parents=True)
     for name in _ASSETS:
         shutil.copyfile(assets_dir() / name, folder / name)
-    text = json.dumps(playground_data(prompts=prompts), ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(playground_data(), ensure_ascii=False, separators=(",", ":"))
     (folder / f"{MODEL}.js").write_text(f"window.iclTinyData = {text};\n", encoding="utf-8")
 
 
-def playground_data(*, prompts: int = 3) -> dict[str, Any]:
+def playground_data() -> dict[str, Any]:
     """What the page's script needs, as plain JSON values.
 
     Returns ``config``, ``tensors`` (base64: whole numbers with the scale of each row, or float32),
     ``tokenizer``, ``words`` (their categories), ``heads`` with the prefix-matching scores of the
     8-bit model, ``induction`` (the larger share of heads), ``control`` (as many others of the same
-    layers) and ``prompts``, that many of each task with its most examples.
+    layers) and ``prompts``, three of each task with its most examples.
     """
     # transformers draws a bar for every model that it loads; who builds a book has asked for none.
     with contextlib.redirect_stderr(io.StringIO()):
@@ -89,7 +89,7 @@ def playground_data(*, prompts: int = 3) -> dict[str, Any]:
             for layer in range(n_layers) for head in range(n_heads)
         ],
         "induction": induction, "control": control,
-        "prompts": [prompt for task in TASKS for prompt in _prompts(task, prompts)],
+        "prompts": [prompt for task in TASKS for prompt in _prompts(task)],
     }  # fmt: skip
 
 
@@ -120,19 +120,19 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def _prompts(task: str, count: int) -> list[dict[str, Any]]:
+def _prompts(task: str) -> list[dict[str, Any]]:
     """The first prompts of a task, one for each label in turn."""
     shots = max(get_task_spec(task).default_shots)
     built = build_prompts(task, shots=shots, seed=_SEED)
     labels = len(built[0].choices)
-    found = [
-        [prompt for prompt in built if prompt.target == number % labels][number // labels]
-        for number in range(count)
-    ]
-    return [
-        {
-            "task": f"{task.replace('_', ' ')}, {shots} examples", "example": number,
-            "context": prompt.context, "choices": prompt.choices, "target": prompt.target,
-        }
-        for number, prompt in enumerate(found, start=1)
-    ]  # fmt: skip
+    prompts = []
+    for number in range(_PROMPTS):
+        same = [prompt for prompt in built if prompt.target == number % labels]
+        prompt = same[number // labels]
+        prompts.append(
+            {
+                "task": f"{task.replace('_', ' ')}, {shots} examples", "example": number + 1,
+                "context": prompt.context, "choices": prompt.choices, "target": prompt.target,
+            }
+        )  # fmt: skip
+    return prompts

@@ -27,6 +27,7 @@ from icl_helpers.evaluation.store import CELL, KEYS, ROW, document_results, keye
 from icl_helpers.files import read_text, user_path
 from icl_helpers.results.statistics import accuracy_intervals, compare_documents
 from icl_helpers.results.tables import (
+    bounds_in_words,
     cell_frame,
     name_heads,
     published_accuracy,
@@ -174,7 +175,7 @@ class LogComparison:
 
     def __str__(self) -> str:
         shown = self.table.rename(columns={"first": "A", "second": "B", "documents": "n"})
-        bounds = shown["low"].map(" [{:+.1f}, ".format) + shown["high"].map("{:+.1f}]".format)
+        bounds = bounds_in_words(shown["low"], shown["high"], "{:+.1f}")
         shown["B - A"] = shown["difference"].map("{:+.1f}".format) + bounds
         shown[["A", "B"]] = shown[["A", "B"]].map("{:.1f}".format)
         for p in ("p", "p_holm"):

@@ -22,25 +22,10 @@ from icl_helpers.attention.heads import Head, heads_in_words
 from icl_helpers.evaluation.store import CELL, keyed
 
 __all__ = [
-    "accuracy_bars",
-    "accuracy_lines",
-    "attention_over_prompt",
-    "bars_alt",
-    "benefit_alt",
-    "benefit_bars",
-    "dose_alt",
-    "dose_lines",
-    "effect_points",
-    "heatmap_alt",
-    "intervention_lines",
-    "loss_lines",
-    "margin_alt",
-    "margin_bars",
-    "named_conditions",
-    "ranked_heads",
-    "rise_lines",
-    "score_heatmap",
-    "score_lines",
+    "accuracy_bars", "accuracy_lines", "attention_over_prompt", "bars_alt", "benefit_alt",
+    "benefit_bars", "dose_alt", "dose_lines", "effect_points", "heatmap_alt", "intervention_lines",
+    "loss_lines", "margin_alt", "margin_bars", "named_conditions", "ranked_heads", "rise_lines",
+    "score_heatmap", "score_lines",
 ]  # fmt: skip
 
 # Inches: what a phone shows at its own size.
@@ -94,10 +79,10 @@ def score_heatmap(
 def heatmap_alt(values: Float[torch.Tensor, "layers heads"], *, label: str) -> str:
     """Write the alternative text of :func:`score_heatmap`: its size, range and five highest."""
     layers, heads = values.shape
-    best = values.flatten().argsort(descending=True, stable=True)[:5].tolist()
+    scores, ranks = values.flatten().sort(descending=True, stable=True)
     named = ", ".join(
-        f"layer {index // heads} head {index % heads} {values.flatten()[index]:.3g}"
-        for index in best
+        f"layer {index // heads} head {index % heads} {score:.3g}"
+        for score, index in zip(scores[:5], ranks[:5].tolist(), strict=True)
     )
     return (
         f"Heatmap of the {label}, {layers} layers by {heads} heads, from {values.min():.3g} to "
@@ -156,8 +141,6 @@ def accuracy_bars(
     number) or ``"none"`` (zero-shot). Results with several sets of labels get a panel each.
     """
     bars, title = _accuracies(results, ablations, shots, n_heads)
-    if bars.empty:
-        return _note(_NOTHING_EVALUATED, height=3.8)
     several = bars["labels"].nunique() > 1
     titles = {labels: f"{labels} labels" if several else "" for labels in bars["labels"]}
     figure, grid = _bar_panels(bars, "labels", titles, title=title, height=3, narrow=narrow)
@@ -211,11 +194,10 @@ def margin_bars(
     share of heads. Below zero, the wrong label leads on most documents.
     """
     bars, title = _margins(documents, ablations, n_heads)
-    if bars.empty:
-        return _note(_NOTHING_EVALUATED, height=3.8)
-    figure, (axes,) = _bar_panels(bars, "panel", {"": ""}, title=title, height=3, narrow=narrow)
-    (axes.axvline if narrow else axes.axhline)(0, color=_FULL, linewidth=0.8)
-    (axes.set_xlabel if narrow else axes.set_ylabel)("margin of the right label (nats)")
+    figure, grid = _bar_panels(bars, "panel", {"": ""}, title=title, height=3, narrow=narrow)
+    for axes in grid:
+        (axes.axvline if narrow else axes.axhline)(0, color=_FULL, linewidth=0.8)
+        (axes.set_xlabel if narrow else axes.set_ylabel)("margin of the right label (nats)")
     return _closed(figure)
 
 
@@ -254,18 +236,18 @@ def benefit_bars(
     number of heads; lines are 95 % intervals. Tasks that are left out have no bars.
     """
     bars, title = _changes(changes, ablation)
-    if bars.empty:
-        return _note(_NO_BENEFIT, height=2)
     titles = {share: heads_in_words(share, n_heads) for share in set(bars["fraction"])}
-    figure, grid = _bar_panels(bars, "fraction", titles, title=title, height=2.6, narrow=narrow)
+    height = 1.2 if bars.empty else 2.6
+    figure, grid = _bar_panels(
+        bars, "fraction", titles, title=title, height=height, narrow=narrow, nothing=_NO_BENEFIT
+    )
     ends = bars[["height", "low", "high"]]
     low, high = min(0.0, ends.min(axis=None)), max(0.0, ends.max(axis=None))
-    room = 0.05 * (high - low)
+    limits = low - 0.05 * (high - low), high + 0.05 * (high - low)
     for axes in grid:
         (axes.axvline if narrow else axes.axhline)(0, color=_FULL, linewidth=0.8)
-        name, limits = "change of benefit (%)", (low - room, high + room)
         along = "x" if narrow else "y"
-        axes.set(**{f"{along}label": name, f"{along}lim": limits})
+        axes.set(**{f"{along}label": "change of benefit (%)", f"{along}lim": limits})
     return _closed(figure)
 
 
@@ -291,13 +273,13 @@ def _changes(changes: pd.DataFrame, ablation: str) -> tuple[pd.DataFrame, str]:
 
 def _bar_panels(
     bars: pd.DataFrame, by: str, titles: Mapping[Any, str], *, title: str, height: float,
-    narrow: bool,
+    narrow: bool, nothing: str = _NOTHING_EVALUATED,
 ) -> tuple[Figure, Sequence[Axes]]:  # fmt: skip
-    """Draw bars to ``height`` with lines from ``low`` to ``high``, by task and condition.
-
-    Rows of equal ``by`` have a panel, ``height`` inches high, with its title; where the figure is
-    narrow bars lie, and panels are as high as they need.
-    """
+    """Draw bars with lines from ``low`` to ``high``, a panel each ``by``, or say ``nothing``."""
+    if bars.empty:
+        figure, (axes,) = _new_figure(9, 0.8 + height)
+        axes.text(0.5, 0.5, nothing, ha="center")
+        return figure, []
     panels = list(bars.groupby(by))
     tasks = list(dict.fromkeys(bars["task"]))
     conditions = [name for name in _COLOURS if name in set(bars["condition"])]
@@ -323,9 +305,7 @@ def _bar_panels(
         ticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
         if narrow:
             axes.set_ylim(len(tasks) - 0.5, -0.5)
-    handles, names = grid[0].get_legend_handles_labels()
-    columns = 2 if narrow else 5
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+    _legend(figure, grid[0], "lower", 2 if narrow else 5)
     figure.suptitle(title, fontsize="medium", wrap=True)
     return figure, grid
 
@@ -340,13 +320,6 @@ def _numbers(shots: pd.Series) -> str:
     return " or ".join(map(str, sorted(set(shots))))
 
 
-def _note(text: str, *, height: float) -> Figure:
-    """Draw a sentence in place of a figure without bars."""
-    figure, (axes,) = _new_figure(9, height)
-    axes.text(0.5, 0.5, text, ha="center")
-    return _closed(figure)
-
-
 # How sets of heads were chosen, in the order of the lines: name, colour, marker.
 _CHOSEN = {
     "highest": ("highest scores", _INDUCTION, "o"), "lowest": ("lowest scores", "#1b7837", "s"),
@@ -356,8 +329,8 @@ _CHOSEN = {
 }  # fmt: skip
 
 
-def dose_lines(frame: pd.DataFrame, *, value: str = "margin", narrow: bool = False) -> Figure:
-    """Draw ``margin`` (nats) or ``accuracy`` (percent) against heads removed, a panel a task.
+def dose_lines(frame: pd.DataFrame, *, narrow: bool = False) -> Figure:
+    """Draw ``margin`` (nats) against the number of heads removed, a panel a task.
 
     ``frame`` is :func:`icl_helpers.analysis.measured.dose_response`.
     """
@@ -365,11 +338,10 @@ def dose_lines(frame: pd.DataFrame, *, value: str = "margin", narrow: bool = Fal
     figure, grid = _new_figure(_NARROW if narrow else 7, 0.9 + 2.1 * len(tasks), rows=len(tasks))
     for task, axes in zip(tasks, grid, strict=True):
         part = frame[frame["task"] == task]
-        whole = part.loc[part["chosen_by"] == "none", value].item()
+        whole, margins = _doses(part)
         axes.axhline(whole, color=_FULL, linestyle=":", linewidth=1, label="full model")
-        for chosen_by in [way for way in _CHOSEN if (part["chosen_by"] == way).any()]:
+        for chosen_by, rows in margins.items():
             name, colour, marker = _CHOSEN[chosen_by]
-            rows = part[part["chosen_by"] == chosen_by].groupby("heads")[value]
             line = rows.median()
             axes.plot(line, color=colour, marker=marker, markersize=4, label=name)
             if chosen_by == "random":
@@ -378,28 +350,38 @@ def dose_lines(frame: pd.DataFrame, *, value: str = "margin", narrow: bool = Fal
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_title(task.replace("_", " "), loc="left", fontsize="medium")
-        axes.set(ylabel="margin (nats)" if value == "margin" else "accuracy (%)")
+        axes.set(ylabel="margin (nats)")
     grid[-1].set_xlabel("heads removed")
-    handles, names = grid[0].get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside upper center", ncols=1 if narrow else 2, frameon=False
-    )
+    _legend(figure, grid[0], "upper", 1 if narrow else 2)
     return _closed(figure)
 
 
-def dose_alt(frame: pd.DataFrame, *, value: str = "margin") -> str:
+def _doses(part: pd.DataFrame) -> tuple[float, dict[str, Any]]:
+    """Return the full model's margin, and the margins by number of heads of each kind of sets."""
+    by_choice = dict(list(part.groupby("chosen_by")))
+    whole = by_choice["none"]["margin"].item()
+    return whole, {
+        name: by_choice[name].groupby("heads")["margin"] for name in _CHOSEN if name in by_choice
+    }
+
+
+def _legend(figure: Figure, axes: Axes, side: str, columns: int) -> None:
+    """Put what one of the panels names beyond all of them."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc=f"outside {side} center", ncols=columns, frameon=False)
+
+
+def dose_alt(frame: pd.DataFrame) -> str:
     """Write the alternative text of :func:`dose_lines`: every point of its lines."""
-    unit = "nats" if value == "margin" else "percent"
     said = []
     for task, part in frame.groupby("task", sort=False):
-        whole = part.loc[part["chosen_by"] == "none", value].item()
+        whole, margins = _doses(part)
         lines = [f"full model {whole:.1f}"]
-        for chosen_by in [way for way in _CHOSEN if (part["chosen_by"] == way).any()]:
-            medians = part[part["chosen_by"] == chosen_by].groupby("heads")[value].median()
-            points = ", ".join(f"{line:.1f} without {count}" for count, line in medians.items())
-            lines.append(f"{_CHOSEN[chosen_by][0]} {points}")
+        for chosen_by, rows in margins.items():
+            points = (f"{line:.1f} without {count}" for count, line in rows.median().items())
+            lines.append(f"{_CHOSEN[chosen_by][0]} {', '.join(points)}")
         said.append(f"{task}: {'; '.join(lines)}")
-    return f"Lines of {value} in {unit} over heads removed. {'. '.join(said)}.".replace("_", " ")
+    return f"Lines of margin in nats over heads removed. {'. '.join(said)}.".replace("_", " ")
 
 
 def effect_points(frame: pd.DataFrame, *, value: str, label: str, narrow: bool = False) -> Figure:
@@ -454,9 +436,7 @@ def rise_lines(counts: pd.DataFrame, *, threshold: float, narrow: bool = False) 
     highest.axhline(threshold, color=_GUIDE, linewidth=0.8)
     highest.set(ylabel="highest score", ylim=(0, 1.02), xscale="log")
     share.set(xlabel="training step", ylabel=f"heads at {threshold} or more (%)", ylim=(0, None))
-    handles, names = share.get_legend_handles_labels()
-    columns = 1 if narrow else 2
-    figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
+    _legend(figure, share, "upper", 1 if narrow else 2)
     return _closed(figure)
 
 

@@ -43,7 +43,12 @@ from icl_helpers.results.figures import (
     score_heatmap,
 )
 from icl_helpers.results.statistics import benefit_changes, left_out_tasks
-from icl_helpers.results.tables import annotated_table, name_heads, write_table
+from icl_helpers.results.tables import (
+    annotated_table,
+    bounds_in_words,
+    name_heads,
+    write_table,
+)
 from icl_helpers.tasks.data import load_splits
 from icl_helpers.tasks.specs import STAND_IN_TASKS, TextTaskSpec, get_task_spec, text_spec
 
@@ -77,11 +82,16 @@ def said_where_not_measured() -> Iterator[None]:
 
 
 def show_drawing(
-    draw: Callable[..., Figure], *shown: Any, alt: str, caption: str, **options: Any
-) -> None:
-    """Display a figure of :mod:`icl_helpers.results.figures`, with its narrow drawing."""
+    draw: Callable[..., Figure], *shown: Any, alt: str | Callable[..., str], caption: str,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Display a figure of :mod:`icl_helpers.results.figures`, with its narrow drawing.
+
+    ``alt`` may be a function that is given what is drawn.
+    """
     wide, narrow = (draw(*shown, **options, narrow=narrow) for narrow in (False, True))
-    show_figure(wide, alt=alt, caption=caption, narrow=narrow)
+    text = alt if isinstance(alt, str) else alt(*shown, **options)
+    show_figure(wide, alt=text, caption=caption, narrow=narrow)
 
 
 def show_bars(
@@ -93,8 +103,9 @@ def show_bars(
     Beside a knockout the caption says how many pairs it blocks.
     """
     seeds = ", ".join(map(str, sorted(set(results["demonstration_seed"]))))
-    if "knockout" in ablations and "n_blocked" in results and (results["n_blocked"] > 0).any():
-        blocked = results.loc[results["n_blocked"] > 0, "n_blocked"]
+    blocked = results["n_blocked"] if "n_blocked" in results else pd.Series(dtype=float)
+    blocked = blocked[blocked > 0]
+    if "knockout" in ablations and len(blocked):
         pairs = dict.fromkeys(map("{:,.0f}".format, (blocked.min(), blocked.max())))
         caption += (
             f" The knockout blocks {' to '.join(pairs)} pairs of a query and a key in a prompt, on "
@@ -102,8 +113,7 @@ def show_bars(
         )
     most = int(results["n"].max()) if len(results) else 0
     show_drawing(
-        accuracy_bars, results, ablations=ablations, n_heads=n_heads, shots=shots,
-        alt=bars_alt(results, ablations=ablations, n_heads=n_heads, shots=shots),
+        accuracy_bars, results, ablations=ablations, n_heads=n_heads, shots=shots, alt=bars_alt,
         caption=f"{caption} At most {most} documents a task, demonstration seeds {seeds}.",
     )  # fmt: skip
 
@@ -111,8 +121,7 @@ def show_bars(
 def show_margins(documents: pd.DataFrame, *, ablations: Sequence[str], n_heads: int) -> None:
     """Display :func:`icl_helpers.results.figures.margin_bars` with its heights as text."""
     show_drawing(
-        margin_bars, documents, ablations=ablations, n_heads=n_heads,
-        alt=margin_alt(documents, ablations=ablations, n_heads=n_heads),
+        margin_bars, documents, ablations=ablations, n_heads=n_heads, alt=margin_alt,
         caption=(
             "Median margin by which the right label leads the best wrong one, with the most "
             "examples per task; lines span the quartiles. Below zero the wrong label leads on most "
@@ -155,6 +164,12 @@ def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
     if isinstance(frame.columns, pd.MultiIndex):
         return labelled.rename_axis(columns=["", corner])
     return labelled.rename_axis(columns=corner)
+
+
+def _show_rows(shown: pd.DataFrame, rows: pd.DataFrame, label: str) -> None:
+    """Display a table with the task, labels and shots of ``rows`` at its head."""
+    index = pd.MultiIndex.from_frame(rows[ROW])
+    _show_html(_labelled(_narrow(shown.set_axis(index, axis="index"))), label)
 
 
 def _offer(frame: pd.DataFrame, label: str, directory: Path, name: str) -> None:
@@ -224,12 +239,14 @@ def show_answers(rows: pd.DataFrame, directory: Path, *, n_heads: int, name: str
     label = f"bias or skill, percent{removed}"
     columns = {}
     for measure in ("accuracy", "balanced", "calibrated", "auc"):
-        low, high = (rows[f"{measure}_{end}"] for end in ("low", "high"))
-        bounds = low.map(" [{:.0f}, ".format) + high.map("{:.0f}]".format)
-        columns[measure] = (rows[measure].map("{:.0f}".format) + bounds).where(
-            rows[measure].notna(), ""
-        )
-    words = [_label(*row) for row in rows[["task", "labels", "said"]].itertuples(index=False)]
+        bounds = bounds_in_words(rows[f"{measure}_low"], rows[f"{measure}_high"], "{:.0f}")
+        percent = rows[measure].map("{:.0f}".format) + bounds
+        columns[measure] = percent.where(rows[measure].notna(), "")
+    words = []
+    for task, labels, number in zip(rows["task"], rows["labels"], rows["said"], strict=True):
+        spec = get_task_spec(task)
+        names = spec.labels(labels) if isinstance(spec, TextTaskSpec) else spec.choices
+        words.append(names[number])
     shown = pd.DataFrame(
         {
             "condition": _conditions(rows),
@@ -237,9 +254,8 @@ def show_answers(rows: pd.DataFrame, directory: Path, *, n_heads: int, name: str
             "said most": words + rows["share"].map(" {:.0f} %".format),
             "detectable": rows["detectable"].map("{:.0f} points".format, na_action="ignore"),
         }
-    ).rename(columns={"auc": "AUC"})  # fmt: skip
-    shown = shown.fillna("").set_axis(pd.MultiIndex.from_frame(rows[ROW]), axis="index")
-    _show_html(_labelled(_narrow(shown)), label)
+    )
+    _show_rows(shown.rename(columns={"auc": "AUC"}).fillna(""), rows, label)
     _offer(name_heads(rows.round(2), n_heads), label, directory, name)
 
 
@@ -249,12 +265,6 @@ def _conditions(rows: pd.DataFrame) -> pd.Series:
     return named_conditions(rows)["condition"].str.cat(kinds, na_rep="")
 
 
-def _label(task: str, labels: str, number: int) -> str:
-    spec = get_task_spec(task)
-    names = spec.labels(labels) if isinstance(spec, TextTaskSpec) else spec.choices
-    return names[number]
-
-
 def show_published(model: str, documents: pd.DataFrame, number: int, directory: Path) -> None:
     """Display what is published in a table: beside a paper's model's run, else on its own.
 
@@ -262,38 +272,29 @@ def show_published(model: str, documents: pd.DataFrame, number: int, directory: 
     For any other the published table of both models, under their names, since a difference would
     compare models.
     """
+    title = f"table {number}, {{}}, {_REMOVAL[number]}, published"
     beside = overlay(model, documents)
     if beside is not None:
         rows = beside[beside["table"] == number].drop(columns="table").round(1)
-        label = f"{_published_title(number, str(published_name(model)))} and recomputed"
-        _show_html(_compact(rows), label)
+        label = f"{title.format(published_name(model))} and recomputed"
+        bounds = bounds_in_words(rows["low"], rows["high"], "{:.1f}")
+        shown = pd.DataFrame(
+            {
+                "condition": named_conditions(rows)["condition"],
+                "heads": rows["heads"],
+                "published": rows["published"],
+                "this run": rows["accuracy"].map("{:.1f}".format) + bounds,
+                "difference": rows["difference"].map("{:+.1f}".format),
+                "inside": rows["inside"].map({True: "yes", False: "no"}),
+            }
+        )
+        _show_rows(shown, rows, label)
         _offer(rows, label, directory, f"published-{number}")
         return
     for model_name in PAPER_MODELS.values():
         cells = _narrow(published_table(number, model_name))
-        label = _published_title(number, model_name)
         name = f"published-{number}-{model_name.lower()}"
-        show_table(cells, label=label, directory=directory, name=name)
-
-
-def _published_title(number: int, model_name: str) -> str:
-    return f"table {number}, {model_name}, {_REMOVAL[number]}, published"
-
-
-def _compact(rows: pd.DataFrame) -> pd.DataFrame:
-    """Lay out rows of :func:`icl_helpers.results.comparison.overlay` in few columns."""
-    bounds = rows["low"].map(" [{:.1f}, ".format) + rows["high"].map("{:.1f}]".format)
-    shown = pd.DataFrame(
-        {
-            "condition": named_conditions(rows)["condition"],
-            "heads": rows["heads"],
-            "published": rows["published"],
-            "this run": rows["accuracy"].map("{:.1f}".format) + bounds,
-            "difference": rows["difference"].map("{:+.1f}".format),
-            "inside": rows["inside"].map({True: "yes", False: "no"}),
-        }
-    )
-    return _labelled(_narrow(shown.set_axis(pd.MultiIndex.from_frame(rows[ROW]), axis="index")))
+        show_table(cells, label=title.format(model_name), directory=directory, name=name)
 
 
 def show_published_scores() -> None:
@@ -342,8 +343,7 @@ def show_benefit(changes: pd.DataFrame, *, ablation: str, n_heads: int) -> None:
     out = left_out_tasks(changes)
     names = out["task"] + " (" + out["labels"] + ": " + out["why"] + ")"
     show_drawing(
-        benefit_bars, changes, ablation=ablation, n_heads=n_heads,
-        alt=benefit_alt(changes, ablation=ablation, n_heads=n_heads),
+        benefit_bars, changes, ablation=ablation, n_heads=n_heads, alt=benefit_alt,
         caption=(
             f"Relative change of the benefit of examples under {ablation} ablation; -100 % means "
             f"that examples help no more. Lines are 95 % intervals. Left out: "
@@ -355,7 +355,7 @@ def show_benefit(changes: pd.DataFrame, *, ablation: str, n_heads: int) -> None:
 def show_benefit_table(changes: pd.DataFrame, *, n_heads: int, directory: Path) -> None:
     """Display the benefit under every condition; the whole is written as ``benefit``."""
     label = "the benefit of examples, percent and points"
-    bounds = changes["low"].map(" [{:.0f}, ".format) + changes["high"].map("{:.0f}]".format)
+    bounds = bounds_in_words(changes["low"], changes["high"], "{:.0f}")
     change = changes["relative_change"].map("{:+.0f}".format) + bounds
     shown = pd.DataFrame(
         {
@@ -367,9 +367,8 @@ def show_benefit_table(changes: pd.DataFrame, *, n_heads: int, directory: Path) 
                 changes["relative_change"].notna() & (changes["condition"] != "full"), ""
             ),
         }
-    ).rename(columns=lambda name: name.replace("_", " "))  # fmt: skip
-    shown = shown.set_axis(pd.MultiIndex.from_frame(changes[ROW]), axis="index")
-    _show_html(_labelled(_narrow(shown)), label)
+    )
+    _show_rows(shown.rename(columns=lambda name: name.replace("_", " ")), changes, label)
     _offer(name_heads(changes.round(2), n_heads), label, directory, "benefit")
 
 

@@ -56,7 +56,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def accuracy_interval(right: np.ndarray, *, level: float = LEVEL, drawn: bool = False) -> Interval:
+def accuracy_interval(right: np.ndarray, *, drawn: bool = False) -> Interval:
     """Compute the interval of an accuracy over documents, and over seeds and draws where several.
 
     ``right`` [documents] or [documents, seeds] or [documents, seeds, draws] is 0 or 1; ``drawn``
@@ -67,13 +67,13 @@ def accuracy_interval(right: np.ndarray, *, level: float = LEVEL, drawn: bool = 
     kind of seed widens it by its observed spread times Student's t quantile, by squares (Zou &
     Donner 2008); :func:`simulate_coverage` measures how often the result holds the true value.
     """
-    spread = _Spread(right, level)
+    spread = _Spread(right, LEVEL)
     count, n = spread.data.mean() * spread.answers, spread.answers
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     low = special.betaincinv(count, n - count + 1, tail) if count > 0 else 0.0
     high = special.betaincinv(count + 1, n - count, 1 - tail) if count < n else 1.0
-    found = spread.widened(float(low), float(high), drawn=drawn)
-    return Interval(found.mean, max(0.0, found.low), min(1.0, found.high))
+    mean, low, high = spread.widened(float(low), float(high), drawn=drawn)
+    return Interval(mean, max(0.0, low), min(1.0, high))
 
 
 def difference_interval(
@@ -89,9 +89,9 @@ def difference_interval(
     n = spread.answers
     wins, losses = n * (spread.data > 0).mean(), n * (spread.data < 0).mean()
     quantile = float(special.stdtrit(len(first) - 1, (1 + level) / 2))
-    low = _score_bound(wins, losses, n, quantile)
-    found = spread.widened(low, -_score_bound(losses, wins, n, quantile), drawn=drawn)
-    return Interval(found.mean, max(-1.0, found.low), min(1.0, found.high))
+    bounds = _score_bound(wins, losses, n, quantile), -_score_bound(losses, wins, n, quantile)
+    mean, low, high = spread.widened(*bounds, drawn=drawn)
+    return Interval(mean, max(-1.0, low), min(1.0, high))
 
 
 def finite_interval(gaps: np.ndarray) -> Interval:
@@ -227,20 +227,16 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return corrected.clip(max=1.0)
 
 
-def is_distinguishable(
-    p: pd.Series, low: pd.Series, high: pd.Series, *, level: float = LEVEL
-) -> pd.Series:
+def is_distinguishable(p: pd.Series, low: pd.Series, high: pd.Series) -> pd.Series:
     """Tell which differences are distinguishable from none: the one rule of tables and sentences.
 
     The corrected exact test (``p``) and the interval over documents, seeds and draws must both
     say so.
     """
-    return (p < 1 - level) & ((low > 0) | (high < 0))
+    return (p < 1 - LEVEL) & ((low > 0) | (high < 0))
 
 
-def accuracy_intervals(
-    documents: pd.DataFrame, *, level: float = LEVEL, over_draws: bool = True
-) -> pd.DataFrame:
+def accuracy_intervals(documents: pd.DataFrame, *, over_draws: bool = True) -> pd.DataFrame:
     """Compute accuracies in percent with their intervals, per task, labels, shots and condition.
 
     ``documents`` is :func:`icl_helpers.document_results`. Columns of the result: the key,
@@ -249,17 +245,14 @@ def accuracy_intervals(
     """
     rows = []
     for key, answers in _answers(documents).items():
-        array = _array(answers)
         drawn = over_draws and _is_drawn(key)
-        interval = accuracy_interval(_once(array, key), level=level, drawn=drawn)
-        rows.append((*key, *(100 * value for value in interval), len(array), answers.shape[1]))
+        interval = accuracy_interval(_once(_array(answers), key), drawn=drawn)
+        rows.append((*key, *(100 * value for value in interval), *answers.shape))
     columns = [*CELL, "accuracy", "low", "high", "documents", "runs"]
     return _fraction_of_some(pd.DataFrame(rows, columns=columns))
 
 
-def comparisons(
-    documents: pd.DataFrame, *, level: float = LEVEL, over_draws: bool = True
-) -> pd.DataFrame:
+def comparisons(documents: pd.DataFrame, *, over_draws: bool = True) -> pd.DataFrame:
     """Compare each condition with the full model, and induction with random heads.
 
     Columns: the key of the first condition, ``against`` and ``against_control``, difference
@@ -268,33 +261,31 @@ def comparisons(
     these over those without. ``over_draws`` is as in :func:`accuracy_intervals`.
     """
     answers = _answers(documents)
+    controls = dict.fromkeys(other[-1] for other in answers)
     rows = []
-    for key, first_answers in answers.items():
+    for key in answers:
         row, (condition, ablation, fraction, _) = key[:3], key[3:]
         rivals = [(*row, *_FULL)] if condition != "full" else []
         if condition == "induction_heads":
-            rivals += [
-                (*row, "random_heads", ablation, fraction, control)
-                for control in dict.fromkeys(other[-1] for other in answers)
-            ]
-        for rival in rivals:
-            if rival not in answers:
-                continue
-            pair = _aligned(first_answers, answers[rival])
-            first, second = (_once(array, key) for array in pair)
+            rivals += [(*row, "random_heads", ablation, fraction, it) for it in controls]
+        for rival in (rival for rival in rivals if rival in answers):
+            first, second = (_once(it, key) for it in _aligned(answers[key], answers[rival]))
             drawn = over_draws and (_is_drawn(key) or _is_drawn(rival))
-            interval, p = _compared(first, second, level=level, drawn=drawn)
-            rows.append((*key, rival[3], rival[-1], *interval, p, cohens_g(first, second)))
+            gap = _compared(first, second, drawn=drawn)
+            rows.append((*key, rival[3], rival[-1], *gap, cohens_g(first, second)))
     columns = [*CELL, "against", "against_control", "difference", "low", "high", "p", "cohens_g"]
     frame = pd.DataFrame(rows, columns=columns)
-    frame["p_holm"] = frame.groupby(frame["shots"] == 0)["p"].transform(holm)
-    found = is_distinguishable(frame["p_holm"], frame["low"], frame["high"], level=level)
-    return _fraction_of_some(frame).assign(distinguishable=found)
+    return _told(frame, frame.groupby(frame["shots"] == 0)["p"].transform(holm))
 
 
-def paired_difference(
-    first: pd.DataFrame, second: pd.DataFrame, *, level: float = LEVEL
-) -> tuple[Interval, float]:
+def _told(frame: pd.DataFrame, p_holm: Sequence[float] | np.ndarray | pd.Series) -> pd.DataFrame:
+    """Add corrected p-values and which differences are distinguishable."""
+    frame = _fraction_of_some(frame).assign(p_holm=p_holm)
+    told = is_distinguishable(frame["p_holm"], frame["low"], frame["high"])
+    return frame.assign(distinguishable=told)
+
+
+def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> tuple[Interval, float]:
     """Compare two cells of one task: their difference in points, first minus second, and exact p.
 
     Each frame has the rows of one cell of :func:`icl_helpers.document_results`; any two may be
@@ -304,16 +295,14 @@ def paired_difference(
     parts = [_answers(rows) for rows in (first, second)]
     if any(len(part) != 1 for part in parts):
         raise InputError(f"each side must be one cell, got {[len(part) for part in parts]}")
-    (one, answers), (other, against) = (next(iter(part.items())) for part in parts)
-    pair = _aligned(answers, against)
-    if one[2] == other[2] == 0:
-        pair = [array[:, :1] for array in pair]
-    return _compared(*pair, level=level, drawn=_is_drawn(one) or _is_drawn(other))
+    (keys, answers) = zip(*(next(iter(part.items())) for part in parts), strict=True)
+    most = max(keys, key=lambda key: key[2])
+    pair = [_once(array, most) for array in _aligned(*answers)]
+    *bounds, p = _compared(*pair, drawn=any(map(_is_drawn, keys)))
+    return Interval(*bounds), p
 
 
-def compare_documents(
-    first: pd.DataFrame, second: pd.DataFrame, *, level: float = LEVEL
-) -> pd.DataFrame:
+def compare_documents(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     """Compare two runs cell by cell, on the documents, seeds and draws that both have.
 
     Both are as :func:`icl_helpers.document_results` gives them. Columns: the key, documents, runs
@@ -330,27 +319,25 @@ def compare_documents(
     ]
     rows = []
     for key in sides[0]:
-        one, other = (_once(_array(side[key]), key) for side in sides)
-        interval, p = _compared(other, one, level=level, drawn=_is_drawn(key))
-        means = 100 * one.mean(), 100 * other.mean()
-        rows.append((*key, len(one), one[0].size, *means, *interval, p))
+        pair = [_once(_array(side[key]), key) for side in sides]
+        gap = _compared(*reversed(pair), drawn=_is_drawn(key))
+        means = (100 * right.mean() for right in pair)
+        rows.append((*key, len(pair[0]), pair[0][0].size, *means, *gap))
     if not rows:
         raise InputError(
             "the two share no cell (task, labels, shots, condition, heads, seeds) of two documents"
         )
     columns = ["documents", "runs", "first", "second", "difference", "low", "high", "p"]
     frame = pd.DataFrame(rows, columns=[*CELL, *columns])
-    frame["p_holm"] = holm(frame["p"].to_list())
-    found = is_distinguishable(frame["p_holm"], frame["low"], frame["high"], level=level)
-    return _fraction_of_some(frame).assign(distinguishable=found)
+    return _told(frame, holm(frame["p"].to_list()))
 
 
 def _compared(
-    first: np.ndarray, second: np.ndarray, *, level: float, drawn: bool
-) -> tuple[Interval, float]:
-    """Return the difference of two aligned cells in points, first minus second, and its exact p."""
-    interval = difference_interval(first, second, level=level, drawn=drawn)
-    return Interval(*(100 * bound for bound in interval)), paired_test(first, second)
+    first: np.ndarray, second: np.ndarray, *, drawn: bool
+) -> tuple[float, float, float, float]:
+    """Return the interval of two aligned cells' difference in points, first minus second, and p."""
+    mean, low, high = difference_interval(first, second, drawn=drawn)
+    return 100 * mean, 100 * low, 100 * high, paired_test(first, second)
 
 
 def _is_drawn(key: tuple[Any, ...]) -> bool:
@@ -375,10 +362,10 @@ def _answers(documents: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
     documents = documents.assign(**known, correct=documents["correct"].astype("float64"))
     answers = {}
     for key, rows in filled_keys(documents).groupby(CELL, sort=False):
-        kept = _wide(rows, ["doc_id", *seeds])
+        wide = _wide(rows, ["doc_id", *seeds])
         # Of fewer than two documents there is no interval.
-        if len(kept) > 1:
-            answers[key] = kept
+        if len(wide) > 1:
+            answers[key] = wide
     return answers
 
 
@@ -394,10 +381,10 @@ def _wide(rows: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     values[places] = rows["correct"]
     if (~np.isnan(values)).sum() < len(rows):
         raise InputError("a cell holds a document twice under one pair of seeds")
-    kept = ~np.isnan(values).any(axis=(1, 2))
+    whole = ~np.isnan(values).any(axis=(1, 2))
     columns = pd.MultiIndex.from_product(levels[1:], names=list(axes[1:]))
-    answers = values[kept].reshape(kept.sum(), -1).astype(np.int64)
-    return pd.DataFrame(answers, index=pd.Index(levels[0][kept], name=axes[0]), columns=columns)
+    answers = values[whole].reshape(whole.sum(), -1).astype(np.int64)
+    return pd.DataFrame(answers, index=pd.Index(levels[0][whole], name=axes[0]), columns=columns)
 
 
 def filled_keys(frame: pd.DataFrame) -> pd.DataFrame:
@@ -439,8 +426,7 @@ def icl_benefit(results: pd.DataFrame, *, shots: int = 10) -> pd.DataFrame:
     full model gains nothing) or ``at chance`` (its few-shot accuracy is within 1.96 standard
     errors of guessing), the cases that the paper leaves out.
     """
-    means = 100 * filled_keys(results).groupby(CELL)["accuracy"].mean()
-    table = means.unstack("shots")
+    table = 100 * filled_keys(results).groupby(CELL)["accuracy"].mean().unstack("shots")
     if 0 not in table or shots not in table:
         raise InputError(f"the results need 0-shot and {shots}-shot rows to compare")
     pairs = table[[0, shots]].dropna().set_axis(["zero_shot", "few_shot"], axis="columns")
@@ -575,19 +561,18 @@ def coverage_table(
         for spread in (0.0, 0.02, 0.05)
     }
     for count in draws:
-        control = {"draws": count, "seed_spread": 0.02}
-        name = f"difference to the control, {count} draws"
-        settings[f"{name}, each losing up to 10 points"] = {**control, "loss": 0.05}
-        settings[f"{name}, one in three losing 10 points"] = {
-            **control, "loss": 0.1, "uneven": True,
-        }  # fmt: skip
-    rows = {
-        name: {
-            f"{100 * accuracy:.0f} %": 100 * simulate_coverage(
+        for what, loss in (
+            ("each losing up to 10 points", {"loss": 0.05}),
+            ("one in three losing 10 points", {"loss": 0.1, "uneven": True}),
+        ):
+            name = f"difference to the control, {count} draws, {what}"
+            settings[name] = {"draws": count, "seed_spread": 0.02, **loss}
+    table = pd.DataFrame(index=pd.Index(settings, name="simulated"))
+    for accuracy in accuracies:
+        table[f"{100 * accuracy:.0f} %"] = [
+            100 * simulate_coverage(
                 documents=documents, seeds=seeds, accuracy=accuracy, trials=trials, **setting
             )
-            for accuracy in accuracies
-        }
-        for name, setting in settings.items()
-    }  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("simulated")
+            for setting in settings.values()
+        ]  # fmt: skip
+    return table

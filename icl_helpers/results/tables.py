@@ -127,14 +127,18 @@ def annotated_table(documents: pd.DataFrame, number: int, *, n_heads: int) -> An
     change = tests["difference"].map("{:+.1f}".format)
     mark = tests["distinguishable"].map({True: MARK, False: ""})
     tests["change"] = " (" + change + ")" + mark
+    bounds = bounds_in_words(tests["low"], tests["high"], "{:+.1f}")
     gaps = tests.assign(
-        condition=_GAP, control=tests["against_control"],
-        text=change + mark + bounds_in_words(tests, "{:+.1f}"),
-    )  # fmt: skip
+        condition=_GAP, control=tests["against_control"], text=change + mark + bounds
+    )
     to_full = tests.loc[tests["against"] == "full", [*CELL, "change"]]
     cells = accuracy_intervals(rows).merge(to_full, how="left", on=CELL)
     accuracy = cells["accuracy"].map("{:.1f}".format)
-    cells["text"] = accuracy + cells["change"].fillna("") + bounds_in_words(cells, "{:.1f}")
+    cells["text"] = (
+        accuracy
+        + cells["change"].fillna("")
+        + bounds_in_words(cells["low"], cells["high"], "{:.1f}")
+    )
     columns = ["against", "against_control", "difference", "low", "high", "p", "p_holm"]
     columns += ["cohens_g", "distinguishable"]
     tests = _with_draws(tests[[*CELL, *columns]], rows)
@@ -160,9 +164,9 @@ def _with_draws(tests: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return tests.assign(induction_heads_in_draws=[again.get(key, "") for key in keys])
 
 
-def bounds_in_words(frame: pd.DataFrame, form: str) -> pd.Series:
-    """Write the columns ``low`` and ``high`` to stand behind a value, each in this format."""
-    return " [" + frame["low"].map(form.format) + ", " + frame["high"].map(form.format) + "]"
+def bounds_in_words(low: pd.Series, high: pd.Series, form: str) -> pd.Series:
+    """Write intervals to stand behind their values, each bound in this format."""
+    return " [" + low.map(form.format) + ", " + high.map(form.format) + "]"
 
 
 def name_heads(frame: pd.DataFrame, n_heads: int) -> pd.DataFrame:

@@ -319,7 +319,8 @@ def _costs(loss: Interval) -> str:
 
 def kinds_by_task(table: pd.DataFrame) -> pd.DataFrame:
     """Lay out :func:`kinds_table` as conclusion by kind of removal, a column a task."""
-    said = table["loss"].map("{:+.1f}".format) + bounds_in_words(table, "{:+.1f}")
+    bounds = bounds_in_words(table["low"], table["high"], "{:+.1f}")
+    said = table["loss"].map("{:+.1f}".format) + bounds
     for column in (_HEADS, _POSITIONS):
         said += (f"; {column}: " + table[column]).where(table[column] != "", "")
     wide = table.assign(said=said).pivot(index="kind", columns="task", values="said")

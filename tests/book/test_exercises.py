@@ -1,4 +1,7 @@
-"""Exercises of the book: each has one hidden solution, and what a solution says comes out."""
+"""Exercises of the book: each has one hidden solution, and what a solution says comes out.
+
+Every chapter has a few, and begins with what it teaches and two questions on the one before.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import copy
 import io
 import re
+import symtable
 from pathlib import Path
 
 import nbformat
@@ -19,6 +23,7 @@ from icl_helpers.files import book_dir, notebooks_dir
 
 PAGES = sorted(book_dir().glob("*.md"))
 NOTEBOOKS = sorted(notebooks_dir().glob("*.ipynb"))
+CHAPTERS = [*NOTEBOOKS, *(book_dir() / name for name in ("method.md", "playground.md"))]
 WRITTEN = re.compile(
     r"^::::\{solution\} (\S+)\n:class: dropdown\n(.*?)^::::$", re.DOTALL | re.MULTILINE
 )
@@ -52,7 +57,75 @@ def test_every_exercise_has_one_hidden_solution_with_code():
         solved += [label for label, _ in found]
     assert len(set(exercises)) == len(exercises)
     assert sorted(exercises) == sorted(solved)
-    assert len(exercises) >= 6
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_every_chapter_has_two_or_three_exercises(path):
+    assert len(solutions(path)) in (2, 3)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_begins_with_objectives_and_two_questions_on_what_came_before(path):
+    head = source(path).split("\n## ")[0].split("\n<section")[0]
+    aims, box = (
+        re.search(rf"^({fence}){{admonition}} {title}\n(.*?)^\1$", head, re.DOTALL | re.MULTILINE)[2]
+        for fence, title in ((":::", "Objectives"), ("::::", "Recall"))
+    )
+    assert aims.startswith("After this page you can\n")
+    assert len(re.findall("^- ", aims, re.MULTILINE)) in (2, 3)
+    asked, answered = box.split(":::{admonition} Answers\n:class: dropdown\n")
+    for told in (asked, answered):
+        assert re.findall(r"^(\d)\. ", told, re.MULTILINE) == ["1", "2"]
+    assert asked.count("?\n") == 2
+    # The chapter's own question comes first, the boxes take less than a screen.
+    assert len(aims + asked) < 700
+
+
+def solution_cells(path: Path) -> tuple[list[str], list[str]]:
+    """Code of the solutions' cells, and of a notebook's other cells."""
+    inside, found, others = False, [], []
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            (found if inside else others).append(cell.source)
+        else:
+            for gate in re.findall(r"\{solution-(start|end)\}", cell.source):
+                inside = gate == "start"
+    return found, others
+
+
+# What the solutions on removing a head compute with is what their chapter has so far: see below.
+ALONE = [path for path in NOTEBOOKS if path.stem != "removing_a_head"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ALONE, ids=lambda path: path.stem)
+def test_solutions_of_a_notebook_run_on_icl_tiny_and_hold(path):
+    names: dict = {"icl": icl}
+    for code in solution_cells(path)[0]:
+        assert re.search("^assert ", code, re.MULTILINE)
+        exec(code, names)
+
+
+def global_names(code: str) -> tuple[set[str], set[str]]:
+    """Names that a cell binds, imports apart, and those that it reads anywhere."""
+    top = symtable.symtable(code, "cell", "exec")
+    bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() and not s.is_imported()}
+    read = {s.get_name() for s in top.get_symbols() if s.is_referenced()}
+    scopes = list(top.get_children())
+    while scopes:
+        scope = scopes.pop()
+        read |= {s.get_name() for s in scope.get_symbols() if s.is_global() and s.is_referenced()}
+        scopes += scope.get_children()
+    return bound, read
+
+
+@pytest.mark.parametrize("path", ALONE, ids=lambda path: path.stem)
+def test_a_solution_takes_no_name_away_from_its_notebook(path):
+    """Whoever leaves a solution out, or runs it twice, has the same notebook."""
+    found, others = solution_cells(path)
+    bound = set().union(*(global_names(code)[0] for code in found))
+    read = set().union(*(global_names(code)[1] for code in others))
+    assert bound & read == set()
 
 
 CODE = [(path, label, body) for path in PAGES for label, body in solutions(path)]

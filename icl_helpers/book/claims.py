@@ -96,7 +96,7 @@ class Evidence:
         scores = json.loads((Path(run_dir) / "heads.json").read_text(encoding="utf-8"))["scores"]
         abstract = run_table(run_dir, "documents", "tasks")
         text = run_table(run_dir, "documents", "nlp_tasks")
-        return cls(abstract, text, np.array(scores), run_info(run_dir).get("followers"))
+        return cls(abstract, text, np.array(scores), run_info(run_dir).get("query_followers"))
 
     def documents(self, text: bool) -> pd.DataFrame:
         """The documents of one of the two groups of tasks."""

@@ -40,12 +40,13 @@ from icl_helpers.parameters import StageParameters, read_parameters, stage_param
 from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
 from icl_helpers.results.outcomes import (
-    headline,
-    kind_lines,
+    KindOutcome,
     kind_outcomes,
     listed,
     removal_caption,
     seed_doubts,
+    task_kind,
+    task_name,
 )
 from icl_helpers.results.tables import abstract_results, markdown_table
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
@@ -86,20 +87,34 @@ def _page(name: str, **values: Any) -> str:
 
 
 def run_titles(runs: Sequence[Path]) -> dict[Path, str]:
-    """What each run is called: by its model, and by its own name where others are of that model."""
+    """What each run is called: by its model, and by its tasks where others are of that model."""
     names = {run: _model(run) for run in runs}
+    kinds = {run: _kinds(run) for run in runs}
     titles = {}
     for run, name in names.items():
         remarks = ["instruct, 4-bit weights"] if name == SMOLLM2 else []
         remarks += ["trained on these puzzles"] if name in embedded_models() else []
-        several = list(names.values()).count(name) > 1
-        remarks += [run.name] if several and run.name != name else []
-        titles[run] = f"{name} ({'; '.join(remarks)})" if remarks else name
+        title = f"{name} ({'; '.join(remarks)})" if remarks else name
+        others = [kinds[other] for other in runs if other != run and names[other] == name]
+        if others:
+            title += f": {kinds[run] if kinds[run] not in others else run.name}"
+        titles[run] = title
     return titles
 
 
+def _kinds(run: Path) -> str:
+    """What a run's tasks are made of: letters, words, text."""
+    keys = run_table(run, "results", None)[["task", "labels"]].drop_duplicates()
+    kinds = (task_kind(*key).split(",")[0] for key in keys.itertuples(index=False, name=None))
+    return listed(list(dict.fromkeys(kinds)))
+
+
+# What decides whether the paper's finding holds, by the names of the claims.
+_CENTRAL = ("three-percent", "random-control", "strict-control", "knockout")
+
+
 def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
-    """Every claim of the paper with each run's verdict; and the count of verdicts in a line."""
+    """Every claim with each run's verdict; and in short what the first run says of them."""
     titles = run_titles(runs)
     evidence = {run: Evidence.of_run(run) for run in runs}
     judged = [(claim, {run: claim.judge(evidence[run]) for run in runs}) for claim in claims()]
@@ -117,7 +132,12 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
         slugs={run: run_slug(run) for run in runs},
         table=markdown_table(["claim", *titles.values()], rows),
     )  # fmt: skip
-    return page, f"Of {len(judged)} claims of the paper, {titles[runs[0]]}: {counts[runs[0]]}"
+    first = [(claim, findings[runs[0]]) for claim, findings in judged]
+    central = [(claim, finding) for claim, finding in first if claim.name in _CENTRAL]
+    return page, _page(
+        "in_short", title=titles[runs[0]], size=evidence[runs[0]].size, central=central,
+        number=len(judged), counts=counts[runs[0]],
+    )  # fmt: skip
 
 
 def _stage_pages() -> dict[int, str]:
@@ -134,15 +154,18 @@ def report_page(runs: Sequence[Path], verdicts: str) -> str:
     for claim in claims():
         millions = f"{tokens[claim.stage] / 1e6:.1f}" if claim.stage in tokens else ""
         rows.append({**vars(claim), "page": pages[claim.stage], "tokens": millions})
-    costs = [
-        f"{titles[run]}: {sum(info.get('seconds', {}).values()) / 60:.0f} minutes on "
-        f"{info.get('device', '?')} when its stages last ran ({info.get('machine', '?')})"
-        for run, info in infos.items()
-    ]
+    costs = []
+    for run, info in infos.items():
+        whole = sum(stage_tokens(Plan.of_run(info).parameters).values())
+        where = f"{info.get('device', '?')} ({info.get('machine', '?')})"
+        costs.append(f"{titles[run]}: about {whole / 1e6:.0f} million tokens, made on {where}")
+    file = f"notebooks/parameters/{runs[0].name}.yaml"
+    known = (project_root() / file).is_file()
     return _page(
         "report", models=listed(list(titles.values())), verdicts=verdicts, rows=rows,
-        costs=". ".join(costs) + ". A run that was resumed shows less than the whole.",
-        slug=run_slug(runs[0]), model=shown_name(first["model"]), title=titles[runs[0]],
+        costs=". ".join(costs) + ". Tokens are an estimate for a run from nothing.",
+        slug=run_slug(runs[0]), title=titles[runs[0]],
+        options=f"-f {file}" if known else f"--model {shown_name(first['model'])}",
         hardware=f"{first.get('device', '?')}, {first.get('machine', '?')}",
     )  # fmt: skip
 
@@ -351,11 +374,10 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
         "size": sizes[run][1],
         "origin": "computed when the book was built" if "imported" not in info else _SHIPPED,
         "answer": _page(
-            "answer", title=titles[run], headline=headline(outcomes, heads=heads),
-            doubts=seed_doubts(outcomes, model=name), kinds=kind_lines(outcomes),
-            results=f"run/{run_slug(run)}/{RESULTS}",
+            "answer", title=titles[run], heads=heads, table=_task_table(outcomes),
+            doubts=seed_doubts(outcomes, model=name), results=f"run/{run_slug(run)}/{RESULTS}",
         ),
-        "figure": _page("figure", **parameters | {"model": name}, alt=alt, heads=heads, left=left),
+        "figure": _page("figure", **parameters | {"model": name}, alt=alt, heads=heads),
         "runs_here": "\n".join(
             f"- [{titles[it]}](run/{run_slug(it)}/{RESULTS}), {sizes[it][1]}" for it in runs
         ),
@@ -366,6 +388,34 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
             + [_page("embedded", model=it) for it in embedded]
         ),
     }  # fmt: skip
+
+
+_COLUMNS = {
+    "full": "full model", "induction_heads": "induction heads removed",
+    "induction_pattern": "their pattern blocked", "random_heads": "random heads removed",
+}  # fmt: skip
+
+
+def _task_table(outcomes: Sequence[KindOutcome]) -> str:
+    """Accuracy of each task under each condition, marked where it is told apart from another."""
+    cells: dict[str, dict[str, str]] = {}
+    for outcome in outcomes:
+        control = f" ({outcome.control})" if outcome.control else ""
+        for task in outcome.tasks:
+            row = cells.setdefault(f"{task_name(task.task)} (chance {task.chance:.0f})", {})
+            signs = {(gap.against, gap.control): gap.sign for gap in task.differences}
+            beyond = [control for (against, control), sign in signs.items()
+                      if against == "random_heads" and sign < 0]  # fmt: skip
+            marks = "\\*" * bool(signs.get(("full", task.control), signs.get(("full", ""))))
+            marks += "".join(_MARKS[control] for control in beyond)
+            row[_COLUMNS[outcome.condition] + control] = f"{task.accuracy.mean:.0f}{marks}"
+    columns = list(dict.fromkeys(name for row in cells.values() for name in row))
+    rows = [[task, *(row.get(name, "") for name in columns)] for task, row in cells.items()]
+    return markdown_table(["accuracy in percent", *columns], rows)
+
+
+# Marks of a removal that costs distinguishably more than that of a control's heads.
+_MARKS = {"published": "†", "strict": "‡", "any_layer": "§"}
 
 
 def _model(run: Path) -> str:

@@ -458,14 +458,16 @@ def doubts(outcome: KindOutcome) -> list[str]:
     ):
         for task in outcome.tasks:
             if getattr(task, disagree):
-                each = ", ".join(f"{k}: {v:.0f} %" for k, v in getattr(task, levels).items())
+                seeds, values = zip(*getattr(task, levels).items(), strict=True)
                 lines.append(
-                    f"{what} disagree on {task_name(task.task)} ({_condition(outcome)}): {each}."
+                    f"{what} disagree on {task_name(task.task)} ({_condition(outcome)}): "
+                    f"{listed([f'{value:.0f}' for value in values])} % (seeds "
+                    f"{', '.join(map(str, seeds))})."
                 )
         if {len(getattr(task, levels)) for task in outcome.tasks} == {1}:
             lines.append(
-                f"One {what.lower()[:-1]} only on {outcome.kind} ({_condition(outcome)}): how much "
-                f"another would change is not known."
+                f"One {what.lower()[:-1]} only on {outcome.kind}: how much another would change is "
+                f"not known."
             )
     lines += [
         f"{task.left_out} documents of {task_name(task.task)} ({_condition(outcome)}) gave numbers "
@@ -477,10 +479,9 @@ def doubts(outcome: KindOutcome) -> list[str]:
 
 
 def _condition(outcome: KindOutcome) -> str:
-    # A stage that removes heads in both ways says both; the paper's own is the mean.
-    kind = ", zero ablation" if outcome.ablation == "zero" else ""
-    name = " ".join(filter(None, [outcome.condition.replace("_", " "), outcome.control]))
-    return f"{name}{kind}"
+    kind = f", {outcome.ablation} ablation" if outcome.ablation in ("mean", "zero") else ""
+    control = f", {outcome.control} control" if outcome.control else ""
+    return f"{_NAMES[outcome.condition]}{control}{kind}"
 
 
 _NAMES = {

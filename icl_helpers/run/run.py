@@ -429,7 +429,7 @@ class Run:
         reads the run without its model.
         """
         found = {name: query_followers(view) for name, view in self.views().items()}
-        self._record(followers=found)
+        self._record(query_followers=found)
         return found
 
     def _viewed_tasks(self) -> list[str]:

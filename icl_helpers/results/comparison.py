@@ -66,10 +66,8 @@ def count_induction_heads(scores: pd.DataFrame) -> pd.DataFrame:
     ranked = scores.sort_values("score", ascending=False, kind="stable")
     ranked["induction"] = ranked["score"] >= SCORE_THRESHOLD
     groups = ranked.groupby(["model", "step"], dropna=False)
-    return groups.agg(
-        heads=("score", "size"), induction=("induction", "sum"), score=("score", "first"),
-        layer=("layer", "first"), head=("head", "first"),
-    ).reset_index()  # fmt: skip
+    counts = groups.agg(heads=("score", "size"), induction=("induction", "sum"))
+    return counts.join(groups[["score", "layer", "head"]].first()).reset_index()
 
 
 def _published_rows(model: str) -> pd.DataFrame:
@@ -148,7 +146,7 @@ def overlay(model: str, documents: pd.DataFrame) -> pd.DataFrame | None:
     if name is None:
         return None
     published = _published_rows(name).rename(columns={"accuracy": "published"})
-    merged = published.merge(accuracy_intervals(documents), on=CELL, how="inner")
+    merged = published.merge(accuracy_intervals(documents), on=CELL)
     merged["difference"] = merged["accuracy"] - merged["published"]
     merged["inside"] = merged["published"].between(merged["low"], merged["high"])
     columns = ["table", *CELL, "published", "accuracy", "low", "high", "difference", "inside"]
@@ -314,19 +312,19 @@ def _seeded(
     sides: list[list[pd.DataFrame]] = [[], []]
     for task in dict.fromkeys([*first, *second]):
         ours, theirs = list(first.get(task, ())), list(second.get(task, ()))
-        pairs = [(a, b) for a in ours for b in theirs if _same_prompts(a, b)]
-        if not pairs and ours and theirs:
+        groups: list[tuple[pd.DataFrame | None, ...]] = [
+            (a, b) for a in ours for b in theirs if _same_prompts(a, b)
+        ]
+        if not groups and ours and theirs:
             if len(ours) != len(theirs):
                 raise InputError(
                     f"of {task} there are {len(ours)} and {len(theirs)} logs, and no two of them "
                     f"have the same prompts: which belong together cannot be told"
                 )
-            pairs = list(zip(ours, theirs, strict=True))
-        alone = [[log for log in logs if not any(log is pair[side] for pair in pairs)]
-                 for side, logs in enumerate((ours, theirs))]  # fmt: skip
-        groups: list[tuple[pd.DataFrame | None, pd.DataFrame | None]] = [
-            *pairs, *((log, None) for log in alone[0]), *((None, log) for log in alone[1])
-        ]  # fmt: skip
+            groups = list(zip(ours, theirs, strict=True))
+        taken = {id(log) for group in groups for log in group}
+        groups += [(log, None) for log in ours if id(log) not in taken]
+        groups += [(None, log) for log in theirs if id(log) not in taken]
         for seed, group in enumerate(groups):
             for side, log in zip(sides, group, strict=True):
                 if log is not None:
@@ -349,10 +347,10 @@ def _left_out(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
     lines = []
     for side, kind in (("A", "left_only"), ("B", "right_only")):
         rows = merged[merged["_merge"] == kind]
-        for key, missing in rows.groupby(CELL, dropna=False, sort=False)["doc_id"]:
-            cell = ", ".join(
-                str(part) for part in key if not pd.isna(part) and part not in ("", -1)
-            )
-            some = ", ".join(str(document)[:12] for document in missing.unique()[:3])
-            lines.append(f"only in {side}: {missing.nunique()} documents of {cell} ({some}, ...)")
+        for key, column in rows.groupby(CELL, dropna=False, sort=False)["doc_id"]:
+            cell = [str(part) for part in key if not pd.isna(part) and part not in ("", -1)]
+            missing = column.unique()
+            what = f"{len(missing)} documents of {', '.join(cell)}"
+            some = ", ".join(str(document)[:12] for document in missing[:3])
+            lines.append(f"only in {side}: {what} ({some}, ...)")
     return lines

@@ -273,10 +273,10 @@ def _level(
     """Judge the accuracy of one condition beside chance."""
     seen = []
     for it in _tasks(evidence, condition, **options):
-        one = ", one label for nearly all documents" if it.level == "one label" else ""
+        bias = ", one label for nearly all documents" if it.level == "one label" else ""
         effect = (
             f"{_name(it)}: {it.accuracy.mean:.0f} % ({it.accuracy.low:.0f} to "
-            f"{it.accuracy.high:.0f}; chance {it.chance:.0f}{one})"
+            f"{it.accuracy.high:.0f}; chance {it.chance:.0f}{bias})"
         )
         seen.append((effect, holds(it), against(it) and not holds(it)))
     return seen
@@ -477,16 +477,16 @@ _SHARED = {
 def claims() -> tuple[Claim, ...]:
     """Return the paper's claims in order, with their rules."""
     stated = yaml.safe_load((assets_dir() / "claims.yaml").read_text(encoding="utf-8"))
-    found = []
+    listed = []
     for name, (rule, published) in _RULES.items():
         claim = stated.pop(name)
         claim["rule"] = claim["rule"].format(**_SHARED)
         if published is not None:
             claim["published"] = published()
-        found.append(Claim(name, **claim, judge=partial(_judged, rule)))
+        listed.append(Claim(name, **claim, judge=partial(_judged, rule)))
     if stated:
         raise InputError(f"no rule judges the claim {next(iter(stated))!r}")
-    return tuple(found)
+    return tuple(listed)
 
 
 def judged_lines(evidence: Evidence, stages: Sequence[int]) -> list[str]:

@@ -111,7 +111,7 @@ def answers(
         raise InputError("prompts must hold at least one prompt")
     first = _bos(model) * bos if bos else []
     contexts = [prompt.context for prompt in prompts]
-    ids = [first + own for own in tokenizer(contexts, add_special_tokens=False).input_ids]
+    ids = [first + tokens for tokens in tokenizer(contexts, add_special_tokens=False).input_ids]
     if condition.ablation == "knockout" and patterns is None:
         patterns = induction_patterns(contexts, tokenizer, categories=condition.categories)
     # Prompts of about the same length meet in a batch: less padding to compute.
@@ -157,11 +157,11 @@ def _last_logits(
     patterns: Sequence[torch.Tensor] | None, shift: int,
 ) -> Float[torch.Tensor, "batch vocabulary"]:  # fmt: skip
     """Logits after the last token of each sequence; padding lies to the right, unseen."""
-    batch = pad_sequence([torch.tensor(own) for own in ids], batch_first=True)
+    batch = pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
     blocked = torch.zeros(*batch.shape, batch.shape[1], dtype=torch.bool)
     for row, pattern in enumerate(patterns or ()):
         blocked[row, shift : len(ids[row]), shift : len(ids[row])] = pattern
-    ends = [len(own) - 1 for own in ids]
+    ends = [len(tokens) - 1 for tokens in ids]
     positions = sorted(set(ends))
     interventions = condition.interventions(blocked.to(model.device))
     with intervene(model, *interventions) if interventions else nullcontext():
@@ -295,7 +295,7 @@ def published_rule_rows(task: str, *, seed: int = 0) -> list[tuple[str, str]]:
         rows = []
         for _ in range(250):
             letters = rng.choices(string.ascii_uppercase, k=len(set(shape)))
-            rows.append((" ".join(letters[int(place)] for place in shape), "Foo"))
+            rows.append((" ".join(letters[int(digit)] for digit in shape), "Foo"))
             rows.append((" ".join(rng.sample(string.ascii_uppercase, len(shape))), "Bar"))
     elif task.endswith("_4way"):
         by_label: dict[str, list[tuple[str, str]]] = {}

@@ -168,8 +168,8 @@ def _report_table(report: Mapping[str, Any]) -> str:
         for value in (report["largest"], report["percentile_99"])
     )
     made, here = (
-        ", ".join(f"{name} {value}" for name, value in report[place].items())
-        for place in ("made", "here")
+        ", ".join(f"{name} {value}" for name, value in report[side].items())
+        for side in ("made", "here")
     )
     rows = [
         ("documents computed again", f"{report['documents']:,} of {report['of_documents']:,}"),

@@ -300,9 +300,9 @@ def _first_metric(sample: Mapping[str, Any], file: Path) -> str:
     raise InputError(f"{file} has no metric that is 0 or 1 in its first sample; name one")
 
 
-def _same_prompts(one: pd.DataFrame, other: pd.DataFrame) -> bool:
-    shared = one.index.intersection(other.index)
-    return len(shared) > 0 and one.loc[shared, "prompt"].equals(other.loc[shared, "prompt"])
+def _same_prompts(first: pd.DataFrame, second: pd.DataFrame) -> bool:
+    shared = first.index.intersection(second.index)
+    return len(shared) > 0 and first.loc[shared, "prompt"].equals(second.loc[shared, "prompt"])
 
 
 def _seeded(

@@ -7,9 +7,9 @@ for doubt (:func:`icl_helpers.results.statistics.is_distinguishable`) and the li
 
 Example
 -------
->>> found = kind_outcomes(icl.document_results("runs/icl-tiny"))
->>> [line for outcome in found for line in doubts(outcome)]
->>> [outcome_sentence(outcome, heads="4 of 64 heads (6.3 %)") for outcome in found]
+>>> outcomes = kind_outcomes(icl.document_results("runs/icl-tiny"))
+>>> [line for outcome in outcomes for line in doubts(outcome)]
+>>> [outcome_sentence(outcome, heads="4 of 64 heads (6.3 %)") for outcome in outcomes]
 """
 
 from __future__ import annotations

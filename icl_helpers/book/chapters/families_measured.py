@@ -136,10 +136,10 @@ def token_losses(run: Any) -> pd.DataFrame:
         return (losses[:, _EARLY].mean(1) - losses[:, _LATE].mean(1)).tolist()
 
     rows = []
-    for chosen in tqdm(_sets(run), desc="loss on text", unit="set", leave=False):
-        of = [run.plan.means_parameters(), chosen.heads, _TEXTS, length]
-        values = run.measurement("token losses", of, functools.partial(compute, chosen.heads))
-        rows.append((len(chosen.heads), chosen.chosen_by, np.array(values)))
+    for removed in tqdm(_sets(run), desc="loss on text", unit="set", leave=False):
+        of = [run.plan.means_parameters(), removed.heads, _TEXTS, length]
+        values = run.measurement("token losses", of, functools.partial(compute, removed.heads))
+        rows.append((len(removed.heads), removed.chosen_by, np.array(values)))
     return pd.DataFrame(rows, columns=["heads", "chosen_by", "values"])
 
 

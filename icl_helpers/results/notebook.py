@@ -123,15 +123,10 @@ def show_table(
     With a directory the table is also written there as ``name.csv`` and ``name.tex``, and links to
     both follow it; they lead to ``tables/`` beside the page, where the book puts the run's files.
     """
-    _show_html(_labelled(frame) if isinstance(frame.index, pd.MultiIndex) else frame, label)
-    if directory is not None:
-        _offer(frame, label, directory, name)
-
-
-def _show_html(frame: pd.DataFrame, label: str) -> None:
     title = html.escape(label[:1].upper() + label[1:])
+    shown = _labelled(frame) if isinstance(frame.index, pd.MultiIndex) else frame
     # An interval stands below its value and is not broken: columns stay narrow and readable.
-    table = frame.to_html(border=0, na_rep="").replace("\n", " ").replace(" [", "<br>[")
+    table = shown.to_html(border=0, na_rep="").replace("\n", " ").replace(" [", "<br>[")
     table = table.replace("<thead>", f"<caption>{title}</caption> <thead>", 1)
     height = "; max-height: 40rem" if len(frame) > 30 else ""
     region = (
@@ -139,22 +134,22 @@ def _show_html(frame: pd.DataFrame, label: str) -> None:
         f'style="overflow-x: auto{height}">{table}</div>'
     )
     display(HTML(region))  # type: ignore[no-untyped-call]
+    if directory is not None:
+        _offer(frame, label, directory, name)
 
 
 def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
     """Join the levels of an index: a row has one head, which stays in sight on a phone."""
     joined = [", ".join(map(str, levels)).replace("_", " ") for levels in frame.index]
     corner = ", ".join(map(str, frame.index.names))
-    labelled = frame.set_axis(pd.Index(joined), axis="index")
-    if isinstance(frame.columns, pd.MultiIndex):
-        return labelled.rename_axis(columns=["", corner])
-    return labelled.rename_axis(columns=corner)
+    columns = ["", corner] if isinstance(frame.columns, pd.MultiIndex) else corner
+    return frame.set_axis(pd.Index(joined), axis="index").rename_axis(columns=columns)
 
 
 def _show_rows(shown: pd.DataFrame, rows: pd.DataFrame, label: str) -> None:
     """Display a table with the task, labels and shots of ``rows`` at its head."""
     index = pd.MultiIndex.from_frame(rows[ROW])
-    _show_html(_labelled(_narrow(shown.set_axis(index, axis="index"))), label)
+    show_table(_narrow(shown.set_axis(index, axis="index")), label=label)
 
 
 def _offer(frame: pd.DataFrame, label: str, directory: Path, name: str) -> None:

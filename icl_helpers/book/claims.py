@@ -109,11 +109,12 @@ class Evidence:
     ) -> tuple[TaskOutcome, ...]:
         """Outcomes at the ``smaller`` or ``larger`` share of heads; none where not evaluated."""
         rows, fractions = self.documents(text), self.fractions(text)
-        if share == "smaller" and len(fractions) < 2:
-            return ()
-        if rows.empty or not rows["ablation"].isin(["none", ablation, "knockout"]).any():
-            return ()
-        if shots == "none" and not (rows["shots"] == 0).any():
+        if (
+            rows.empty
+            or (share == "smaller" and len(fractions) < 2)
+            or not rows["ablation"].isin(["none", ablation, "knockout"]).any()
+            or (shots == "none" and not (rows["shots"] == 0).any())
+        ):
             return ()
         fraction = fractions[0] if share == "smaller" else None
         return tuple(
@@ -186,51 +187,48 @@ def _name(task: TaskOutcome, text: bool = False) -> str:
     return f"{task_name(task.task)}{f' ({task.labels} labels)' if text else ''}"
 
 
-def _points(name: str, gap: Difference) -> str:
+# Of a claim about a difference: when it holds, and what contradicts it.
+_TESTS: dict[str, tuple[Callable[[Difference], bool], Callable[[Difference], bool]]] = {
+    "lower": (lambda gap: gap.sign < 0, lambda gap: gap.sign > 0),
+    "higher": (lambda gap: gap.sign > 0, lambda gap: gap.sign < 0),
+    "small": (
+        lambda gap: max(-gap.low, gap.high) <= SMALL,
+        lambda gap: gap.low > SMALL or gap.high < -SMALL,
+    ),
+}
+
+
+def _seen(name: str, gap: Difference, test: str) -> _Seen:
+    holds, against = _TESTS[test]
     doubt = "" if gap.distinguishable else ", not distinguishable"
-    return (
-        f"{name}: {round(gap.points):+d} points "
-        f"({round(gap.low):+d} to {round(gap.high):+d}{doubt})"
-    )
+    bounds = f"{round(gap.low):+d} to {round(gap.high):+d}"
+    return f"{name}: {round(gap.points):+d} points ({bounds}{doubt})", holds(gap), against(gap)
 
 
-def _falls(
-    evidence: Evidence, *, against: str = "full", condition: str = "induction_heads",
-    control: str = "", text: bool = False, **options: Any,
+def _differs(
+    evidence: Evidence, *, test: str = "lower", against: str = "full",
+    condition: str = "induction_heads", control: str = "", text: bool = False, **options: Any,
 ) -> list[_Seen]:  # fmt: skip
-    """Accuracy without the heads is lower than that of the full model, or of the control."""
+    """Judge accuracy without the heads beside that of the full model, or of the control."""
     seen = []
     for task in _tasks(evidence, condition, text=text, **options):
         rivals = (gap for gap in task.differences if gap.against == against)
         gap = next((gap for gap in rivals if gap.control in ("", control or gap.control)), None)
         if gap is not None:
-            seen.append((_points(_name(task, text), gap), gap.sign < 0, gap.sign > 0))
+            seen.append(_seen(_name(task, text), gap, test))
     return seen
 
 
 def _unmoved(evidence: Evidence) -> list[_Seen]:
-    """Without examples, removal changes little: the whole interval is small."""
-    return [
-        (_points(_name(task, text), task.to_full), _is_small(task.to_full), _is_large(task.to_full))
-        for text in (False, True)
-        for task in _tasks(evidence, "induction_heads", text=text, shots="none")
-        if task.to_full is not None
-    ]
-
-
-def _is_small(gap: Difference) -> bool:
-    return max(-gap.low, gap.high) <= SMALL
-
-
-def _is_large(gap: Difference) -> bool:
-    return gap.low > SMALL or gap.high < -SMALL
+    """Without examples, removal changes little."""
+    sides = (_differs(evidence, test="small", text=it, shots="none") for it in (False, True))
+    return [seen for side in sides for seen in side]
 
 
 def _pairs(
-    evidence: Evidence, other: Callable[[Evidence, TaskOutcome], dict[str, Any]],
-    holds: Callable[[Difference], bool] = _is_small,
-    against: Callable[[Difference], bool] = _is_large, *,
-    condition: str = "induction_heads", text: bool = False, ablation: str = "mean",
+    evidence: Evidence, other: Callable[[Evidence, TaskOutcome], dict[str, Any]], *,
+    test: str = "small", condition: str = "induction_heads", text: bool = False,
+    ablation: str = "mean",
 ) -> list[_Seen]:  # fmt: skip
     """Compare a condition's cells with those that differ in some keys, where no table does.
 
@@ -244,14 +242,11 @@ def _pairs(
         if keys and len(first) and len(second):
             gaps[_name(task, text)] = paired_difference(first, second)
     lows, highs = (pd.Series([gap[side] for gap, _ in gaps.values()]) for side in (1, 2))
-    p = pd.Series(holm([p for _, p in gaps.values()]))
-    seen = []
-    for (name, (gap, _)), told in zip(
-        gaps.items(), is_distinguishable(p, lows, highs), strict=True
-    ):
-        difference = Difference("", "", *gap, bool(told))
-        seen.append((_points(name, difference), holds(difference), against(difference)))
-    return seen
+    told = is_distinguishable(pd.Series(holm([p for _, p in gaps.values()])), lows, highs)
+    return [
+        _seen(name, Difference("", "", *gap, bool(yes)), test)
+        for (name, (gap, _)), yes in zip(gaps.items(), told, strict=True)
+    ]
 
 
 def _fewer_heads(evidence: Evidence, _: TaskOutcome) -> dict[str, Any]:
@@ -407,35 +402,27 @@ _RULES: Mapping[str, tuple[_Rule, Callable[[], str] | None]] = {
         partial(_published_level, "full"),
     ),
     "more-examples": (
-        partial(
-            _pairs, condition="full", other=_fewer_examples, holds=lambda gap: gap.sign > 0,
-            against=lambda gap: gap.sign < 0,
-        ),
-        _published_more,
+        partial(_pairs, condition="full", other=_fewer_examples, test="higher"), _published_more,
     ),
-    "one-percent": (partial(_falls, share="smaller"), partial(_published, fraction=0.01)),
-    "three-percent": (_falls, _published),
+    "one-percent": (partial(_differs, share="smaller"), partial(_published, fraction=0.01)),
+    "three-percent": (_differs, _published),
     "more-heads": (
-        partial(
-            _pairs, other=_fewer_heads, holds=lambda gap: gap.sign < 0,
-            against=lambda gap: gap.sign > 0,
-        ),
+        partial(_pairs, other=_fewer_heads, test="lower"),
         lambda: f"1 %: {_published(fraction=0.01)}; 3 %: {_published()}",
     ),
     "random-control": (
-        partial(_falls, against="random_heads", control="published"),
+        partial(_differs, against="random_heads", control="published"),
         partial(_published, against="random_heads"),
     ),
-    "strict-control": (partial(_falls, against="random_heads", control="strict"), None),
+    "strict-control": (partial(_differs, against="random_heads", control="strict"), None),
     "near-chance": (
-        partial(
-            _level, condition="induction_heads", holds=lambda task: _near_chance(task, CLOSE)
-        ),
+        partial(_level, condition="induction_heads", holds=partial(_near_chance, margin=CLOSE)),
         partial(_published_level, "induction_heads", 0.03),
     ),
     "zero-shot-unmoved": (_unmoved, partial(_published, 3, shots="none")),
     "knockout": (
-        partial(_falls, condition="induction_pattern"), partial(_published, 1, "induction_pattern"),
+        partial(_differs, condition="induction_pattern"),
+        partial(_published, 1, "induction_pattern"),
     ),
     "knockout-as-removal": (
         partial(
@@ -444,21 +431,22 @@ _RULES: Mapping[str, tuple[_Rule, Callable[[], str] | None]] = {
         ),
         partial(_published, 1, "induction_pattern", against="induction_heads"),
     ),
-    "zero-ablation": (partial(_falls, ablation="zero"), partial(_published, 4)),
+    "zero-ablation": (partial(_differs, ablation="zero"), partial(_published, 4)),
     "zero-as-mean": (
         partial(_pairs, ablation="zero", other=lambda *_: {"ablation": "mean"}),
         lambda: f"mean: {_published()}; zero: {_published(4)}",
     ),
     "text-removal": (
-        partial(_falls, against="random_heads", text=True),
+        partial(_differs, against="random_heads", text=True),
         partial(_published, 3, against="random_heads"),
     ),
     "text-benefit": (_benefit, None),
     "text-zero-shot": (partial(_pairs, text=True, other=lambda *_: _ZERO_SHOT), None),
     "unrelated-labels": (
-        partial(_falls, text=True, labels="unrelated"), partial(_published, 3, labels="unrelated"),
+        partial(_differs, text=True, labels="unrelated"),
+        partial(_published, 3, labels="unrelated"),
     ),
-    "text-zero-ablation": (partial(_falls, text=True, ablation="zero"), partial(_published, 5)),
+    "text-zero-ablation": (partial(_differs, text=True, ablation="zero"), partial(_published, 5)),
     "looks-at-labels": (partial(_looks, category="colons"), None),
     "looks-at-followers": (partial(_looks, category="words"), None),
 }  # fmt: skip

@@ -95,11 +95,11 @@ class Evidence:
         return cls(abstract, text, np.array(scores), run_info(run_dir).get("followers"))
 
     def documents(self, text: bool) -> pd.DataFrame:
-        """The documents of one of the two groups of tasks."""
+        """Return the documents of one of the two groups of tasks."""
         return self.text if text else self.abstract
 
     def fractions(self, text: bool = False) -> list[float]:
-        """Shares of heads that were removed, smallest first."""
+        """Return the shares of heads that were removed, smallest first."""
         rows = self.documents(text)
         return [] if rows.empty else sorted(set(rows["fraction"].dropna()) - {0.0})
 
@@ -107,7 +107,7 @@ class Evidence:
     def outcomes(
         self, text: bool, ablation: str, share: str = "larger", shots: str = "most"
     ) -> tuple[TaskOutcome, ...]:
-        """Outcomes at the ``smaller`` or ``larger`` share of heads; none where not evaluated."""
+        """Compute outcomes at the ``smaller`` or ``larger`` share; none where not evaluated."""
         rows, fractions = self.documents(text), self.fractions(text)
         if (
             rows.empty
@@ -122,12 +122,12 @@ class Evidence:
         )
 
     def learnt(self, text: bool = False) -> set[tuple[str, str]]:
-        """Tasks (with labels) on which the full model is above chance with the most examples."""
+        """Name tasks (with labels) that the full model solves above chance with the most shots."""
         full = (it for it in self.outcomes(text, "mean") if it.condition == "full")
         return {(it.task, it.labels) for it in full if it.level == "above chance"}
 
     def cell(self, task: TaskOutcome, text: bool = False, **other: Any) -> pd.DataFrame:
-        """The documents of a task's cell, or of the one that differs from it in some keys."""
+        """Select the documents of a task's cell, or of the one that differs in some keys."""
         key = {name: getattr(task, name) for name in CELL}
         rows = filled_keys(self.documents(text))
         for name, value in (key | other).items():
@@ -172,7 +172,7 @@ def _tasks(
     evidence: Evidence, condition: str, *, text: bool = False, ablation: str = "mean",
     share: str = "larger", shots: str = "most", labels: str | None = None, learnt: bool = True,
 ) -> list[TaskOutcome]:  # fmt: skip
-    """Outcomes of a condition, on the tasks that the full model has learnt or on all."""
+    """Select outcomes of a condition, on the tasks that the full model has learnt or on all."""
     known = evidence.learnt(text)
     return [
         it
@@ -220,7 +220,7 @@ def _differs(
 
 
 def _unmoved(evidence: Evidence) -> list[_Seen]:
-    """Without examples, removal changes little."""
+    """Judge whether removal changes little without examples."""
     sides = (_differs(evidence, test="small", text=it, shots="none") for it in (False, True))
     return [seen for side in sides for seen in side]
 
@@ -255,7 +255,7 @@ def _fewer_heads(evidence: Evidence, _: TaskOutcome) -> dict[str, Any]:
 
 
 def _fewer_examples(evidence: Evidence, task: TaskOutcome) -> dict[str, Any]:
-    """Fewer than the most, but some."""
+    """Return the next number below the most, but not none."""
     rows = evidence.abstract[evidence.abstract["task"] == task.task]
     fewer = sorted(set(rows["shots"]) - {0, task.shots})
     return {"shots": fewer[-1]} if fewer else {}
@@ -306,7 +306,7 @@ def _looks(evidence: Evidence, category: str) -> list[_Seen]:
 
 
 def _benefit(evidence: Evidence) -> list[_Seen]:
-    """On text, what examples add is smaller without the heads."""
+    """Judge whether what examples add on text is smaller without the heads."""
     rows, fractions = evidence.text, evidence.fractions(True)
     if not fractions or rows["shots"].nunique() < 2:
         return []

@@ -90,7 +90,7 @@ def answers(
     patterns: Sequence[Bool[torch.Tensor, "tokens tokens"]] | None = None,
     bos: int = 0, batch_size: int = 25,
 ) -> Answers:  # fmt: skip
-    """Answers to prompts under one condition, by the first token of each label.
+    """Ask for answers to prompts under one condition, by the first token of each label.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ def _last_logits(
     model: PreTrainedModel, ids: Sequence[list[int]], condition: Condition,
     patterns: Sequence[torch.Tensor] | None, shift: int,
 ) -> Float[torch.Tensor, "batch vocabulary"]:  # fmt: skip
-    """Logits after the last token of each sequence; padding lies to the right, unseen."""
+    """Return logits after the last token of each sequence; padding lies to the right, unseen."""
     batch = pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
     blocked = torch.zeros(*batch.shape, batch.shape[1], dtype=torch.bool)
     for row, pattern in enumerate(patterns or ()):
@@ -209,7 +209,7 @@ def compare(
 
 
 def summary_sentence(frame: pd.DataFrame) -> str:
-    """One line for what :func:`compare` found: ranges over tasks, which may differ."""
+    """Say in a line what :func:`compare` found: ranges over tasks, which may differ."""
     sides = frame.groupby("side", sort=False)
     accuracy, changed = (
         {str(side): range_in_words(Span.of(list(values)), 1) for side, values in sides[column]}
@@ -241,7 +241,7 @@ def blank_line_sentence() -> str:
 def score_term(
     model: PreTrainedModel, sequences: Int[torch.Tensor, "n_sequences length"]
 ) -> pd.DataFrame:
-    """Every head's prefix-matching score with and without the published code's extra term.
+    """Compute every head's prefix-matching score with and without the published extra term.
 
     Columns: layer, head, published, corrected, difference, rank and corrected_rank (1 is highest).
     """
@@ -263,7 +263,7 @@ def score_term(
 def control_overlap(
     induction: Sequence[Head], drawn: Sequence[Sequence[Head]], n_heads: int
 ) -> dict[str, Any]:
-    """How many induction heads the published random control draws again.
+    """Count how many induction heads the published random control draws again.
 
     ``expected``: by calculation; in a layer of ``n_heads`` heads with k induction heads, k drawn at
     random hold k * k / n_heads of them. ``drawn``: in each control given. ``any``: share of
@@ -284,7 +284,7 @@ _FIRST_WORDS = ("fruits", "furniture", "vegetables", "body_parts")
 
 
 def published_rule_rows(task: str, *, seed: int = 0) -> list[tuple[str, str]]:
-    """Rows of (text, label) drawn by the rule behind the published files (paper, section 6).
+    """Draw rows of (text, label) by the rule behind the published files (paper, section 6).
 
     Letter tasks: 250 patterned rows whose letters are independent, so that some are equal, and 250
     of distinct letters. Four-way tasks: 250 rows of each label, drawn with repetition.
@@ -312,7 +312,7 @@ def published_rule_rows(task: str, *, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def row_audit(rows: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Number of rows (``documents``), of duplicates, and of degenerate rows.
+    """Count rows (``documents``), duplicates, and degenerate rows.
 
     A patterned letter row is degenerate when letters that its pattern keeps apart are equal.
     """
@@ -353,7 +353,7 @@ class WordMatch(NamedTuple):
 
 
 def string_matches(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[WordMatch]:
-    """Words of the categories as a comparison of token strings finds them, in order of the text.
+    """Find words of the categories by a comparison of token strings, in order of the text.
 
     A word is found wherever its tokens stand in a row, written with or without a space before it,
     also inside a longer word: the published code's search (paper, section 5).
@@ -385,7 +385,7 @@ def string_matched_pattern(
     prompt: str, tokenizer: PreTrainedTokenizerBase, *,
     search: PreTrainedTokenizerBase | None = None,
 ) -> Bool[torch.Tensor, "tokens tokens"]:  # fmt: skip
-    """The pairs a knockout blocks when words are found by :func:`string_matches`.
+    """Return the pairs a knockout blocks when words are found by :func:`string_matches`.
 
     Give it to :class:`icl_helpers.AttentionKnockout` to have the published search. ``search`` finds
     the words with another tokenizer than the model's, whose tokens are then blocked.
@@ -404,7 +404,7 @@ def string_matched_pattern(
 def small_tokenizer(
     texts: Iterable[str], *, vocab_size: int, split_words: bool = True
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of few tokens, trained on texts: it splits words into pieces.
+    """Train a byte-level BPE of few tokens on texts: it splits words into pieces.
 
     ``split_words`` keeps words, spaces and punctuation apart before merging; without it a token may
     reach across them, such as ``:Foo``.
@@ -424,7 +424,7 @@ def small_tokenizer(
 def search_audit(
     contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, int | float]:
-    """What the published search finds in prompts, counted against the words that are there.
+    """Count what the published search finds in prompts against the words that are there.
 
     Also the share of labels that share a token with their colon, which that search misses, and
     the tokens of a blank line, of which it expects one.
@@ -448,7 +448,7 @@ def search_audit(
 
 
 def published_letters(data: str = "synthetic") -> tuple[dict[str, str], str]:
-    """Where each letter task's published rows lie, and what they are.
+    """Say where each letter task's published rows lie, and what they are.
 
     A folder given as ``data``; or the published files where ``icl data original`` has put them;
     else rows drawn by their rule, in a temporary folder that lasts as long as the process.
@@ -475,6 +475,6 @@ def _scratch() -> Path:
 def resampled_accuracy(
     correct: Float[torch.Tensor, " rows"], size: int, *, draws: int = 1000, seed: int = 0
 ) -> np.ndarray:
-    """Accuracies over ``size`` rows drawn with repetition, ``draws`` times."""
+    """Compute accuracies over ``size`` rows drawn with repetition, ``draws`` times."""
     rng = np.random.default_rng(seed)
     return rng.choice(correct.numpy(), size=(draws, size)).mean(axis=1)

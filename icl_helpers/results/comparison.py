@@ -166,7 +166,7 @@ class LogComparison:
     left_out: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         rows = json.loads(self.table.to_json(orient="records", double_precision=15))
         names = {"first": self.first, "second": self.second}
         return {**names, "rows": rows, "left_out": list(self.left_out)}
@@ -244,7 +244,7 @@ _LOG = re.compile(r"samples_(?P<task>.+?)(_seed\d+)?(_\d{4}-\d\d-\d\dT[^_]*)?\.j
 
 
 def _logs(source: Path, metric: str | None) -> dict[str, list[pd.DataFrame]]:
-    """Sample logs by task, in the order of their names, which end in their dates."""
+    """Read sample logs by task, in the order of their names, which end in their dates."""
     files = [source] if source.is_file() else sorted(source.rglob("samples_*.jsonl"))
     if not files:
         raise InputError(
@@ -263,7 +263,7 @@ def _logs(source: Path, metric: str | None) -> dict[str, list[pd.DataFrame]]:
 
 
 def _read_log(file: Path, metric: str | None) -> pd.DataFrame:
-    """Of every document, under its hash, whether it is right and the hash of its prompt."""
+    """Read of every document, under its hash, whether it is right and its prompt's hash."""
     rows, seen = {}, Counter[str]()
     # Not splitlines: a text may hold other ends of lines than this one.
     for number, line in enumerate(read_text(file).rstrip("\n").split("\n"), start=1):
@@ -308,7 +308,7 @@ def _same_prompts(first: pd.DataFrame, second: pd.DataFrame) -> bool:
 def _seeded(
     first: Mapping[str, Sequence[pd.DataFrame]], second: Mapping[str, Sequence[pd.DataFrame]]
 ) -> list[pd.DataFrame]:
-    """Both sides' logs as documents of runs, those that belong together under one seed."""
+    """Lay out both sides' logs as documents of runs, those that belong together under one seed."""
     sides: list[list[pd.DataFrame]] = [[], []]
     for task in dict.fromkeys([*first, *second]):
         ours, theirs = list(first.get(task, ())), list(second.get(task, ()))
@@ -333,7 +333,7 @@ def _seeded(
 
 
 def _as_documents(log: pd.DataFrame, task: str, seed: int) -> pd.DataFrame:
-    """A log as documents of a run; of its shots and heads it says nothing."""
+    """Lay out a log as documents of a run; of its shots and heads it says nothing."""
     values = dict.fromkeys(KEYS, "") | {"task": task, "shots": -1, "fraction": float("nan")}
     values |= {"ablation_seed": -1, "demonstration_seed": seed}
     frame = log.rename_axis("doc_id").reset_index().assign(**values, valid=True)

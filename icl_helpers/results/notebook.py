@@ -306,7 +306,7 @@ def _narrow(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def benefit_or_none(results: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFrame:
-    """:func:`benefit_changes`, or no rows and a line that says so where no task is fit for it."""
+    """Return :func:`benefit_changes`, or no rows and say so where no task is fit for it."""
     by_task = results.groupby(["task", "labels"])["shots"]
     if ((by_task.min() == 0) & (by_task.max() > 0)).any():
         return benefit_changes(results, documents)

@@ -337,7 +337,7 @@ _TASK_NAMES = {
 
 
 def task_name(task: str) -> str:
-    """A task's name in a sentence, as on the page on the method."""
+    """Name a task in a sentence, as on the page on the method."""
     return _TASK_NAMES.get(task, task.replace("_", " "))
 
 
@@ -553,7 +553,7 @@ def seed_doubts(
 
 
 def tasks_under(outcomes: Iterable[KindOutcome], condition: str) -> list[TaskOutcome]:
-    """The tasks of all kinds, under one condition."""
+    """Return the tasks of all kinds, under one condition."""
     return [task for it in outcomes if it.condition == condition for task in it.tasks]
 
 

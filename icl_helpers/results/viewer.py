@@ -113,7 +113,7 @@ def viewer_data(
 def view_data(
     views: Mapping[str, PromptView], *, scores: Float[torch.Tensor, "layers heads"] | None = None
 ) -> dict[str, Any]:
-    """:func:`viewer_data` of prompts whose attention is known, for the heads that are blocked."""
+    """Return :func:`viewer_data` of prompts whose attention is known, for the blocked heads."""
     heads = list(next(iter(views.values())).blocked)
     return {
         "unit": UNIT,
@@ -202,7 +202,7 @@ def looks_in_words(view: PromptView, position: int) -> str:
 
 
 def query_followers(view: PromptView) -> dict[str, list[float]]:
-    """How much each head pays to what followed earlier elements of its kind; empty without any.
+    """Say how much each head pays to what followed earlier elements; empty without any.
 
     From the prompt's last token (``colons``: earlier labels), and from the query's first word
     (``words``).
@@ -217,7 +217,7 @@ def query_followers(view: PromptView) -> dict[str, list[float]]:
 
 
 def query_word(view: PromptView) -> int:
-    """Position of the query's first word."""
+    """Return the position of the query's first word."""
     begin = view.text.rindex("\n\n") + 2
     return next(index for index, (_, end) in enumerate(view.spans) if end > begin)
 

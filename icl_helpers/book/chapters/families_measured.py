@@ -68,7 +68,7 @@ _EARLIER = 5
 
 
 def function_vectors(run: Any) -> Float[torch.Tensor, "layers heads"]:
-    """Function-vector score of every head, the mean over the tasks that are looked at closely."""
+    """Measure every head's function-vector score, the mean over the tasks looked at closely."""
     seed = run.parameters.seeds[0]
 
     def compute(task: str) -> Any:
@@ -91,7 +91,7 @@ def family_sets(
     vectors: Float[torch.Tensor, "layers heads"],
     counts: Sequence[int],
 ) -> list[ChosenHeads]:
-    """Heads of each family at each number, none of them among the best of the other."""
+    """Select heads of each family at each number, none of them among the best of the other."""
     sets = []
     for family, scores, other in zip(FAMILIES, (prefix, vectors), (vectors, prefix), strict=True):
         excluded = set(top_heads(other, EXCLUDED))

@@ -162,7 +162,7 @@ def proxy_said(table: pd.DataFrame, worth: pd.DataFrame) -> Said:
 
 
 def losses_alone(frame: pd.DataFrame) -> pd.DataFrame:
-    """Margin that each head's removal alone costs: task, layer, head, score and ``loss`` (nats)."""
+    """Return what each head's removal alone costs: task, layer, head, score, ``loss`` (nats)."""
     whole = frame[frame["chosen_by"] == "none"].set_index("task")["margin"]
     alone = frame[frame["chosen_by"] == "alone"].astype({"layer": int, "head": int})
     loss = alone["task"].map(whole) - alone["margin"]
@@ -183,7 +183,7 @@ def points_alt(points: pd.DataFrame) -> str:
 
 
 def shapley_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """The ten heads of highest Shapley value, with their score and its rank.
+    """Select the ten heads of highest Shapley value, with their score and its rank.
 
     ``frame`` is :func:`icl_helpers.analysis.measured.shapley`.
     """
@@ -405,7 +405,7 @@ _MORE_BIAS = 10
 
 
 def _skill(row: Mapping[Any, Any]) -> tuple[str, float, float, float, float]:
-    """What tells skill from bias, with bounds and chance: the AUC where there are two labels."""
+    """Return what tells skill from bias, with bounds and chance: of two labels the AUC."""
     if np.isnan(row["auc"]):
         chance = 100 / len(get_task_spec(row["task"]).choices)
         name, values = "calibrated accuracy", ("calibrated", "calibrated_low", "calibrated_high")

@@ -213,7 +213,7 @@ def _sentences(outcomes: Iterable[KindOutcome], n_heads: int, *conditions: str) 
 
 
 def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
-    """Stage 1: how many heads do induction, and whether each sequence names the same ones."""
+    """Say of stage 1 how many heads do induction, and whether each sequence names the same ones."""
     mean = scores.mean(0)
     total, count = mean.numel(), int((mean >= SCORE_THRESHOLD).sum())
     best = top_heads(mean, 1 / total)[0]
@@ -235,7 +235,7 @@ def score_parts(scores: torch.Tensor, fractions: Sequence[float]) -> _Parts:
 
 
 def mean_parts(norms: torch.Tensor, heads: Sequence[Head]) -> _Parts:
-    """Stage 2: how large the constants are that take the removed heads' places."""
+    """Say of stage 2 how large the constants are that take the removed heads' places."""
     removed, median = [float(norms[head]) for head in heads], float(norms.median())
     return _Parts(
         ["A removed head gives one fixed vector at each position; no sizes of these vectors are "
@@ -250,7 +250,7 @@ def mean_parts(norms: torch.Tensor, heads: Sequence[Head]) -> _Parts:
 
 
 def full_parts(documents: pd.DataFrame, number: int = 1) -> _Parts:
-    """Stage 3: where the full model stands without examples and with the most."""
+    """Say of stage 3 where the full model stands without examples and with the most."""
     some, none = (_outcomes(documents, shots=shots) for shots in ("most", "none"))
     guess = ["Without examples accuracy is about 50 % on the abstract tasks with two labels."]
     return _Parts(
@@ -264,7 +264,7 @@ def full_parts(documents: pd.DataFrame, number: int = 1) -> _Parts:
 def removal_parts(
     documents: pd.DataFrame, n_heads: int, model: str = "", numbers: Sequence[int] = (1, 4)
 ) -> _Parts:
-    """Stages 4 and 6: what removal costs, beside random heads, with and without examples."""
+    """Say of stages 4 and 6 what removal costs, beside random heads."""
     paper, said, all_outcomes = [], [], []
     names = {"induction_heads": "Induction heads", "random_heads": "Random heads"}
     for number, ablation in zip(numbers, ("mean", "zero"), strict=True):
@@ -278,7 +278,7 @@ def removal_parts(
 
 
 def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
-    """Stage 5: whether blocking the pattern costs what removing the heads does."""
+    """Say of stage 5 whether blocking the pattern costs what removing the heads does."""
     some = _outcomes(documents)
     blocked = tasks_under(some, "induction_pattern")
     shares = [it.zero_shot_answers for it in blocked if it.zero_shot_answers is not None]
@@ -295,7 +295,7 @@ def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _P
 
 
 def text_parts(documents: pd.DataFrame, n_heads: int) -> _Parts:
-    """Stage 6: the full model and the removal on text, by kind of labels."""
+    """Say of stage 6 what the full model and the removal give on text, by kind of labels."""
     if documents.empty:
         return _Parts([], ["No text task was evaluated in this run."], [])
     full = full_parts(_only(documents), number=3)
@@ -315,7 +315,7 @@ _FOLLOWERS = {
 
 
 def pattern_parts(view: PromptView) -> _Parts:
-    """Stage 7: where the heads look from the last colon and from the query's first word."""
+    """Say of stage 7 where the heads look from the last colon and the query's first word."""
     word, last = query_word(view), len(view.spans) - 1
     said = [
         f"From the final colon: {looks_in_words(view, last)}.",
@@ -347,7 +347,7 @@ def _result_parts(run: Any) -> _Parts:
 
 
 def result_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
-    """Stage 8: the whole run, kind by kind."""
+    """Say of stage 8 what the whole run gives, kind by kind."""
     some = _outcomes(_only(documents, "mean", "knockout"))
     heads = heads_in_words(documents["fraction"].max() or 1.0, n_heads)
     names = {"induction_heads": "Induction heads", "induction_pattern": "Pattern blocked",

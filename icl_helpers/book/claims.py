@@ -99,11 +99,11 @@ class Evidence:
         return cls(abstract, text, np.array(scores), run_info(run_dir).get("query_followers"))
 
     def documents(self, text: bool) -> pd.DataFrame:
-        """The documents of one of the two groups of tasks."""
+        """Return the documents of one of the two groups of tasks."""
         return self.text if text else self.abstract
 
     def fractions(self, text: bool = False) -> list[float]:
-        """Shares of heads that were removed, smallest first."""
+        """Return the shares of heads that were removed, smallest first."""
         rows = self.documents(text)
         return [] if rows.empty else sorted(set(rows["fraction"].dropna()) - {0.0})
 
@@ -111,13 +111,14 @@ class Evidence:
     def outcomes(
         self, text: bool, ablation: str, share: str = "larger", shots: str = "most"
     ) -> tuple[TaskOutcome, ...]:
-        """Outcomes at the ``smaller`` or ``larger`` share of heads; none where not evaluated."""
+        """Compute outcomes at the ``smaller`` or ``larger`` share; none where not evaluated."""
         rows, fractions = self.documents(text), self.fractions(text)
-        if share == "smaller" and len(fractions) < 2:
-            return ()
-        if rows.empty or not rows["ablation"].isin(["none", ablation, "knockout"]).any():
-            return ()
-        if shots == "none" and not (rows["shots"] == 0).any():
+        if (
+            rows.empty
+            or (share == "smaller" and len(fractions) < 2)
+            or not rows["ablation"].isin(["none", ablation, "knockout"]).any()
+            or (shots == "none" and not (rows["shots"] == 0).any())
+        ):
             return ()
         fraction = fractions[0] if share == "smaller" else None
         return tuple(
@@ -151,7 +152,7 @@ class Evidence:
         }
 
     def cell(self, task: TaskOutcome, text: bool = False, **other: Any) -> pd.DataFrame:
-        """The documents of a task's cell, or of the one that differs from it in some keys."""
+        """Select the documents of a task's cell, or of the one that differs in some keys."""
         key = {name: getattr(task, name) for name in CELL}
         rows = filled_keys(self.documents(text))
         for name, value in (key | other).items():
@@ -625,7 +626,7 @@ def claims() -> tuple[Claim, ...]:
         )  # fmt: skip
     if stated:
         raise InputError(f"no rule judges the claim {next(iter(stated))!r}")
-    return tuple(found)
+    return tuple(listed)
 
 
 def judged_lines(evidence: Evidence, stages: Sequence[int]) -> list[str]:

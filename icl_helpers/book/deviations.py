@@ -91,7 +91,7 @@ def answers(
     patterns: Sequence[Bool[torch.Tensor, "tokens tokens"]] | None = None,
     bos: int = 0, batch_size: int = 25,
 ) -> Answers:  # fmt: skip
-    """Answers to prompts under one condition, by the first token of each label.
+    """Ask for answers to prompts under one condition, by the first token of each label.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ def answers(
         raise InputError("prompts must hold at least one prompt")
     first = _bos(model) * bos if bos else []
     contexts = [prompt.context for prompt in prompts]
-    ids = [first + own for own in tokenizer(contexts, add_special_tokens=False).input_ids]
+    ids = [first + tokens for tokens in tokenizer(contexts, add_special_tokens=False).input_ids]
     if condition.ablation == "knockout" and patterns is None:
         patterns = induction_patterns(contexts, tokenizer, categories=condition.categories)
     # Prompts of about the same length meet in a batch: less padding to compute.
@@ -157,12 +157,12 @@ def _last_logits(
     model: PreTrainedModel, ids: Sequence[list[int]], condition: Condition,
     patterns: Sequence[torch.Tensor] | None, shift: int,
 ) -> Float[torch.Tensor, "batch vocabulary"]:  # fmt: skip
-    """Logits after the last token of each sequence; padding lies to the right, unseen."""
-    batch = pad_sequence([torch.tensor(own) for own in ids], batch_first=True)
+    """Return logits after the last token of each sequence; padding lies to the right, unseen."""
+    batch = pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
     blocked = torch.zeros(*batch.shape, batch.shape[1], dtype=torch.bool)
     for row, pattern in enumerate(patterns or ()):
         blocked[row, shift : len(ids[row]), shift : len(ids[row])] = pattern
-    ends = [len(own) - 1 for own in ids]
+    ends = [len(tokens) - 1 for tokens in ids]
     positions = sorted(set(ends))
     interventions = condition.interventions(blocked.to(model.device))
     with intervene(model, *interventions) if interventions else nullcontext():
@@ -210,7 +210,7 @@ def compare(
 
 
 def summary_sentence(frame: pd.DataFrame) -> str:
-    """One line for what :func:`compare` found: ranges over tasks, which may differ."""
+    """Say in a line what :func:`compare` found: ranges over tasks, which may differ."""
     sides = frame.groupby("side", sort=False)
     accuracy, changed = (
         {str(side): range_in_words(Span.of(list(values)), 1) for side, values in sides[column]}
@@ -242,7 +242,7 @@ def blank_line_sentence() -> str:
 def score_term(
     model: PreTrainedModel, sequences: Int[torch.Tensor, "n_sequences length"]
 ) -> pd.DataFrame:
-    """Every head's prefix-matching score with and without the published code's extra term.
+    """Compute every head's prefix-matching score with and without the published extra term.
 
     Columns: layer, head, published, corrected, difference, rank and corrected_rank (1 is highest).
     """
@@ -264,7 +264,7 @@ def score_term(
 def control_overlap(
     induction: Sequence[Head], drawn: Sequence[Sequence[Head]], n_heads: int
 ) -> dict[str, Any]:
-    """How many induction heads the published random control draws again.
+    """Count how many induction heads the published random control draws again.
 
     ``expected``: by calculation; in a layer of ``n_heads`` heads with k induction heads, k drawn at
     random hold k * k / n_heads of them. ``drawn``: in each control given. ``any``: share of
@@ -285,7 +285,7 @@ _FIRST_WORDS = ("fruits", "furniture", "vegetables", "body_parts")
 
 
 def published_rule_rows(task: str, *, seed: int = 0) -> list[tuple[str, str]]:
-    """Rows of (text, label) drawn by the rule behind the published files (paper, section 6).
+    """Draw rows of (text, label) by the rule behind the published files (paper, section 6).
 
     Letter tasks: 250 patterned rows whose letters are independent, so that some are equal, and 250
     of distinct letters. Four-way tasks: 250 rows of each label, drawn with repetition.
@@ -296,7 +296,7 @@ def published_rule_rows(task: str, *, seed: int = 0) -> list[tuple[str, str]]:
         rows = []
         for _ in range(250):
             letters = rng.choices(string.ascii_uppercase, k=len(set(shape)))
-            rows.append((" ".join(letters[int(place)] for place in shape), "Foo"))
+            rows.append((" ".join(letters[int(digit)] for digit in shape), "Foo"))
             rows.append((" ".join(rng.sample(string.ascii_uppercase, len(shape))), "Bar"))
     elif task.endswith("_4way"):
         by_label: dict[str, list[tuple[str, str]]] = {}
@@ -313,7 +313,7 @@ def published_rule_rows(task: str, *, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def row_audit(rows: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Number of rows (``documents``), of duplicates, and of degenerate rows.
+    """Count rows (``documents``), duplicates, and degenerate rows.
 
     A patterned letter row is degenerate when letters that its pattern keeps apart are equal.
     """
@@ -354,7 +354,7 @@ class WordMatch(NamedTuple):
 
 
 def string_matches(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[WordMatch]:
-    """Words of the categories as a comparison of token strings finds them, in order of the text.
+    """Find words of the categories by a comparison of token strings, in order of the text.
 
     A word is found wherever its tokens stand in a row, written with or without a space before it,
     also inside a longer word: the published code's search (paper, section 5).
@@ -386,7 +386,7 @@ def string_matched_pattern(
     prompt: str, tokenizer: PreTrainedTokenizerBase, *,
     search: PreTrainedTokenizerBase | None = None,
 ) -> Bool[torch.Tensor, "tokens tokens"]:  # fmt: skip
-    """The pairs a knockout blocks when words are found by :func:`string_matches`.
+    """Return the pairs a knockout blocks when words are found by :func:`string_matches`.
 
     Give it to :class:`icl_helpers.AttentionKnockout` to have the published search. ``search`` finds
     the words with another tokenizer than the model's, whose tokens are then blocked.
@@ -405,7 +405,7 @@ def string_matched_pattern(
 def small_tokenizer(
     texts: Iterable[str], *, vocab_size: int, split_words: bool = True
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of few tokens, trained on texts: it splits words into pieces.
+    """Train a byte-level BPE of few tokens on texts: it splits words into pieces.
 
     ``split_words`` keeps words, spaces and punctuation apart before merging; without it a token may
     reach across them, such as ``:Foo``.
@@ -425,7 +425,7 @@ def small_tokenizer(
 def search_audit(
     contexts: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, int | float]:
-    """What the published search finds in prompts, counted against the words that are there.
+    """Count what the published search finds in prompts against the words that are there.
 
     Also the share of labels that share a token with their colon, which that search misses, and
     the tokens of a blank line, of which it expects one.
@@ -449,7 +449,7 @@ def search_audit(
 
 
 def published_letters(data: str = "synthetic") -> tuple[dict[str, str], str]:
-    """Where each letter task's published rows lie, and what they are.
+    """Say where each letter task's published rows lie, and what they are.
 
     A folder given as ``data``; or the published files where ``icl data original`` has put them;
     else rows drawn by their rule, in a temporary folder that lasts as long as the process.
@@ -476,6 +476,6 @@ def _scratch() -> Path:
 def resampled_accuracy(
     correct: Float[torch.Tensor, " rows"], size: int, *, draws: int = 1000, seed: int = 0
 ) -> np.ndarray:
-    """Accuracies over ``size`` rows drawn with repetition, ``draws`` times."""
+    """Compute accuracies over ``size`` rows drawn with repetition, ``draws`` times."""
     rng = np.random.default_rng(seed)
     return rng.choice(correct.numpy(), size=(draws, size)).mean(axis=1)

@@ -71,12 +71,12 @@ _PAGES = Environment(
 
 
 def run_slug(run: Path) -> str:
-    """A run's name as it stands in addresses of the book."""
+    """Return a run's name as it stands in addresses of the book."""
     return re.sub(r"[^a-z0-9-]+", "-", run.name.lower()).strip("-")
 
 
 def chapter_notebooks() -> list[Path]:
-    """Notebooks that are chapters of the book and no stage of a run: those without a number."""
+    """List notebooks that are chapters of the book and no stage of a run: those without number."""
     stages = set(stage_notebooks())
     return [path for path in sorted(notebooks_dir().glob("*.ipynb")) if path not in stages]
 
@@ -87,26 +87,25 @@ def _page(name: str, **values: Any) -> str:
 
 
 def run_titles(runs: Sequence[Path]) -> dict[Path, str]:
-    """What each run is called: by its model, and by its tasks where others are of that model."""
+    """Name each run by its model, and by its tasks where others are of that model."""
     names = {run: _model(run) for run in runs}
-    kinds = {run: _kinds(run) for run in runs}
     titles = {}
     for run, name in names.items():
         remarks = ["instruct, 4-bit weights"] if name == SMOLLM2 else []
         remarks += ["trained on these puzzles"] if name in embedded_models() else []
         title = f"{name} ({'; '.join(remarks)})" if remarks else name
-        others = [kinds[other] for other in runs if other != run and names[other] == name]
+        others = {_kinds(other) for other in runs if other != run and names[other] == name}
         if others:
-            title += f": {kinds[run] if kinds[run] not in others else run.name}"
+            title += f": {run.name if _kinds(run) in others else _kinds(run)}"
         titles[run] = title
     return titles
 
 
 def _kinds(run: Path) -> str:
-    """What a run's tasks are made of: letters, words, text."""
-    keys = run_table(run, "results", None)[["task", "labels"]].drop_duplicates()
-    kinds = (task_kind(*key).split(",")[0] for key in keys.itertuples(index=False, name=None))
-    return listed(list(dict.fromkeys(kinds)))
+    """Say what a run's tasks are made of: letters, words, text."""
+    plan = Plan.of_run(run_info(run))
+    tasks = [*plan.tasks(), *plan.tasks("nlp_tasks")]
+    return listed(list(dict.fromkeys(task_kind(task, "").split(",")[0] for task in tasks)))
 
 
 # What decides whether the paper's finding holds, by the names of the claims.
@@ -114,7 +113,7 @@ _CENTRAL = ("three-percent", "random-control", "strict-control", "knockout")
 
 
 def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
-    """Every claim with each run's verdict; and in short what the first run says of them."""
+    """Judge every claim by each run; and say in short what the first run makes of them."""
     titles = run_titles(runs)
     evidence = {run: Evidence.of_run(run) for run in runs}
     judged = [(claim, {run: claim.judge(evidence[run]) for run in runs}) for claim in claims()]
@@ -145,7 +144,7 @@ def _stage_pages() -> dict[int, str]:
 
 
 def report_page(runs: Sequence[Path], verdicts: str) -> str:
-    """The reproduction on one page: scope, method, cost, and where each claim is computed."""
+    """Report on one page: scope, method, cost, and where each claim is computed."""
     infos, titles = {run: run_info(run) for run in runs}, run_titles(runs)
     first = infos[runs[0]]
     tokens = stage_tokens(Plan.of_run(first).parameters)
@@ -171,7 +170,7 @@ def report_page(runs: Sequence[Path], verdicts: str) -> str:
 
 
 def verification_page(runs: Sequence[Path]) -> str | None:
-    """What the verification of each imported run said; None where none was imported."""
+    """Say what the verification of each imported run said; None where none was imported."""
     reports = []
     for run, title in run_titles(runs).items():
         if "imported" not in run_info(run):
@@ -192,8 +191,8 @@ def _report_table(report: Mapping[str, Any]) -> str:
         for value in (report["largest"], report["percentile_99"])
     )
     made, here = (
-        ", ".join(f"{name} {value}" for name, value in report[place].items())
-        for place in ("made", "here")
+        ", ".join(f"{name} {value}" for name, value in report[side].items())
+        for side in ("made", "here")
     )
     rows = [
         ("documents computed again", f"{report['documents']:,} of {report['of_documents']:,}"),
@@ -234,7 +233,7 @@ def _parameter(name: str, value: Any) -> Any:
 
 
 def _beside(columns: Mapping[str, Mapping[str, Any]], corner: str) -> str:
-    """One column per run, one row per key that any of them has."""
+    """Lay out a column per run, a row per key that any of them has."""
     keys = list(dict.fromkeys(key for values in columns.values() for key in values))
     # The sum comes last, whichever run names the most stages.
     keys.sort(key=lambda key: key.startswith("**"))
@@ -243,7 +242,7 @@ def _beside(columns: Mapping[str, Mapping[str, Any]], corner: str) -> str:
 
 
 def comparison_page(runs: Sequence[Path], folder: Path) -> str:
-    """Runs side by side at each run's larger share of heads; the whole as CSV in ``folder``."""
+    """Lay runs side by side at each one's larger share of heads; all of it as CSV in ``folder``."""
     frame = compare_runs(
         {run.name: (_model(run), run_table(run, "results", None), run_heads(run)) for run in runs}
     )
@@ -273,7 +272,7 @@ def _markdown(frame: pd.DataFrame) -> str:
 
 
 def overlay_page(run: Path, folder: Path) -> str | None:
-    """A run of one of the paper's models over the published values; None for any other model."""
+    """Lay a run of a paper's model over the published values; None for any other model."""
     model = run_info(run)["model"]
     if published_name(model) is None:
         return None
@@ -299,7 +298,7 @@ def overlay_page(run: Path, folder: Path) -> str | None:
 
 
 def notebooks_page(staged: Path, runs: Sequence[Path]) -> str:
-    """Links to every notebook as it is kept and as it was executed.
+    """Link to every notebook as it is kept and as it was executed.
 
     Expects clean copies in ``staged/notebooks`` and the executed ones where the book shows them.
     """
@@ -331,7 +330,7 @@ def _title(path: Path) -> str:
 
 
 def citation_page() -> str:
-    """How to cite the paper and this software, from ``references.bib`` and ``CITATION.cff``."""
+    """Say how to cite paper and software, from ``references.bib`` and ``CITATION.cff``."""
     references = (book_dir() / "references.bib").read_text()
     (paper,) = re.findall(
         r"^@\w+\{crosbie2025induction,.*?^\}", references, re.DOTALL | re.MULTILINE
@@ -423,7 +422,7 @@ def _model(run: Path) -> str:
 
 
 def _size(run: Path) -> tuple[int, str]:
-    """Number of the model's heads, and its size in words; an embedded model's parameters too."""
+    """Count the model's heads, and word its size; an embedded model's parameters too."""
     scores = json.loads((run / "heads.json").read_text(encoding="utf-8"))["scores"]
     layers, heads, name = len(scores), len(scores[0]), _model(run)
     size = f"{layers} layers of {heads} heads"
@@ -435,7 +434,7 @@ def _size(run: Path) -> tuple[int, str]:
 
 
 def model_card(model: str) -> str:
-    """The model card of an embedded model as a page of the book."""
+    """Return the model card of an embedded model as a page of the book."""
     text = (embedded_dir() / model / "README.md").read_text(encoding="utf-8")
     body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     return body.replace(f"# {model}", f"# Model card of {model}", 1).strip()
@@ -474,7 +473,7 @@ def drawing() -> str:
 
 
 def _arcs(pairs: Mapping[tuple[int, int], str], loud: int) -> list[dict[str, Any]]:
-    """Where each arc of a drawing runs, and whether it starts in the query (from ``loud`` on)."""
+    """Say where each arc of a drawing runs, and whether it starts in the query (from ``loud``)."""
     return [
         {"start": 22 * at + 11, "end": 22 * key + 11, "out": 12 * (at - key) + 14, "kind": kind,
          "quiet": at < loud}
@@ -494,7 +493,7 @@ def _say_pairs(tokens: Sequence[str], pairs: Mapping[tuple[int, int], str], loud
 
 
 def architecture_table() -> str:
-    """What a sweep over all causal-LM types of transformers found, as Markdown for the book.
+    """Say what a sweep over all causal-LM types of transformers found, as Markdown.
 
     ``book/_static/architectures.json`` is written by ``tests/sweep_causal_lm_types.py``.
     """
@@ -523,7 +522,7 @@ _RECIPE_RATES = {"llama-3-8b-4bit.yaml": 900.0}
 
 
 def recipe_table() -> str:
-    """The ready recipes with their estimates, as a Markdown table for the book.
+    """List the ready recipes with their estimates, as a Markdown table for the book.
 
     Recipes of models whose configuration is not at hand are left out.
     """
@@ -560,7 +559,7 @@ _OUTCOMES = {
 
 
 def stage_table(p: StageParameters) -> str:
-    """What each stage of a run costs and leaves, as a Markdown table for the book."""
+    """Say what each stage of a run costs and leaves, as a Markdown table for the book."""
     cost = estimate_cost(p)
     rows = []
     for stage, tokens in {**stage_tokens(p), **cost.closer}.items():

@@ -51,7 +51,7 @@ def write_playground(folder: Path) -> None:
 
 
 def playground_data() -> dict[str, Any]:
-    """What the page's script needs, as plain JSON values.
+    """Return what the page's script needs, as plain JSON values.
 
     Returns ``config``, ``tensors`` (base64: whole numbers with the scale of each row, or float32),
     ``tokenizer``, ``words`` (their categories), ``heads`` with the prefix-matching scores of the
@@ -96,19 +96,19 @@ def playground_data() -> dict[str, Any]:
 def quantized_rows(
     weight: Float[torch.Tensor, "rows columns"],
 ) -> tuple[Int8[torch.Tensor, "rows columns"], Float[torch.Tensor, " rows"]]:
-    """A matrix as whole numbers from -127 to 127 and a scale for each row (symmetric, 8 bits)."""
+    """Round a matrix to whole numbers from -127 to 127, with a scale each row (8 bits)."""
     scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(weight.dtype).tiny) / 127
     return (weight / scales[:, None]).round().to(torch.int8), scales
 
 
 def _base64(tensor: torch.Tensor) -> str:
-    """The tensor's bytes, little-endian as all browsers have them."""
+    """Return the tensor's bytes, little-endian as all browsers have them."""
     array = tensor.numpy()
     return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The byte-level BPE of ``tokenizer.json``, in the order of its ids and merges."""
+    """Return the byte-level BPE of ``tokenizer.json``, in the order of its ids and merges."""
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     split, _ = stored["pre_tokenizer"]["pretokenizers"]
     vocabulary = stored["model"]["vocab"]
@@ -121,7 +121,7 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _prompts(task: str) -> list[dict[str, Any]]:
-    """The first prompts of a task, one for each label in turn."""
+    """Return the first prompts of a task, one for each label in turn."""
     shots = max(get_task_spec(task).default_shots)
     built = build_prompts(task, shots=shots, seed=_SEED)
     labels = len(built[0].choices)

@@ -66,10 +66,8 @@ def count_induction_heads(scores: pd.DataFrame) -> pd.DataFrame:
     ranked = scores.sort_values("score", ascending=False, kind="stable")
     ranked["induction"] = ranked["score"] >= SCORE_THRESHOLD
     groups = ranked.groupby(["model", "step"], dropna=False)
-    return groups.agg(
-        heads=("score", "size"), induction=("induction", "sum"), score=("score", "first"),
-        layer=("layer", "first"), head=("head", "first"),
-    ).reset_index()  # fmt: skip
+    counts = groups.agg(heads=("score", "size"), induction=("induction", "sum"))
+    return counts.join(groups[["score", "layer", "head"]].first()).reset_index()
 
 
 def _published_rows(model: str) -> pd.DataFrame:
@@ -148,7 +146,7 @@ def overlay(model: str, documents: pd.DataFrame) -> pd.DataFrame | None:
     if name is None:
         return None
     published = _published_rows(name).rename(columns={"accuracy": "published"})
-    merged = published.merge(accuracy_intervals(documents), on=CELL, how="inner")
+    merged = published.merge(accuracy_intervals(documents), on=CELL)
     merged["difference"] = merged["accuracy"] - merged["published"]
     merged["inside"] = merged["published"].between(merged["low"], merged["high"])
     columns = ["table", *CELL, "published", "accuracy", "low", "high", "difference", "inside"]
@@ -168,7 +166,7 @@ class LogComparison:
     left_out: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         rows = json.loads(self.table.to_json(orient="records", double_precision=15))
         names = {"first": self.first, "second": self.second}
         return {**names, "rows": rows, "left_out": list(self.left_out)}
@@ -246,7 +244,7 @@ _LOG = re.compile(r"samples_(?P<task>.+?)(_seed\d+)?(_\d{4}-\d\d-\d\dT[^_]*)?\.j
 
 
 def _logs(source: Path, metric: str | None) -> dict[str, list[pd.DataFrame]]:
-    """Sample logs by task, in the order of their names, which end in their dates."""
+    """Read sample logs by task, in the order of their names, which end in their dates."""
     files = [source] if source.is_file() else sorted(source.rglob("samples_*.jsonl"))
     if not files:
         raise InputError(
@@ -265,7 +263,7 @@ def _logs(source: Path, metric: str | None) -> dict[str, list[pd.DataFrame]]:
 
 
 def _read_log(file: Path, metric: str | None) -> pd.DataFrame:
-    """Of every document, under its hash, whether it is right and the hash of its prompt."""
+    """Read of every document, under its hash, whether it is right and its prompt's hash."""
     rows, seen = {}, Counter[str]()
     # Not splitlines: a text may hold other ends of lines than this one.
     for number, line in enumerate(read_text(file).rstrip("\n").split("\n"), start=1):
@@ -302,31 +300,31 @@ def _first_metric(sample: Mapping[str, Any], file: Path) -> str:
     raise InputError(f"{file} has no metric that is 0 or 1 in its first sample; name one")
 
 
-def _same_prompts(one: pd.DataFrame, other: pd.DataFrame) -> bool:
-    shared = one.index.intersection(other.index)
-    return len(shared) > 0 and one.loc[shared, "prompt"].equals(other.loc[shared, "prompt"])
+def _same_prompts(first: pd.DataFrame, second: pd.DataFrame) -> bool:
+    shared = first.index.intersection(second.index)
+    return len(shared) > 0 and first.loc[shared, "prompt"].equals(second.loc[shared, "prompt"])
 
 
 def _seeded(
     first: Mapping[str, Sequence[pd.DataFrame]], second: Mapping[str, Sequence[pd.DataFrame]]
 ) -> list[pd.DataFrame]:
-    """Both sides' logs as documents of runs, those that belong together under one seed."""
+    """Lay out both sides' logs as documents of runs, those that belong together under one seed."""
     sides: list[list[pd.DataFrame]] = [[], []]
     for task in dict.fromkeys([*first, *second]):
         ours, theirs = list(first.get(task, ())), list(second.get(task, ()))
-        pairs = [(a, b) for a in ours for b in theirs if _same_prompts(a, b)]
-        if not pairs and ours and theirs:
+        groups: list[tuple[pd.DataFrame | None, ...]] = [
+            (a, b) for a in ours for b in theirs if _same_prompts(a, b)
+        ]
+        if not groups and ours and theirs:
             if len(ours) != len(theirs):
                 raise InputError(
                     f"of {task} there are {len(ours)} and {len(theirs)} logs, and no two of them "
                     f"have the same prompts: which belong together cannot be told"
                 )
-            pairs = list(zip(ours, theirs, strict=True))
-        alone = [[log for log in logs if not any(log is pair[side] for pair in pairs)]
-                 for side, logs in enumerate((ours, theirs))]  # fmt: skip
-        groups: list[tuple[pd.DataFrame | None, pd.DataFrame | None]] = [
-            *pairs, *((log, None) for log in alone[0]), *((None, log) for log in alone[1])
-        ]  # fmt: skip
+            groups = list(zip(ours, theirs, strict=True))
+        taken = {id(log) for group in groups for log in group}
+        groups += [(log, None) for log in ours if id(log) not in taken]
+        groups += [(None, log) for log in theirs if id(log) not in taken]
         for seed, group in enumerate(groups):
             for side, log in zip(sides, group, strict=True):
                 if log is not None:
@@ -335,7 +333,7 @@ def _seeded(
 
 
 def _as_documents(log: pd.DataFrame, task: str, seed: int) -> pd.DataFrame:
-    """A log as documents of a run; of its shots and heads it says nothing."""
+    """Lay out a log as documents of a run; of its shots and heads it says nothing."""
     values = dict.fromkeys(KEYS, "") | {"task": task, "shots": -1, "fraction": float("nan")}
     values |= {"ablation_seed": -1, "demonstration_seed": seed}
     frame = log.rename_axis("doc_id").reset_index().assign(**values, valid=True)
@@ -349,10 +347,10 @@ def _left_out(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
     lines = []
     for side, kind in (("A", "left_only"), ("B", "right_only")):
         rows = merged[merged["_merge"] == kind]
-        for key, missing in rows.groupby(CELL, dropna=False, sort=False)["doc_id"]:
-            cell = ", ".join(
-                str(part) for part in key if not pd.isna(part) and part not in ("", -1)
-            )
-            some = ", ".join(str(document)[:12] for document in missing.unique()[:3])
-            lines.append(f"only in {side}: {missing.nunique()} documents of {cell} ({some}, ...)")
+        for key, column in rows.groupby(CELL, dropna=False, sort=False)["doc_id"]:
+            cell = [str(part) for part in key if not pd.isna(part) and part not in ("", -1)]
+            missing = column.unique()
+            what = f"{len(missing)} documents of {', '.join(cell)}"
+            some = ", ".join(str(document)[:12] for document in missing[:3])
+            lines.append(f"only in {side}: {what} ({some}, ...)")
     return lines

@@ -143,10 +143,8 @@ def accuracy_bars(
     bars, title = _accuracies(results, ablations, shots, n_heads)
     several = bars["labels"].nunique() > 1
     titles = {labels: f"{labels} labels" if several else "" for labels in bars["labels"]}
-    figure, grid = _bar_panels(bars, "labels", titles, title=title, height=3, narrow=narrow)
-    for axes in grid:
-        _percent(axes, along="x" if narrow else "y")
-    return _closed(figure)
+    label, limits = "accuracy (%)", (0, 105)
+    return _bar_panels(bars, "labels", titles, label, limits, title=title, narrow=narrow)
 
 
 def bars_alt(
@@ -194,11 +192,8 @@ def margin_bars(
     share of heads. Below zero, the wrong label leads on most documents.
     """
     bars, title = _margins(documents, ablations, n_heads)
-    figure, grid = _bar_panels(bars, "panel", {"": ""}, title=title, height=3, narrow=narrow)
-    for axes in grid:
-        (axes.axvline if narrow else axes.axhline)(0, color=_FULL, linewidth=0.8)
-        (axes.set_xlabel if narrow else axes.set_ylabel)("margin of the right label (nats)")
-    return _closed(figure)
+    label = "margin of the right label (nats)"
+    return _bar_panels(bars, "panel", {"": ""}, label, title=title, narrow=narrow)
 
 
 def margin_alt(documents: pd.DataFrame, *, ablations: Sequence[str], n_heads: int) -> str:
@@ -237,18 +232,13 @@ def benefit_bars(
     """
     bars, title = _changes(changes, ablation)
     titles = {share: heads_in_words(share, n_heads) for share in set(bars["fraction"])}
-    height = 1.2 if bars.empty else 2.6
-    figure, grid = _bar_panels(
-        bars, "fraction", titles, title=title, height=height, narrow=narrow, nothing=_NO_BENEFIT
-    )
     ends = bars[["height", "low", "high"]]
     low, high = min(0.0, ends.min(axis=None)), max(0.0, ends.max(axis=None))
     limits = low - 0.05 * (high - low), high + 0.05 * (high - low)
-    for axes in grid:
-        (axes.axvline if narrow else axes.axhline)(0, color=_FULL, linewidth=0.8)
-        along = "x" if narrow else "y"
-        axes.set(**{f"{along}label": "change of benefit (%)", f"{along}lim": limits})
-    return _closed(figure)
+    return _bar_panels(
+        bars, "fraction", titles, "change of benefit (%)", limits, title=title, narrow=narrow,
+        height=1.2 if bars.empty else 2.6, nothing=_NO_BENEFIT,
+    )  # fmt: skip
 
 
 def benefit_alt(changes: pd.DataFrame, *, ablation: str, n_heads: int) -> str:
@@ -272,14 +262,15 @@ def _changes(changes: pd.DataFrame, ablation: str) -> tuple[pd.DataFrame, str]:
 
 
 def _bar_panels(
-    bars: pd.DataFrame, by: str, titles: Mapping[Any, str], *, title: str, height: float,
-    narrow: bool, nothing: str = _NOTHING_EVALUATED,
-) -> tuple[Figure, Sequence[Axes]]:  # fmt: skip
+    bars: pd.DataFrame, by: str, titles: Mapping[Any, str], label: str,
+    limits: tuple[float, float] | None = None, *, title: str, narrow: bool, height: float = 3,
+    nothing: str = _NOTHING_EVALUATED,
+) -> Figure:  # fmt: skip
     """Draw bars with lines from ``low`` to ``high``, a panel each ``by``, or say ``nothing``."""
     if bars.empty:
         figure, (axes,) = _new_figure(9, 0.8 + height)
         axes.text(0.5, 0.5, nothing, ha="center")
-        return figure, []
+        return _closed(figure)
     panels = list(bars.groupby(by))
     tasks = list(dict.fromkeys(bars["task"]))
     conditions = [name for name in _COLOURS if name in set(bars["condition"])]
@@ -305,9 +296,10 @@ def _bar_panels(
         ticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
         if narrow:
             axes.set_ylim(len(tasks) - 0.5, -0.5)
+        _mark(axes, label, limits, along="x" if narrow else "y")
     _legend(figure, grid[0], "lower", 2 if narrow else 5)
     figure.suptitle(title, fontsize="medium", wrap=True)
-    return figure, grid
+    return _closed(figure)
 
 
 def _in_words(names: pd.Series, heights: pd.Series) -> str:
@@ -484,7 +476,7 @@ def _percent_lines(
             100 * line, label=name.replace("_", " "), color=colour, marker=marker, markersize=3.5,
             linewidth=1.3,
         )  # fmt: skip
-    _percent(axes)
+    _mark(axes, "accuracy (%)", (0, 105), along="y")
     figure.legend(ncols=1 if narrow else 3, loc="outside upper center", frameon=False)
     return _closed(figure)
 
@@ -497,8 +489,13 @@ def _step_axes(phases: Sequence[int], narrow: bool) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _percent(axes: Axes, *, along: str = "y") -> None:
-    """Scale an axis of accuracies and mark chance for two labels."""
+def _mark(axes: Axes, label: str, limits: tuple[float, float] | None, *, along: str) -> None:
+    """Name and limit an axis, and mark chance for two labels on it, or zero."""
     mark = axes.axhline if along == "y" else axes.axvline
-    mark(50, color=_GUIDE, linewidth=0.8, linestyle=":")
-    axes.set(**{f"{along}label": "accuracy (%)", f"{along}lim": (0, 105)})
+    if label == "accuracy (%)":
+        mark(50, color=_GUIDE, linewidth=0.8, linestyle=":")
+    else:
+        mark(0, color=_FULL, linewidth=0.8)
+    axes.set(**{f"{along}label": label})
+    if limits is not None:
+        axes.set(**{f"{along}lim": limits})

@@ -24,24 +24,7 @@ from matplotlib.figure import Figure
 from icl_helpers.attention.heads import heads_in_words
 from icl_helpers.errors import InputError, NotMeasuredError
 from icl_helpers.evaluation.store import CELL, ROW
-from icl_helpers.results.comparison import (
-    PAPER_MODELS,
-    count_induction_heads,
-    overlay,
-    published_head_scores,
-    published_name,
-    published_table,
-)
-from icl_helpers.results.figures import (
-    accuracy_bars,
-    bars_alt,
-    benefit_alt,
-    benefit_bars,
-    margin_alt,
-    margin_bars,
-    named_conditions,
-    score_heatmap,
-)
+from icl_helpers.results import comparison, figures
 from icl_helpers.results.statistics import benefit_changes, left_out_tasks
 from icl_helpers.results.tables import (
     annotated_table,
@@ -113,7 +96,8 @@ def show_bars(
         )
     most = int(results["n"].max()) if len(results) else 0
     show_drawing(
-        accuracy_bars, results, ablations=ablations, n_heads=n_heads, shots=shots, alt=bars_alt,
+        figures.accuracy_bars, results, alt=figures.bars_alt, ablations=ablations, n_heads=n_heads,
+        shots=shots,
         caption=f"{caption} At most {most} documents a task, demonstration seeds {seeds}.",
     )  # fmt: skip
 
@@ -121,7 +105,8 @@ def show_bars(
 def show_margins(documents: pd.DataFrame, *, ablations: Sequence[str], n_heads: int) -> None:
     """Display :func:`icl_helpers.results.figures.margin_bars` with its heights as text."""
     show_drawing(
-        margin_bars, documents, ablations=ablations, n_heads=n_heads, alt=margin_alt,
+        figures.margin_bars, documents, alt=figures.margin_alt, ablations=ablations,
+        n_heads=n_heads,
         caption=(
             "Median margin by which the right label leads the best wrong one, with the most "
             "examples per task; lines span the quartiles. Below zero the wrong label leads on most "
@@ -138,15 +123,10 @@ def show_table(
     With a directory the table is also written there as ``name.csv`` and ``name.tex``, and links to
     both follow it; they lead to ``tables/`` beside the page, where the book puts the run's files.
     """
-    _show_html(_labelled(frame) if isinstance(frame.index, pd.MultiIndex) else frame, label)
-    if directory is not None:
-        _offer(frame, label, directory, name)
-
-
-def _show_html(frame: pd.DataFrame, label: str) -> None:
     title = html.escape(label[:1].upper() + label[1:])
+    shown = _labelled(frame) if isinstance(frame.index, pd.MultiIndex) else frame
     # An interval stands below its value and is not broken: columns stay narrow and readable.
-    table = frame.to_html(border=0, na_rep="").replace("\n", " ").replace(" [", "<br>[")
+    table = shown.to_html(border=0, na_rep="").replace("\n", " ").replace(" [", "<br>[")
     table = table.replace("<thead>", f"<caption>{title}</caption> <thead>", 1)
     height = "; max-height: 40rem" if len(frame) > 30 else ""
     region = (
@@ -154,22 +134,22 @@ def _show_html(frame: pd.DataFrame, label: str) -> None:
         f'style="overflow-x: auto{height}">{table}</div>'
     )
     display(HTML(region))  # type: ignore[no-untyped-call]
+    if directory is not None:
+        _offer(frame, label, directory, name)
 
 
 def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
     """Join the levels of an index: a row has one head, which stays in sight on a phone."""
     joined = [", ".join(map(str, levels)).replace("_", " ") for levels in frame.index]
     corner = ", ".join(map(str, frame.index.names))
-    labelled = frame.set_axis(pd.Index(joined), axis="index")
-    if isinstance(frame.columns, pd.MultiIndex):
-        return labelled.rename_axis(columns=["", corner])
-    return labelled.rename_axis(columns=corner)
+    columns = ["", corner] if isinstance(frame.columns, pd.MultiIndex) else corner
+    return frame.set_axis(pd.Index(joined), axis="index").rename_axis(columns=columns)
 
 
 def _show_rows(shown: pd.DataFrame, rows: pd.DataFrame, label: str) -> None:
     """Display a table with the task, labels and shots of ``rows`` at its head."""
     index = pd.MultiIndex.from_frame(rows[ROW])
-    _show_html(_labelled(_narrow(shown.set_axis(index, axis="index"))), label)
+    show_table(_narrow(shown.set_axis(index, axis="index")), label=label)
 
 
 def _offer(frame: pd.DataFrame, label: str, directory: Path, name: str) -> None:
@@ -262,7 +242,7 @@ def show_answers(rows: pd.DataFrame, directory: Path, *, n_heads: int, name: str
 def _conditions(rows: pd.DataFrame) -> pd.Series:
     """Name each row's condition, with the kind of removal where there are two."""
     kinds = rows["ablation"].map({"mean": ", mean", "zero": ", zero"})
-    return named_conditions(rows)["condition"].str.cat(kinds, na_rep="")
+    return figures.named_conditions(rows)["condition"].str.cat(kinds, na_rep="")
 
 
 def show_published(model: str, documents: pd.DataFrame, number: int, directory: Path) -> None:
@@ -273,14 +253,14 @@ def show_published(model: str, documents: pd.DataFrame, number: int, directory: 
     compare models.
     """
     title = f"table {number}, {{}}, {_REMOVAL[number]}, published"
-    beside = overlay(model, documents)
+    beside = comparison.overlay(model, documents)
     if beside is not None:
         rows = beside[beside["table"] == number].drop(columns="table").round(1)
-        label = f"{title.format(published_name(model))} and recomputed"
+        label = f"{title.format(comparison.published_name(model))} and recomputed"
         bounds = bounds_in_words(rows["low"], rows["high"], "{:.1f}")
         shown = pd.DataFrame(
             {
-                "condition": named_conditions(rows)["condition"],
+                "condition": figures.named_conditions(rows)["condition"],
                 "heads": rows["heads"],
                 "published": rows["published"],
                 "this run": rows["accuracy"].map("{:.1f}".format) + bounds,
@@ -291,8 +271,8 @@ def show_published(model: str, documents: pd.DataFrame, number: int, directory: 
         _show_rows(shown, rows, label)
         _offer(rows, label, directory, f"published-{number}")
         return
-    for model_name in PAPER_MODELS.values():
-        cells = _narrow(published_table(number, model_name))
+    for model_name in comparison.PAPER_MODELS.values():
+        cells = _narrow(comparison.published_table(number, model_name))
         name = f"published-{number}-{model_name.lower()}"
         show_table(cells, label=title.format(model_name), directory=directory, name=name)
 
@@ -302,8 +282,8 @@ def show_published_scores() -> None:
 
     The caption says how many heads score 0.3 or more and whether the best is the paper's.
     """
-    scores = published_head_scores().query("model == 'Meta-Llama-3-8B'")
-    count: Any = next(count_induction_heads(scores).itertuples())
+    scores = comparison.published_head_scores().query("model == 'Meta-Llama-3-8B'")
+    count: Any = next(comparison.count_induction_heads(scores).itertuples())
     same = (count.layer, count.head) == (15, 30)
     facts = (
         f"{heads_in_words(count.induction / count.heads, count.heads)} "
@@ -313,7 +293,7 @@ def show_published_scores() -> None:
     )
     grid = scores.pivot(index="layer", columns="head", values="score")
     show_drawing(
-        score_heatmap, torch.tensor(grid.to_numpy()), label="next-token matching score",
+        figures.score_heatmap, torch.tensor(grid.to_numpy()), label="next-token matching score",
         alt=f"Heatmap of layers by heads of Llama-3-8B, as published by Feucht et al.: {facts}.",
         caption=f"Llama-3-8B, as published by Feucht et al. (2025), not measured here: {facts}.",
     )  # fmt: skip
@@ -326,7 +306,7 @@ def _narrow(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def benefit_or_none(results: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFrame:
-    """:func:`benefit_changes`, or no rows and a line that says so where no task is fit for it."""
+    """Return :func:`benefit_changes`, or no rows and say so where no task is fit for it."""
     by_task = results.groupby(["task", "labels"])["shots"]
     if ((by_task.min() == 0) & (by_task.max() > 0)).any():
         return benefit_changes(results, documents)
@@ -343,7 +323,7 @@ def show_benefit(changes: pd.DataFrame, *, ablation: str, n_heads: int) -> None:
     out = left_out_tasks(changes)
     names = out["task"] + " (" + out["labels"] + ": " + out["why"] + ")"
     show_drawing(
-        benefit_bars, changes, ablation=ablation, n_heads=n_heads, alt=benefit_alt,
+        figures.benefit_bars, changes, ablation=ablation, n_heads=n_heads, alt=figures.benefit_alt,
         caption=(
             f"Relative change of the benefit of examples under {ablation} ablation; -100 % means "
             f"that examples help no more. Lines are 95 % intervals. Left out: "

@@ -7,9 +7,9 @@ for doubt (:func:`icl_helpers.results.statistics.is_distinguishable`) and the li
 
 Example
 -------
->>> found = kind_outcomes(icl.document_results("runs/icl-tiny"))
->>> [line for outcome in found for line in doubts(outcome)]
->>> [outcome_sentence(outcome, heads="4 of 64 heads (6.3 %)") for outcome in found]
+>>> outcomes = kind_outcomes(icl.document_results("runs/icl-tiny"))
+>>> [line for outcome in outcomes for line in doubts(outcome)]
+>>> [outcome_sentence(outcome, heads="4 of 64 heads (6.3 %)") for outcome in outcomes]
 """
 
 from __future__ import annotations
@@ -187,15 +187,14 @@ def task_kind(task: str, labels: str) -> str:
 
 
 def kind_outcomes(
-    documents: pd.DataFrame, *, ablation: str = "mean", fraction: float | None = None,
-    shots: str = "most",
-) -> list[KindOutcome]:  # fmt: skip
+    documents: pd.DataFrame, *, ablation: str = "mean", shots: str = "most"
+) -> list[KindOutcome]:
     """Compute what each kind of tasks gives under each condition; arguments: :func:`task_outcomes`.
 
     Kinds are in the tasks' order, and for each of them the conditions, the full model first.
     """
     groups: dict[tuple[str, str, str, float, str], list[TaskOutcome]] = {}
-    for it in task_outcomes(documents, ablation=ablation, fraction=fraction, shots=shots):
+    for it in task_outcomes(documents, ablation=ablation, shots=shots):
         key = task_kind(it.task, it.labels), it.condition, it.ablation, it.fraction, it.control
         groups.setdefault(key, []).append(it)
     kinds = list(dict.fromkeys(kind for kind, *_ in groups))
@@ -234,6 +233,7 @@ def task_outcomes(
     by_seed, by_draw = (
         _levels(rows, name) if levels else {} for name in ("demonstration_seed", "ablation_seed")
     )
+    none = pd.DataFrame(columns=["level", "accuracy", "low", "high", "sign", "side"])
     outcomes = []
     for row in filled_keys(accuracy_intervals(rows)).to_dict("records"):
         named = {name: row[name] for name in CELL}
@@ -247,7 +247,7 @@ def task_outcomes(
             )
             for test in (tests[key].to_dict("records") if key in tests else ())
         )  # fmt: skip
-        seeds, draws = by_seed.get(key, {}), by_draw.get(key, {})
+        seeds, draws = by_seed.get(key, none), by_draw.get(key, none)
         outcomes.append(
             TaskOutcome(
                 **named,
@@ -257,10 +257,10 @@ def task_outcomes(
                 accuracy=Interval(row["accuracy"], row["low"], row["high"]),
                 differences=differences,
                 zero_shot_answers=share, one_label=one_label, margin=margin,
-                by_seed={seed: level.accuracy for seed, level in seeds.items()},
-                by_draw={draw: level.accuracy for draw, level in draws.items()},
-                seeds_disagree=_disagree(list(seeds.values())),
-                draws_disagree=_disagree(list(draws.values())),
+                by_seed=seeds.set_index("level")["accuracy"].to_dict(),
+                by_draw=draws.set_index("level")["accuracy"].to_dict(),
+                seeds_disagree=_disagree(seeds, ["sign", "side"]),
+                draws_disagree=_disagree(draws, ["sign", "side"]),
             )
         )  # fmt: skip
     return outcomes
@@ -292,37 +292,29 @@ def _answer_facts(rows: pd.DataFrame) -> tuple[float | None, float | None, float
     return share, 100 * float(known["chosen"].value_counts(normalize=True).max()), margin
 
 
-class _Level(NamedTuple):
-    """What a cell gives at one seed or draw: ``basis`` is what is concluded from."""
+def _levels(rows: pd.DataFrame, name: str) -> dict[Any, pd.DataFrame]:
+    """Compute accuracy and conclusion of every cell at each single seed (``name``) on its own.
 
-    accuracy: float
-    basis: Interval
-    conclusion: tuple[int, int]
-
-
-def _levels(rows: pd.DataFrame, name: str) -> dict[tuple[Any, ...], dict[int, _Level]]:
-    """Compute accuracy and conclusion of every cell at each single seed (``name``) on its own."""
-    levels: dict[tuple[Any, ...], dict[int, _Level]] = {}
-    for seed in sorted(rows[name].dropna().unique()):
-        part = rows[(rows[name] == seed) | (rows[name].isna() & (rows["condition"] == "full"))]
+    ``low`` and ``high`` are bounds of what is concluded from.
+    """
+    parts = []
+    for level in sorted(rows[name].dropna().unique()):
+        part = rows[(rows[name] == level) | (rows[name].isna() & (rows["condition"] == "full"))]
         tests = filled_keys(comparisons(part, over_draws=False)).query("against == 'full'")
-        seen = is_distinguishable(tests["p"], tests["low"], tests["high"])
-        accuracies = filled_keys(accuracy_intervals(part, over_draws=False)).merge(
-            part.loc[part[name].notna(), CELL].drop_duplicates()
-        )
-        both = accuracies.merge(
-            tests.assign(seen=seen), how="left", on=CELL, suffixes=("", "_of_test")
-        )
-        for row in both.to_dict("records"):
-            accuracy = basis = Interval(row["accuracy"], row["low"], row["high"])
-            sign = 0
-            if pd.notna(row["difference"]):
-                basis = Interval(row["difference"], row["low_of_test"], row["high_of_test"])
-                sign = int(np.sign(basis.mean)) if row["seen"] else 0
-            conclusion = sign, _side(accuracy, _chance(row["task"]))
-            key = tuple(row[column] for column in CELL)
-            levels.setdefault(key, {})[int(seed)] = _Level(accuracy.mean, basis, conclusion)
-    return levels
+        told = is_distinguishable(tests["p"], tests["low"], tests["high"])
+        tests = tests.assign(sign=np.sign(tests["difference"]).where(told, 0.0))
+        drawn = part.loc[part[name].notna(), CELL].drop_duplicates()
+        accuracies = filled_keys(accuracy_intervals(part, over_draws=False)).merge(drawn)
+        sides = [_side(row, _chance(row.task)) for row in accuracies.itertuples()]
+        both = accuracies.assign(level=int(level), side=sides)
+        parts.append(both.merge(tests, how="left", on=CELL, suffixes=("_alone", "")))
+    if not parts:
+        return {}
+    levels = pd.concat(parts, ignore_index=True)
+    levels["sign"] = levels["sign"].fillna(0.0)
+    for bound in ("low", "high"):
+        levels[bound] = levels[bound].fillna(levels[f"{bound}_alone"])
+    return dict(list(levels.groupby(CELL)))
 
 
 def _side(interval: Any, value: float, *, upper: float | None = None) -> int:
@@ -331,11 +323,10 @@ def _side(interval: Any, value: float, *, upper: float | None = None) -> int:
     return int(interval.low > above) - int(interval.high < value)
 
 
-def _disagree(levels: Sequence[_Level]) -> bool:
+def _disagree(rows: pd.DataFrame, conclusion: list[str]) -> bool:
     """Tell whether single seeds conclude differently, and not by a hair: intervals lie apart."""
-    conclusions = {level.conclusion for level in levels}
-    apart = [level.basis.low for level in levels], [level.basis.high for level in levels]
-    return len(conclusions) > 1 and max(apart[0]) > min(apart[1])
+    different = len(rows[conclusion].drop_duplicates()) > 1
+    return different and bool(rows["low"].max() > rows["high"].min())
 
 
 _TASK_NAMES = {
@@ -346,7 +337,7 @@ _TASK_NAMES = {
 
 
 def task_name(task: str) -> str:
-    """A task's name in a sentence, as on the page on the method."""
+    """Name a task in a sentence, as on the page on the method."""
     return _TASK_NAMES.get(task, task.replace("_", " "))
 
 
@@ -381,15 +372,11 @@ def outcome_sentence(outcome: KindOutcome, *, heads: str) -> str:
     :func:`icl_helpers.attention.heads.heads_in_words`.
     """
     condition = _CONDITIONS[outcome.condition].format(heads=heads, control=_of(outcome.control))
-    start = f"{outcome.kind.capitalize()}, {_shots(outcome)}, {condition}"
-    accuracy, *remarks = findings(outcome)
-    chance = f"(chance {outcome.chance:.0f} %)"
-    return f"{start}: {'; '.join([f'{accuracy} {chance}', *remarks])}."
-
-
-def _shots(outcome: KindOutcome) -> str:
     numbers = sorted({task.shots for task in outcome.tasks})
-    return f"{' or '.join(map(str, numbers))} examples" if numbers != [0] else "no examples"
+    shots = " or ".join(map(str, numbers)) if numbers != [0] else "no"
+    accuracy, *remarks = findings(outcome)
+    said = "; ".join([f"{accuracy} (chance {outcome.chance:.0f} %)", *remarks])
+    return f"{outcome.kind.capitalize()}, {shots} examples, {condition}: {said}."
 
 
 def findings(outcome: KindOutcome, *, brief: bool = False) -> list[str]:
@@ -567,7 +554,7 @@ def seed_doubts(
 
 
 def tasks_under(outcomes: Iterable[KindOutcome], condition: str) -> list[TaskOutcome]:
-    """The tasks of all kinds, under one condition."""
+    """Return the tasks of all kinds, under one condition."""
     return [task for it in outcomes if it.condition == condition for task in it.tasks]
 
 
@@ -601,11 +588,11 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
     both = most.merge(full, on=["training_seed", "task"], suffixes=("", "_full"))
     lines = []
     for (condition, task), rows in both.groupby(["condition", "task"], sort=False):
-        sides = [
-            (_side(row, _chance(task)), _side(row, row.low_full, upper=row.high_full))
-            for row in rows.itertuples()
-        ]
-        if len(set(sides)) > 1 and rows["low"].max() > rows["high"].min():
+        concluded = rows.assign(
+            side=[_side(row, _chance(task)) for row in rows.itertuples()],
+            to_full=[_side(row, row.low_full, upper=row.high_full) for row in rows.itertuples()],
+        )
+        if _disagree(concluded, ["side", "to_full"]):
             each = ", ".join(f"{r.training_seed}: {r.accuracy:.0f} %" for r in rows.itertuples())
             where = f"{task_name(str(task))} ({str(condition).replace('_', ' ')})"
             lines.append(f"Training seeds disagree on {where}: {each}.")

@@ -47,12 +47,13 @@ def table_rows(frame: pd.DataFrame, number: int) -> pd.DataFrame:
         raise InputError(f"the paper's tables are 1, 3, 4 and 5, got {number!r}")
     abstract = number in (1, 4)
     # The paper ran no knockout on text; a run that did shows it in its own results.
-    kept = ["none", "mean" if number in (1, 3) else "zero", *(["knockout"] if abstract else [])]
+    ablations = ["none", "mean" if number in (1, 3) else "zero"]
+    ablations += ["knockout"] if abstract else []
     tasks = frame[frame["task"].isin(task_names("abstract")) == abstract]
     if tasks.empty:
         kind = "abstract" if abstract else "text classification"
         raise InputError(f"table {number} is about {kind} tasks; the results hold none")
-    return tasks[tasks["ablation"].isin(kept)]
+    return tasks[tasks["ablation"].isin(ablations)]
 
 
 def write_table(frame: pd.DataFrame, directory: str | os.PathLike[str], name: str) -> list[Path]:
@@ -154,11 +155,10 @@ def _with_draws(tests: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Add how many heads of the compared random draws are induction heads, draw by draw."""
     if "drawn_again" not in rows:
         return tests
+    key = ["fraction", "control"]
     draws = rows.dropna(subset="drawn_again").sort_values("ablation_seed")
-    again = {
-        key: ", ".join(map(str, part.drop_duplicates("ablation_seed")["drawn_again"]))
-        for key, part in draws.groupby(["fraction", "control"])
-    }
+    draws = draws.drop_duplicates([*key, "ablation_seed"]).astype({"drawn_again": str})
+    again = draws.groupby(key)["drawn_again"].agg(", ".join).to_dict()
     control = tests["control"].where(tests["control"] != "", tests["against_control"])
     keys = zip(tests["fraction"], control, strict=True)
     return tests.assign(induction_heads_in_draws=[again.get(key, "") for key in keys])

@@ -40,7 +40,7 @@ from icl_helpers.tasks.prompts import Prompt, build_prompts
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
-    "PromptView", "attention_in_words", "attention_viewer", "follower_shares", "looks_in_words",
+    "PromptView", "attention_in_words", "attention_viewer", "looks_in_words",
     "prompt_view", "query_followers", "query_word", "view_data", "view_name", "viewer_data",
     "viewer_html", "viewer_prompts",
 ]  # fmt: skip
@@ -119,7 +119,7 @@ def viewer_data(
 def view_data(
     views: Mapping[str, PromptView], *, scores: Float[torch.Tensor, "layers heads"] | None = None
 ) -> dict[str, Any]:
-    """:func:`viewer_data` of prompts whose attention is known, for the heads that are blocked."""
+    """Return :func:`viewer_data` of prompts whose attention is known, for the blocked heads."""
     heads = list(next(iter(views.values())).blocked)
     return {
         "unit": UNIT,
@@ -166,8 +166,8 @@ def prompt_view(
 
 def _triangle(attention: Float[torch.Tensor, "query key"]) -> list[list[int]]:
     """Return the rows of the lower triangle in thousandths."""
-    whole = (attention.float() * UNIT).round().int().tolist()
-    return [row[: query + 1] for query, row in enumerate(whole)]
+    rows = (attention.float() * UNIT).round().int().tolist()
+    return [row[: query + 1] for query, row in enumerate(rows)]
 
 
 def attention_in_words(
@@ -193,46 +193,37 @@ def looks_in_words(view: PromptView, position: int) -> str:
     """
     groups: dict[int, list[float]] = {}
     for head in view.blocked:
-        shares = view.plain[head][position, : position + 1].float().tolist()
-        most = max(range(len(shares)), key=shares.__getitem__)
-        groups.setdefault(most, []).append(100 * shares[most])
+        most, at = view.plain[head][position, : position + 1].float().max(dim=0)
+        groups.setdefault(int(at), []).append(100 * float(most))
     names = [f"*{token.strip()}*" if token.strip() else "a blank line" for token in view.tokens]
     parts = []
-    for key, found in sorted(groups.items(), key=lambda item: -len(item[1])):
-        low, high = f"{min(found):.0f}", f"{max(found):.0f}"
-        share = low if low == high else f"{low} to {high}"
+    for key, shares in sorted(groups.items(), key=lambda group: -len(group[1])):
+        ends = dict.fromkeys(f"{share:.0f}" for share in (min(shares), max(shares)))
         after = f", after {names[key - 1]}" if key else ""
         parts.append(
-            f"{len(found)} of {len(view.blocked)} heads put most, "
-            f"{share} %, on {names[key]} (token {key + 1}{after})"
+            f"{len(shares)} of {len(view.blocked)} heads put most, {' to '.join(ends)} %, on "
+            f"{names[key]} (token {key + 1}{after})"
         )
     return "; ".join(parts)
 
 
-def follower_shares(view: PromptView, position: int, category: str) -> list[float]:
-    """How much each head pays, from a position, to what followed earlier elements of its kind.
-
-    Empty where there is none. ``category`` is one of those of
-    :func:`icl_helpers.attention.induction_pattern.induction_pattern`.
-    """
-    elements = prompt_elements(view.text)
-    followers = elements_pattern(elements, view.spans, categories=(category,))[position]
-    if not followers.any():
-        return []
-    return [float(view.plain[head][position][followers].sum()) for head in view.blocked]
-
-
 def query_followers(view: PromptView) -> dict[str, list[float]]:
-    """:func:`follower_shares` from the prompt's last token (``colons``: earlier labels), and from
-    the end of the query's first word (``words``)."""
-    return {
-        category: follower_shares(view, position, category)
-        for category, position in (("colons", len(view.spans) - 1), ("words", query_word(view)))
-    }
+    """Say how much each head pays to what followed earlier elements; empty without any.
+
+    From the prompt's last token (``colons``: earlier labels), and from the end of the query's
+    first word (``words``).
+    """
+    elements, shares = prompt_elements(view.text), {}
+    for category, position in (("colons", len(view.spans) - 1), ("words", query_word(view))):
+        pattern = elements_pattern(elements, view.spans, categories=(category,))
+        followers = pattern[position]
+        heads = view.blocked if followers.any() else ()
+        shares[category] = [float(view.plain[head][position][followers].sum()) for head in heads]
+    return shares
 
 
 def query_word(view: PromptView) -> int:
-    """Position of the last token of the query's first word: before it the word is not known."""
+    """Return the position of the last token of the query's first word: it is known from there."""
     begin = view.text.rindex("\n\n") + 2
     end = begin + len(re.split(r"[\s:]", view.text[begin:], maxsplit=1)[0])
     return max(index for index, (start, _) in enumerate(view.spans) if start < end)

@@ -76,7 +76,7 @@ def test_another_best_head_is_called_another(shown, monkeypatch):
     scores = published_head_scores()
     there = (scores["model"] == "Meta-Llama-3-8B") & (scores["layer"] == 3) & (scores["head"] == 7)
     scores.loc[there, "score"] = 0.99
-    monkeypatch.setattr(notebook, "published_head_scores", lambda: scores)
+    monkeypatch.setattr(notebook.comparison, "published_head_scores", lambda: scores)
     notebook.show_published_scores()
     assert "31 of 1,024" in shown[-1]
     assert "layer 3, head 7, with 0.99, another head than in the paper" in shown[-1]

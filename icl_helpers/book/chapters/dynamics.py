@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from icl_helpers.attention.heads import heads_in_words
+from icl_helpers.attention.heads import SCORE_THRESHOLD, heads_in_words
 from icl_helpers.results.comparison import count_induction_heads, published_head_scores
 from icl_helpers.results.outcomes import Span, range_in_words, task_kind
 from icl_helpers.tasks.specs import get_task_spec
@@ -50,7 +50,7 @@ def rise_sentences(counts: pd.DataFrame) -> str:
 
 def _rise(counts: pd.DataFrame) -> str:
     rows: list[Any] = list(counts.itertuples())
-    without = [place for place, row in enumerate(rows) if not row.induction]
+    without = [at for at, row in enumerate(rows) if not row.induction]
     last, most = rows[-1], max(rows, key=lambda row: row.induction)
     if not last.induction:
         return f"no head scores 0.3 or more at the end; the best has {last.score:.2f}"
@@ -79,14 +79,12 @@ def episode_sentences(measured: pd.DataFrame) -> str:
     sentences = []
     for seed, frame in measured.groupby("training_seed"):
         begin = int(frame.loc[frame["measure"] == "phase_begins", "value"].min())
-        rows = frame[(frame["measure"] == "prefix_score") & (frame["step"] == begin)]
-        scores = rows.assign(model=seed, score=rows["value"])
-        count: Any = next(count_induction_heads(scores).itertuples())
-        found = f"{count.induction} of {count.heads} heads score"
-        found = found if count.induction else "no head scores"
+        scores = frame.loc[(frame["measure"] == "prefix_score") & (frame["step"] == begin), "value"]
+        count = int((scores >= SCORE_THRESHOLD).sum())
+        heads = f"{count} of {len(scores)} heads score" if count else "no head scores"
         sentences.append(
-            f"In training seed {seed} the episodes begin at step {begin:,}; there {found} 0.3 or "
-            f"more on the sequences of this page, and the best has {count.score:.2f}."
+            f"In training seed {seed} the episodes begin at step {begin:,}; there {heads} 0.3 or "
+            f"more on the sequences of this page, and the best has {scores.max():.2f}."
         )
     return " ".join(sentences)
 
@@ -153,18 +151,18 @@ def effect_summary(frame: pd.DataFrame) -> pd.DataFrame:
     Accuracies are percent at each task's most examples. *Furthest from chance* and *moved* are
     points of the worst task without examples.
     """
-    summaries = {seed: _summary(part) for seed, part in frame.groupby("training_seed")}
+    key = ["training_seed", "task", "labels", "shots"]
+    wide = frame.pivot_table("accuracy", key, "condition").reset_index()
+    wide["kind"] = [task_kind(*pair) for pair in zip(wide["task"], wide["labels"], strict=True)]
+    summaries = {seed: _summary(part) for seed, part in wide.groupby("training_seed")}
     return pd.DataFrame(summaries).rename_axis(columns="training seed")
 
 
-def _summary(part: pd.DataFrame) -> dict[str, str]:
-    index = ["task", "labels", "shots"]
-    wide = part.pivot_table("accuracy", index, "condition").reset_index()
-    kinds = [task_kind(*pair) for pair in zip(wide["task"], wide["labels"], strict=True)]
+def _summary(wide: pd.DataFrame) -> dict[str, str]:
     few = wide["shots"] == wide.groupby("task")["shots"].transform("max")
     summary = {
         f"{kind}, {name}": range_in_words(Span.of(list(rows[condition])))
-        for kind, rows in wide[few].groupby(pd.Series(kinds, wide.index)[few], sort=False)
+        for kind, rows in wide[few].groupby("kind", sort=False)
         for condition, name in _EFFECT.items()
     }
     zero = wide[wide["shots"] == 0]

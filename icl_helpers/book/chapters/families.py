@@ -48,7 +48,7 @@ def _title(task: str) -> str:
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A table with its intervals as text, and other numbers with one decimal."""
+    """Write a table's intervals as text, and its other numbers with one decimal."""
     return table.map(lambda it: _bounds(it) if isinstance(it, Interval) else it).round(1)
 
 
@@ -91,7 +91,7 @@ def overlap_said(table: pd.DataFrame) -> Said:
 
 
 def family_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Margins lost without each family, a row a task and number of heads.
+    """Sum up the margins lost without each family, a row a task and number of heads.
 
     ``frame`` is ``families_measured.family_removals``. ``difference`` is what
     function-vector heads cost more than induction heads, on the same documents.
@@ -135,7 +135,7 @@ def family_said(table: pd.DataFrame, removed: int) -> Said:
 
 
 def loss_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Fall of the token-loss difference without each family, a row a number of heads.
+    """Sum up the fall of the token-loss difference without each family, a row a number of heads.
 
     ``frame`` is ``families_measured.token_losses``.
     """
@@ -220,7 +220,7 @@ def circuit_said(table: pd.DataFrame) -> Said:
 
 
 def text_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """What blocking each pattern of text costs and its control, a row a task and pattern.
+    """Sum up what blocking each pattern of text costs and its control, a row a task and pattern.
 
     ``frame`` is ``families_measured.natural_text``. Columns: pairs blocked,
     ``loss`` and ``control`` (margin lost, nats), ``more`` (loss less that of the control, on the
@@ -268,7 +268,7 @@ def text_said(table: pd.DataFrame) -> Said:
 
 
 def repair_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Direct and total effects of the removal, a row a task, and what later layers add."""
+    """Sum up direct and total effects of the removal, a row a task, and what later layers add."""
     effects = frame.assign(**{"later layers": frame["total"] - frame["direct"]})
     names = ["direct", "total", "later layers"]
     return effects[["task"]].join(effects[names].map(finite_interval))

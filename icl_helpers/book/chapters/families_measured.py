@@ -68,7 +68,7 @@ _EARLIER = 5
 
 
 def function_vectors(run: Any) -> Float[torch.Tensor, "layers heads"]:
-    """Function-vector score of every head, the mean over the tasks that are looked at closely."""
+    """Measure every head's function-vector score, the mean over the tasks looked at closely."""
     seed = run.parameters.seeds[0]
 
     def compute(task: str) -> Any:
@@ -91,7 +91,7 @@ def family_sets(
     vectors: Float[torch.Tensor, "layers heads"],
     counts: Sequence[int],
 ) -> list[ChosenHeads]:
-    """Heads of each family at each number, none of them among the best of the other."""
+    """Select heads of each family at each number, none of them among the best of the other."""
     sets = []
     for family, scores, other in zip(FAMILIES, (prefix, vectors), (vectors, prefix), strict=True):
         excluded = set(top_heads(other, EXCLUDED))
@@ -136,10 +136,10 @@ def token_losses(run: Any) -> pd.DataFrame:
         return (losses[:, _EARLY].mean(1) - losses[:, _LATE].mean(1)).tolist()
 
     rows = []
-    for chosen in tqdm(_sets(run), desc="loss on text", unit="set", leave=False):
-        of = [run.plan.means_parameters(), chosen.heads, _TEXTS, length]
-        values = run.measurement("token losses", of, functools.partial(compute, chosen.heads))
-        rows.append((len(chosen.heads), chosen.chosen_by, np.array(values)))
+    for removed in tqdm(_sets(run), desc="loss on text", unit="set", leave=False):
+        of = [run.plan.means_parameters(), removed.heads, _TEXTS, length]
+        values = run.measurement("token losses", of, functools.partial(compute, removed.heads))
+        rows.append((len(removed.heads), removed.chosen_by, np.array(values)))
     return pd.DataFrame(rows, columns=["heads", "chosen_by", "values"])
 
 

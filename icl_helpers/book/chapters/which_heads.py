@@ -184,7 +184,7 @@ def proxy_said(table: pd.DataFrame, worth: pd.DataFrame) -> Said:
 
 
 def losses_alone(frame: pd.DataFrame) -> pd.DataFrame:
-    """Margin that each head's removal alone costs: task, layer, head, score and ``loss`` (nats)."""
+    """Return what each head's removal alone costs: task, layer, head, score, ``loss`` (nats)."""
     whole = frame[frame["chosen_by"] == "none"].set_index("task")["margin"]
     alone = frame[frame["chosen_by"] == "alone"].astype({"layer": int, "head": int})
     loss = alone["task"].map(whole) - alone["margin"]
@@ -205,7 +205,7 @@ def points_alt(points: pd.DataFrame) -> str:
 
 
 def shapley_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """The ten heads of highest Shapley value, with their score and its rank.
+    """Select the ten heads of highest Shapley value, with their score and its rank.
 
     ``frame`` is :func:`icl_helpers.analysis.measured.shapley`.
     """

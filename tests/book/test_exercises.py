@@ -68,7 +68,9 @@ def test_every_chapter_has_two_or_three_exercises(path):
 def test_a_chapter_begins_with_objectives_and_two_questions_on_what_came_before(path):
     head = source(path).split("\n## ")[0].split("\n<section")[0]
     aims, box = (
-        re.search(rf"^({fence}){{admonition}} {title}\n(.*?)^\1$", head, re.DOTALL | re.MULTILINE)[2]
+        re.search(rf"^({fence}){{admonition}} {title}\n(.*?)^\1$", head, re.DOTALL | re.MULTILINE)[
+            2
+        ]
         for fence, title in ((":::", "Objectives"), ("::::", "Recall"))
     )
     assert aims.startswith("After this page you can\n")

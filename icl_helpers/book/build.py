@@ -259,7 +259,7 @@ def _generated(staged: Path, runs: list[Path]) -> None:
         shutil.copyfile(path, clean / path.name)
     (staged / "runs.md").write_text(pages.runs_page(runs))
     (staged / "notebooks.md").write_text(pages.notebooks_page(staged, runs))
-    (staged / "cite.md").write_text(pages.citation_page())
+    (staged / "cite.md").write_text(pages.citation_page(runs))
 
 
 def _stage_chapters(staged: Path) -> Iterator[str]:

@@ -626,7 +626,7 @@ def claims() -> tuple[Claim, ...]:
         )  # fmt: skip
     if stated:
         raise InputError(f"no rule judges the claim {next(iter(stated))!r}")
-    return tuple(listed)
+    return tuple(found)
 
 
 def judged_lines(evidence: Evidence, stages: Sequence[int]) -> list[str]:

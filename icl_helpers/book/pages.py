@@ -329,8 +329,8 @@ def _title(path: Path) -> str:
     return first.removeprefix("# ")
 
 
-def citation_page() -> str:
-    """Say how to cite paper and software, from ``references.bib`` and ``CITATION.cff``."""
+def citation_page(runs: Sequence[Path]) -> str:
+    """Say how to cite paper, software, and each run by its ``run.json`` and bundle."""
     references = (book_dir() / "references.bib").read_text()
     (paper,) = re.findall(
         r"^@\w+\{crosbie2025induction,.*?^\}", references, re.DOTALL | re.MULTILINE
@@ -338,7 +338,37 @@ def citation_page() -> str:
     text = (project_root() / "CITATION.cff").read_text()
     software = yaml.safe_load(text)
     authors = " and ".join("{" + author["name"] + "}" for author in software["authors"])
-    return _page("cite", paper=paper, software=software, authors=authors, cff=text.strip())
+    cited = {title: _run_entry(run) for run, title in run_titles(runs).items()}
+    return _page(
+        "cite", paper=paper, software=software, authors=authors, cff=text.strip(), runs=cited
+    )
+
+
+def _run_entry(run: Path) -> str:
+    """A run's BibTeX entry: only what its ``run.json`` states. Who made it is not stated there."""
+    info = run_info(run)
+    parameters, plan = info["parameters"], Plan.of_run(info)
+    model, version = shown_name(info["model"]), info.get("versions", {}).get("icl_helpers")
+    tasks = [*plan.tasks(), *plan.tasks("nlp_tasks")]
+    weights = [f"revision {parameters['revision']}"] if parameters.get("revision") else []
+    weights += [f"fingerprint {info['fingerprint']}"] if info.get("fingerprint") else []
+    updated, bundle = info.get("updated", ""), info.get("imported")
+    told = [
+        f"Model {model}" + (f" ({', '.join(weights)})" if weights else ""),
+        f"{', '.join(tasks)} ({_parameter('limit', parameters.get('limit'))})",
+        f"demonstration seeds {_parameter('seeds', parameters['seeds'])}",
+        *([f"last updated {updated[:10]}"] if updated else []),
+        f"SHA-256 of the bundle's manifest: {bundle}" if bundle else "not exported as a bundle",
+    ]
+    fields = {
+        "title": f"Run {run.name}: induction heads of {model} removed and blocked",
+        "year": updated[:4],
+        "howpublished": f"Run of icl-helpers {version}" if version else "Run of icl-helpers",
+        "note": "; ".join(told),
+    }
+    escaped = {name: re.sub(r"([_%&#$])", r"\\\1", value) for name, value in fields.items()}
+    lines = [f"  {name} = {{{value}}}" for name, value in escaped.items() if value]
+    return f"@misc{{run-{run_slug(run)},\n" + ",\n".join(lines) + "\n}"
 
 
 _SHIPPED = "computed beforehand and shipped with it (see [](verification))"

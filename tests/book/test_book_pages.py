@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from pybtex.database import parse_file, parse_string
 
 from icl_helpers.book import build as book
 from icl_helpers.book import pages as book_pages
 from icl_helpers.evaluation.store import KEYS
-from icl_helpers.files import notebooks_dir, project_root
+from icl_helpers.files import assets_dir, book_dir, notebooks_dir, project_root
 from icl_helpers.results.tables import markdown_table
 from icl_helpers.run.plan import Plan
 from tests.results.test_outcomes import run as made_up_run
@@ -107,12 +109,64 @@ def test_every_stage_can_be_downloaded_clean_and_executed(tmp_path):
         assert f"`executed <run/my-run/{name}>`" in text
 
 
-def test_citation_holds_the_paper_and_the_software():
-    text = book_pages.citation_page()
+def test_citation_holds_the_paper_and_the_software(tmp_path):
+    text = book_pages.citation_page([make_run(tmp_path, "one")])
     assert "@inproceedings{crosbie2025induction" in text
     assert (project_root() / "CITATION.cff").read_text().strip() in text
     blocks = re.findall(r"```bibtex\n(.*?)\n```", text, re.DOTALL)
-    assert [block.count("{") - block.count("}") for block in blocks] == [0, 0]
+    assert [block.count("{") - block.count("}") for block in blocks] == [0, 0, 0]
+
+
+def test_each_run_is_cited_by_what_it_states_and_by_the_digest_of_its_bundle(tmp_path):
+    """Read back with a parser: what ``run.json`` and the manifest state, and no person."""
+    shipped = sorted((book_dir() / "runs").iterdir())
+    runs = [make_run(tmp_path, "computed here")]
+    for bundle in shipped:
+        info = json.loads((bundle / "run.json").read_text())
+        info["imported"] = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+        (tmp_path / bundle.name).mkdir()
+        (tmp_path / bundle.name / "run.json").write_text(json.dumps(info))
+        runs.append(tmp_path / bundle.name)
+    text = book_pages.citation_page(runs)
+    blocks = re.findall(r"```bibtex\n(@misc.*?)\n```", text, re.DOTALL)
+    entries = parse_string("\n".join(blocks), "bibtex").entries
+    assert list(entries) == ["run-computed-here", *(f"run-{bundle.name}" for bundle in shipped)]
+    assert not any(entry.persons for entry in entries.values())
+    assert not re.search("https?:|@[a-z]+[.]|" + re.escape(str(tmp_path)), "\n".join(blocks))
+    own, *imported = entries.values()
+    assert "not exported as a bundle" in own.fields["note"]
+    assert "year" not in own.fields
+    for bundle, entry in zip(shipped, imported, strict=True):
+        info = json.loads((bundle / "run.json").read_text())
+        note = entry.fields["note"].replace(r"\_", "_")
+        digest = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+        for stated in (info["model"], info["fingerprint"], info["updated"][:10], digest):
+            assert stated in note
+        assert all(task in note for task in info["parameters"]["tasks"])
+        assert f"{info['parameters']['limit']} documents a task" in note
+        assert entry.fields["year"] == info["updated"][:4]
+        assert info["versions"]["icl_helpers"] in entry.fields["howpublished"]
+
+
+def test_a_revision_is_part_of_the_citation(tmp_path):
+    run = make_run(tmp_path, "one", model="some/model")
+    info = json.loads((run / "run.json").read_text())
+    info["parameters"]["revision"] = "main_2"
+    (run / "run.json").write_text(json.dumps(info))
+    assert r"Model some/model (revision main\_2)" in book_pages.citation_page([run])
+
+
+def test_every_work_of_the_bibliography_is_cited_where_the_book_argues_with_it():
+    pages = [
+        *book_dir().glob("*.md"),
+        *assets_dir().glob("pages/*.md"),
+        assets_dir() / "claims.yaml",
+    ]
+    text = "".join(path.read_text() for path in [*pages, *notebooks_dir().glob("*.ipynb")])
+    cited = {
+        key for keys in re.findall(r"\{cite(?::t)?\}`([^`]+)`", text) for key in keys.split(",")
+    }
+    assert cited == set(parse_file(str(book_dir() / "references.bib")).entries)
 
 
 def test_front_page_says_what_came_out_by_kind_and_counts_heads_first(tmp_path):

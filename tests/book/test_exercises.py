@@ -73,8 +73,7 @@ def test_a_chapter_begins_with_objectives_and_two_questions_on_what_came_before(
         ]
         for fence, title in ((":::", "Objectives"), ("::::", "Recall"))
     )
-    assert aims.startswith("After this page you can\n")
-    assert len(re.findall("^- ", aims, re.MULTILINE)) in (2, 3)
+    assert re.fullmatch(r"After this page you can [^;]*(;[^;]*){1,2}\.\n", aims)
     asked, answered = box.split(":::{admonition} Answers\n:class: dropdown\n")
     for told in (asked, answered):
         assert re.findall(r"^(\d)\. ", told, re.MULTILINE) == ["1", "2"]

@@ -380,7 +380,7 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     """Draw the front page's figure into ``staged/_static``; return what is inserted into prose.
 
     Its numbers are those of the first run. Keys: model, model_described, size, origin, answer,
-    figure, runs_here, stages, viewer, about_model.
+    doubts, figure, runs_here, stages, viewer, about_model.
     """
     run = runs[0]
     info, titles, sizes = run_info(run), run_titles(runs), {run: _size(run) for run in runs}
@@ -404,8 +404,9 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
         "origin": "computed when the book was built" if "imported" not in info else _SHIPPED,
         "answer": _page(
             "answer", title=titles[run], heads=heads, table=_task_table(outcomes),
-            doubts=seed_doubts(outcomes, model=name), results=f"run/{run_slug(run)}/{RESULTS}",
+            results=f"run/{run_slug(run)}/{RESULTS}",
         ),
+        "doubts": _page("doubts", doubts=seed_doubts(outcomes, model=name)),
         "figure": _page("figure", **parameters | {"model": name}, alt=alt, heads=heads),
         "runs_here": "\n".join(
             f"- [{titles[it]}](run/{run_slug(it)}/{RESULTS}), {sizes[it][1]}" for it in runs
@@ -437,7 +438,8 @@ def _task_table(outcomes: Sequence[KindOutcome]) -> str:
                       if against == "random_heads" and sign < 0]  # fmt: skip
             marks = "\\*" * bool(signs.get(("full", task.control), signs.get(("full", ""))))
             marks += "".join(_MARKS[control] for control in beyond)
-            row[_COLUMNS[outcome.condition] + control] = f"{task.accuracy.mean:.0f}{marks}"
+            level = f", {task.level}" if task.level in ("below chance", "one label") else ""
+            row[_COLUMNS[outcome.condition] + control] = f"{task.accuracy.mean:.0f}{marks}{level}"
     columns = list(dict.fromkeys(name for row in cells.values() for name in row))
     rows = [[task, *(row.get(name, "") for name in columns)] for task, row in cells.items()]
     return markdown_table(["accuracy in percent", *columns], rows)

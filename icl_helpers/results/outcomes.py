@@ -445,11 +445,9 @@ def doubts(outcome: KindOutcome) -> list[str]:
     ):
         for task in outcome.tasks:
             if getattr(task, disagree):
-                seeds, values = zip(*getattr(task, levels).items(), strict=True)
                 lines.append(
                     f"{what} disagree on {task_name(task.task)} ({_condition(outcome)}): "
-                    f"{listed([f'{value:.0f}' for value in values])} % (seeds "
-                    f"{', '.join(map(str, seeds))})."
+                    f"{_by_seed(getattr(task, levels))}."
                 )
         if {len(getattr(task, levels)) for task in outcome.tasks} == {1}:
             lines.append(
@@ -463,6 +461,12 @@ def doubts(outcome: KindOutcome) -> list[str]:
         if task.left_out
     ]
     return lines
+
+
+def _by_seed(accuracies: Mapping[int, float]) -> str:
+    """Word the accuracy at each seed."""
+    values = listed([f"{accuracy:.0f}" for accuracy in accuracies.values()])
+    return f"{values} % (seeds {', '.join(map(str, accuracies))})"
 
 
 def _condition(outcome: KindOutcome) -> str:
@@ -593,9 +597,9 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
             to_full=[_side(row, row.low_full, upper=row.high_full) for row in rows.itertuples()],
         )
         if _disagree(concluded, ["side", "to_full"]):
-            each = ", ".join(f"{r.training_seed}: {r.accuracy:.0f} %" for r in rows.itertuples())
-            where = f"{task_name(str(task))} ({str(condition).replace('_', ' ')})"
-            lines.append(f"Training seeds disagree on {where}: {each}.")
+            where = f"{task_name(str(task))} ({_NAMES[str(condition)]})"
+            each = _by_seed(dict(zip(rows["training_seed"], rows["accuracy"], strict=True)))
+            lines.append(f"Training seeds, on all documents, disagree on {where}: {each}.")
     return lines
 
 

@@ -171,10 +171,10 @@ def test_every_work_of_the_bibliography_is_cited_where_the_book_argues_with_it()
 
 def test_front_page_says_what_came_out_by_kind_and_counts_heads_first(tmp_path):
     found = book_pages.front_page(tmp_path, [make_run(tmp_path, "one", model="some/model")])
-    assert f"Without {HEADS}, those with the highest induction score" in found["answer"]
-    assert "**Letters** (1 task, chance 50 %): Full model 90 %" in found["answer"]
+    assert f"removed or blocked are {HEADS}" in found["answer"]
+    assert "| repetition (chance 50) | 90" in found["answer"]
     # Neither was evaluated, so nothing is said about them.
-    assert "Pattern blocked" not in found["answer"]
+    assert "pattern blocked" not in found["answer"]
     assert HEADS in found["figure"]
     assert "4 layers of 16 heads" in found["size"]
     assert (tmp_path / "_static" / "front.png").is_file()
@@ -212,20 +212,27 @@ def test_front_page_caption_and_alternative_text_have_no_average_over_opposite_t
     found = book_pages.front_page(tmp_path, [opposite_run(tmp_path, "one", model="some/model")])
     alt = re.search(r":alt: (.*)", found["figure"]).group(1)
     caption = found["figure"].split("\n\n")[1]
+    assert "1 to 6 %" in alt
+    assert "repetition 92 %, recursion 40 %" in alt
+    assert "below chance" in alt
     for text in (found["answer"], alt, caption):
-        assert "1 to 6 %" in text
-        assert "repetition 92 %, recursion 40 %" in text
-        assert "below chance" in text
         # The means over all four tasks and over the letters.
-        assert not re.search(r"\b(35|34|66) %", text)
-    assert "nearly always the answer that it gives without examples" in found["answer"]
-    assert "lower than without as many random heads" in found["answer"]
+        assert not re.search(r"\b(35|34|66)\b", text)
+    for task, removed in (
+        ("repetition (chance 50)", "92"), ("recursion (chance 50)", "40"),
+        ("word sequences 1 (chance 50)", "6"), ("word sequences 2 (chance 50)", "1"),
+    ):  # fmt: skip
+        cells = next(line for line in found["answer"].splitlines() if task in line).split(" | ")
+        assert re.fullmatch(rf"{removed}(\\\*†?)?(, below chance)?", cells[2])
+        assert ("below chance" in cells[2]) == (removed != "92")
+        assert cells[3].endswith("one label")
 
 
 def test_front_page_says_first_where_training_seeds_disagree(tmp_path):
-    found = book_pages.front_page(tmp_path, [make_run(tmp_path, "one")])["answer"]
-    doubt = found.index("Training seeds disagree on repetition (induction heads): 0: 86 %, 1: 52 %")
-    assert doubt < found.index("Without 4 of 64")
+    found = book_pages.front_page(tmp_path, [make_run(tmp_path, "one")])["doubts"]
+    assert "Training seeds, on all documents, disagree on repetition (heads removed): 86" in found
+    page = (book_dir() / "index.md").read_text()
+    assert page.index("{{ doubts }}") < page.index("{{ claims_in_short }}")
 
 
 def test_real_model_leads_and_the_embedded_one_is_called_an_instrument(tmp_path):
@@ -233,10 +240,10 @@ def test_real_model_leads_and_the_embedded_one_is_called_an_instrument(tmp_path)
     real = opposite_run(tmp_path, "smollm2-135m", model="smollm2-135m")
     found = book_pages.front_page(tmp_path, [real, tiny])
     assert found["model_described"] == "smollm2-135m (instruct, 4-bit weights)"
-    assert "**smollm2-135m (instruct, 4-bit weights):**" in found["answer"]
-    assert "Training seeds" not in found["answer"]
-    assert "no general sentence" in found["about_model"]
-    assert "icl-tiny proves the instrument" in found["about_model"]
+    assert "smollm2-135m (instruct, 4-bit weights), with the most examples" in found["answer"]
+    assert "Training seeds" not in found["doubts"]
+    assert "No general claim" in found["about_model"]
+    assert "icl-tiny is the test case for the tools" in found["about_model"]
     assert "(run/smollm2-135m/08_results)" in found["runs_here"].splitlines()[0]
     assert "icl-tiny (trained on these puzzles)" in found["runs_here"].splitlines()[1]
     assert "0.9 million parameters" in found["runs_here"]

@@ -49,7 +49,9 @@ def test_seeds_and_draws_that_disagree_come_first():
     text = said(came_out.result_parts(documents, 64))
     assert text.startswith("**Seeds or draws disagree**\n\n- Control draws disagree on centre")
     tiny = said(came_out.result_parts(run({"repetition": (98, 60, 50, 98)}), 64, "icl-tiny"))
-    assert tiny.startswith("**Seeds or draws disagree**\n\n- Training seeds disagree")
+    assert tiny.startswith(
+        "**Seeds or draws disagree**\n\n- Training seeds, on all documents, disagree"
+    )
     other = said(came_out.result_parts(run({"repetition": (98, 60, 50, 98)}), 64, "some/model"))
     assert "disagree on" not in other
     one = said(came_out.result_parts(run({"repetition": (98, 60, 50, 98)}, seeds=(42,)), 64))

@@ -176,7 +176,8 @@ def test_one_control_draw_of_three_that_deviates_is_said_and_not_called_a_loss()
     assert test["distinguishable"] == task.to_full.distinguishable
     (line,) = doubts(control)
     assert line == (
-        "Control draws disagree on centre embedding (random heads): 42: 98 %, 43: 98 %, 44: 86 %."
+        "Control draws disagree on centre embedding (random heads removed, mean ablation): "
+        "98, 98 and 86 % (seeds 42, 43, 44)."
     )
     removed = found(documents, "letters", "induction_heads")
     assert only(removed, "centre_embedding").to_full.sign == -1
@@ -190,7 +191,7 @@ def test_demonstration_seeds_that_disagree_are_said():
     outcome = found(documents, "letters", "induction_heads")
     assert only(outcome, "repetition").seeds_disagree
     assert doubts(outcome)[0].startswith("Demonstration seeds disagree on repetition")
-    assert "44: 98 %" in doubts(outcome)[0]
+    assert "60, 60 and 98 % (seeds 42, 43, 44)" in doubts(outcome)[0]
 
 
 def test_a_model_that_learnt_nothing_has_nothing_to_lose():
@@ -228,7 +229,7 @@ def test_documents_that_gave_nan_are_left_out_and_counted():
     (task,) = outcome.tasks
     assert (task.left_out, task.documents) == (7, N - 7)
     assert np.isfinite([task.margin, task.one_label, *task.accuracy]).all()
-    assert doubts(outcome)[-1].startswith("7 documents of repetition (induction heads)")
+    assert doubts(outcome)[-1].startswith("7 documents of repetition (heads removed, mean ")
     # Where all of them are, nothing is said of the condition, and the rest stands.
     nothing = documents.assign(valid=documents["condition"] != "induction_heads")
     conditions = {one.condition for one in kind_outcomes(nothing)}
@@ -281,7 +282,10 @@ def test_training_seeds_disagree_where_intervals_lie_apart_with_other_conclusion
            row(0, "recursion", "induction_heads", 66), row(1, "recursion", "induction_heads", 62)]
     )  # fmt: skip
     (line,) = training_seed_doubts(effect)
-    assert line == "Training seeds disagree on repetition (induction heads): 0: 86 %, 1: 52 %."
+    assert line == (
+        "Training seeds, on all documents, disagree on repetition (heads removed): 86 and 52 % "
+        "(seeds 0, 1)."
+    )
 
 
 def test_what_cannot_be_told_is_refused():

@@ -90,7 +90,7 @@ LEGEND = (
     "Each cell: accuracy in percent; in parentheses the difference to the full model in points; in "
     "brackets the 95 % interval of the accuracy, over documents, demonstration seeds and control "
     "draws. *Random heads* are the paper's control, which may draw induction heads again; *random "
-    "heads, strict* never does. The last table holds induction heads minus either, with the "
+    "heads, strict* never those removed beside it. The last table holds induction heads minus either, with the "
     "interval of that difference. A star marks a difference that is distinguishable from noise. "
     "Two things must say so: an exact paired test on the same documents, below 5 % after Holm's "
     "correction for all tests of the table's rows with examples (those without are corrected by "

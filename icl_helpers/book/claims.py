@@ -230,11 +230,7 @@ def _pairs(
     test: str = "small", condition: str = "induction_heads", text: bool = False,
     ablation: str = "mean",
 ) -> list[_Seen]:  # fmt: skip
-    """Compare a condition's cells with those that differ in some keys, where no table does.
-
-    ``other`` gives these keys, none where there is no such cell. Tests are corrected over the
-    pairs.
-    """
+    """Compare a condition's cells with those that differ in the keys that ``other`` gives."""
     gaps = {}
     for task in _tasks(evidence, condition, text=text, ablation=ablation):
         keys = other(evidence, task)

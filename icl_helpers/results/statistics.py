@@ -127,6 +127,7 @@ class _Spread:
         self.variances = [
             float((effect**2).sum()) / effect.size / max(effect.size - 1, 1) for effect in effects
         ]
+        # How many independent answers the documents' correlated ones are worth: one each at least.
         self.answers = self._answers()
 
     def _answers(self) -> float:

@@ -78,10 +78,7 @@ def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def dose_said(table: pd.DataFrame, removed: int) -> Said:
-    """Say from how many heads on the highest scores cost more than random sets.
-
-    And whether those do that a run removes, at most ``removed``.
-    """
+    """Say from how many heads on the highest scores cost more than random sets."""
     said, tasks = [], {}
     for task, part in table.groupby("task", sort=False):
         counts = list(part.loc[(part["p"] <= 1 - LEVEL) & (part["low"] > 0), "heads"])
@@ -136,10 +133,7 @@ def proxy_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def proxy_said(table: pd.DataFrame, worth: pd.DataFrame) -> Said:
-    """Say how far the score tells what a head's removal costs, alone and in all companies.
-
-    ``worth`` is :func:`icl_helpers.analysis.measured.shapley`.
-    """
+    """Say how far scores tell what heads cost alone, and (``worth``: Shapley values) together."""
     said, tasks = [], {}
     for task, row in table.iterrows():
         bounds = f"{row['low']:+.2f} to {row['high']:+.2f}"
@@ -365,10 +359,7 @@ def effects_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def effects_said(table: pd.DataFrame) -> Said:
-    """Say how much each measure changes without the heads.
-
-    And whether the removal breaks copying and the use of labels, and nothing else.
-    """
+    """Say how much each measure changes, and whether removal breaks copying and labels alone."""
     said = []
     changes: dict[str, dict[str, tuple[dict[Any, Any], str]]] = {}
     for row in table.to_dict("records"):

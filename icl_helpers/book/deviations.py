@@ -326,16 +326,14 @@ def row_audit(rows: Sequence[tuple[str, str]]) -> dict[str, int]:
     }
 
 
-def task_audit(
-    task: str, *, data: str, seeds: Sequence[int], shots: Sequence[int] = (5, 10)
-) -> dict[str, int]:
-    """Count as :func:`row_audit`, and prompts with fewer demonstrations than asked for.
+def task_audit(task: str, *, data: str, seeds: Sequence[int]) -> dict[str, int]:
+    """Count as :func:`row_audit`, and prompts with fewer demonstrations than 5 or 10 as asked.
 
     Copies of the query are dropped after the draw, so that a repeated row may cost one.
     """
     short = [
         prompt.context.count("\n\n") - 1 < number
-        for number in shots
+        for number in (5, 10)
         for seed in seeds
         for prompt in build_prompts(task, shots=number, seed=seed, data=data)
     ]

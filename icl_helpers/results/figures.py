@@ -144,7 +144,7 @@ def accuracy_bars(
     several = bars["labels"].nunique() > 1
     titles = {labels: f"{labels} labels" if several else "" for labels in bars["labels"]}
     label, limits = "accuracy (%)", (0, 105)
-    return _bar_panels(bars, "labels", titles, label, limits, title=title, narrow=narrow)
+    return _bar_panels(bars, "labels", titles, label, limits, mark=50, title=title, narrow=narrow)
 
 
 def bars_alt(
@@ -263,8 +263,8 @@ def _changes(changes: pd.DataFrame, ablation: str) -> tuple[pd.DataFrame, str]:
 
 def _bar_panels(
     bars: pd.DataFrame, by: str, titles: Mapping[Any, str], label: str,
-    limits: tuple[float, float] | None = None, *, title: str, narrow: bool, height: float = 3,
-    nothing: str = _NOTHING_EVALUATED,
+    limits: tuple[float, float] | None = None, *, title: str, narrow: bool, mark: float = 0,
+    height: float = 3, nothing: str = _NOTHING_EVALUATED,
 ) -> Figure:  # fmt: skip
     """Draw bars with lines from ``low`` to ``high``, a panel each ``by``, or say ``nothing``."""
     if bars.empty:
@@ -296,7 +296,7 @@ def _bar_panels(
         ticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
         if narrow:
             axes.set_ylim(len(tasks) - 0.5, -0.5)
-        _mark(axes, label, limits, along="x" if narrow else "y")
+        _mark(axes, label, limits, mark, along="x" if narrow else "y")
     _legend(figure, grid[0], "lower", 2 if narrow else 5)
     figure.suptitle(title, fontsize="medium", wrap=True)
     return _closed(figure)
@@ -476,7 +476,7 @@ def _percent_lines(
             100 * line, label=name.replace("_", " "), color=colour, marker=marker, markersize=3.5,
             linewidth=1.3,
         )  # fmt: skip
-    _mark(axes, "accuracy (%)", (0, 105), along="y")
+    _mark(axes, "accuracy (%)", (0, 105), 50)
     figure.legend(ncols=1 if narrow else 3, loc="outside upper center", frameon=False)
     return _closed(figure)
 
@@ -489,13 +489,12 @@ def _step_axes(phases: Sequence[int], narrow: bool) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _mark(axes: Axes, label: str, limits: tuple[float, float] | None, *, along: str) -> None:
-    """Name and limit an axis, and mark chance for two labels on it, or zero."""
-    mark = axes.axhline if along == "y" else axes.axvline
-    if label == "accuracy (%)":
-        mark(50, color=_GUIDE, linewidth=0.8, linestyle=":")
-    else:
-        mark(0, color=_FULL, linewidth=0.8)
+def _mark(
+    axes: Axes, label: str, limits: tuple[float, float] | None, mark: float, *, along: str = "y"
+) -> None:
+    """Name and limit an axis, and mark zero on it, or chance for two labels."""
+    style: dict[str, Any] = {"color": _GUIDE, "linestyle": ":"} if mark else {"color": _FULL}
+    (axes.axhline if along == "y" else axes.axvline)(mark, linewidth=0.8, **style)
     axes.set(**{f"{along}label": label})
     if limits is not None:
         axes.set(**{f"{along}lim": limits})

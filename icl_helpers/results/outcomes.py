@@ -293,10 +293,7 @@ def _answer_facts(rows: pd.DataFrame) -> tuple[float | None, float | None, float
 
 
 def _levels(rows: pd.DataFrame, name: str) -> dict[Any, pd.DataFrame]:
-    """Compute accuracy and conclusion of every cell at each single seed (``name``) on its own.
-
-    ``low`` and ``high`` are bounds of what is concluded from.
-    """
+    """Compute accuracy, conclusion and its bounds of every cell at each seed (``name``) alone."""
     parts = []
     for level in sorted(rows[name].dropna().unique()):
         part = rows[(rows[name] == level) | (rows[name].isna() & (rows["condition"] == "full"))]

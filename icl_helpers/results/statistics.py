@@ -108,11 +108,7 @@ def mean_interval(values: np.ndarray, *, level: float = LEVEL, drawn: bool = Fal
 
 
 class _Spread:
-    """Variance of a mean over crossed factors, by factor: ``variances`` [axis], and ``noise``.
-
-    The variance of a factor holds the noise of single answers as well. ``answers`` is how many
-    independent answers the documents' correlated ones are worth: at least one a document.
-    """
+    """Variance of a mean over crossed factors: ``variances`` [axis], with the ``noise`` in each."""
 
     def __init__(self, values: np.ndarray, level: float) -> None:
         if values.ndim < 1 or values.shape[0] < 2 or not 0 < level < 1:
@@ -131,6 +127,7 @@ class _Spread:
         self.variances = [
             float((effect**2).sum()) / effect.size / max(effect.size - 1, 1) for effect in effects
         ]
+        # How many independent answers the documents' correlated ones are worth: one each at least.
         self.answers = self._answers()
 
     def _answers(self) -> float:
@@ -350,11 +347,7 @@ def _once(array: np.ndarray, key: tuple[Any, ...]) -> np.ndarray:
 
 
 def _answers(documents: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
-    """Return correctness by (task, labels, shots, condition, ablation, fraction, control).
-
-    One row a document, one column a demonstration seed and ablation seed (-1 without one), all
-    ascending. Documents that some run of the cell lacks are left out.
-    """
+    """Return answers by cell: a row a document that all its runs have, a column a pair of seeds."""
     if "valid" in documents:
         documents = documents[documents["valid"]]
     seeds = ["demonstration_seed", "ablation_seed"]
@@ -370,10 +363,7 @@ def _answers(documents: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
 
 
 def _wide(rows: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
-    """Return the answers of one cell, a row a document that every run has; pandas' pivot is slow.
-
-    ``axes`` are the columns of the document and of its two seeds.
-    """
+    """Return one cell's answers, a row a document that every run has; pandas' pivot is slow."""
     levels, places = zip(
         *(np.unique(rows[name], return_inverse=True) for name in axes), strict=True
     )
@@ -404,11 +394,7 @@ def _array(answers: pd.DataFrame) -> np.ndarray:
 
 
 def _aligned(*parts: pd.DataFrame) -> list[np.ndarray]:
-    """Cut answers to the documents and seeds that all of them have: arrays of one shape.
-
-    A condition without ablation seeds (the full model) is repeated beside one that has several.
-    Raises :class:`InputError` when nothing is shared.
-    """
+    """Cut answers to documents and seeds that all of them have, and repeat single draws."""
     rows = functools.reduce(pd.Index.intersection, (part.index for part in parts))
     first_level = (part.columns.get_level_values(0).unique() for part in parts)
     seeds = functools.reduce(pd.Index.intersection, first_level)
@@ -485,11 +471,9 @@ def benefit_changes(results: pd.DataFrame, documents: pd.DataFrame) -> pd.DataFr
 def _change_interval(
     few: np.ndarray, zero: np.ndarray, full: np.ndarray, *, drawn: bool
 ) -> tuple[float, float]:
-    """Return the bounds, in percent, of the change from the full model's benefit.
-
-    Where answers hardly vary a linearised interval is empty and claims certainty: it is never
-    narrower than the score interval of the benefit alone.
-    """
+    """Return the bounds, in percent, of the change from the full model's benefit."""
+    # Where answers hardly vary a linearised interval is empty and claims certainty: it is never
+    # narrower than the score interval of the benefit alone.
     benefit = few.astype(np.int64) - zero
     ratio = benefit.mean() / full.mean()
     change = mean_interval((benefit - ratio * full) / full.mean(), drawn=drawn)

@@ -112,10 +112,7 @@ def family_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def family_said(table: pd.DataFrame, removed: int) -> Said:
-    """Say of each task what either family costs at the most heads up to those that a run removes.
-
-    And whether function-vector heads matter more than induction heads.
-    """
+    """Say what either family costs at the most heads up to ``removed``, and which costs more."""
     said, tasks = [], {}
     largest = table[table["heads"] <= removed].groupby("task", sort=False).tail(1)
     for row in largest.to_dict("records"):

@@ -390,10 +390,7 @@ def effects_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def effects_said(table: pd.DataFrame) -> Said:
-    """Say how much each measure changes without the heads.
-
-    And whether the removal breaks copying and the use of labels, and nothing else.
-    """
+    """Say how much each measure changes, and whether removal breaks copying and labels alone."""
     said = []
     changes: dict[str, dict[str, tuple[dict[Any, Any], str]]] = {}
     for row in table.to_dict("records"):

@@ -214,9 +214,14 @@ def show_answers(rows: pd.DataFrame, directory: Path, *, n_heads: int, name: str
     if rows.empty:
         _say("*Nothing to show: there are no results with log-probabilities.*")
         return
+    # A task's conditions together, the full model first.
+    order = rows["task"] + rows["labels"].fillna("")
+    rows = rows.assign(_task=pd.factorize(order)[0], _other=rows["condition"] != "full")
+    rows = rows.sort_values(["_task", "_other"], kind="stable", ignore_index=True)
+    rows = rows.drop(columns=["_task", "_other"])
     share = rows["fraction"].max()
     removed = f", {heads_in_words(share, n_heads)} removed or blocked" if share > 0 else ""
-    label = f"bias or skill, percent{removed}"
+    label = f"bias or skill, percent, intervals over documents alone{removed}"
     columns = {}
     for measure in ("accuracy", "balanced", "calibrated", "auc"):
         bounds = bounds_in_words(rows[f"{measure}_low"], rows[f"{measure}_high"], "{:.0f}")

@@ -300,7 +300,7 @@ def _stage_run(staged: Path, run: Path) -> Iterator[str]:
     places = dict.fromkeys((str(run.resolve()), info["parameters"]["run_dir"]), f"runs/{run.name}")
     places[info["model"]] = shown_name(info["model"])
     # The results come first, then how they were got.
-    for stage in sorted(stage_notebooks(), key=lambda path: path.stem != RESULTS):
+    for stage in sorted(pages.shown_stages(run), key=lambda path: path.stem != RESULTS):
         text = (run / "notebooks" / stage.name).read_text(encoding="utf-8")
         for place, shown in places.items():
             text = text.replace(place, shown)

@@ -51,13 +51,14 @@ from icl_helpers.results.outcomes import (
 from icl_helpers.results.tables import abstract_results, markdown_table
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
 from icl_helpers.run.plan import Plan, run_heads, run_info, run_table, shown_name
-from icl_helpers.run.stages import RESULTS, stage_notebooks
+from icl_helpers.run.stages import RESULTS, TEXT, stage_notebooks
 from icl_helpers.tasks.prompts import build_prompts
 
 __all__ = [
     "architecture_table", "chapter_notebooks", "citation_page", "claims_page", "comparison_page",
     "drawing", "front_page", "model_card", "notebooks_page", "overlay_page", "recipe_table",
-    "report_page", "run_slug", "run_titles", "runs_page", "stage_table", "verification_page",
+    "report_page", "run_slug", "run_titles", "runs_page", "shown_stages", "stage_table",
+    "verification_page",
 ]  # fmt: skip
 
 _FACTS = (
@@ -79,6 +80,24 @@ def chapter_notebooks() -> list[Path]:
     """List notebooks that are chapters of the book and no stage of a run: those without number."""
     stages = set(stage_notebooks())
     return [path for path in sorted(notebooks_dir().glob("*.ipynb")) if path not in stages]
+
+
+def shown_stages(run: Path) -> list[Path]:
+    """List the stage notebooks that have something to show of a run, in order.
+
+    A stage on text without text tasks has nothing, nor has one of whose measurements most are
+    missing.
+    """
+    plan = Plan.of_run(run_info(run))
+    shown = []
+    for stage in stage_notebooks():
+        executed = run / "notebooks" / stage.name
+        text = executed.read_text(encoding="utf-8") if executed.is_file() else ""
+        measured, missing = text.count("said_where_not_measured()"), text.count("**Not measured.**")
+        empty = stage.stem == TEXT and not plan.tasks("nlp_tasks")
+        if not empty and 2 * missing <= measured:
+            shown.append(stage)
+    return shown
 
 
 def _page(name: str, **values: Any) -> str:
@@ -126,7 +145,8 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
         verdicts = [findings[run].verdict for _, findings in judged]
         counts[run] = listed([f"{verdicts.count(it)} {it}" for it in VERDICTS if it in verdicts])
     page = _page(
-        "claims", judged=judged, runs=runs, titles=titles, counts=counts, stages=_stage_pages(),
+        "claims", judged=judged, runs=runs, titles=titles, counts=counts,
+        stages={run: _stage_pages(shown_stages(run)) for run in runs},
         sizes={run: evidence[run].size for run in runs},
         slugs={run: run_slug(run) for run in runs},
         table=markdown_table(["claim", *titles.values()], rows),
@@ -139,8 +159,8 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
     )  # fmt: skip
 
 
-def _stage_pages() -> dict[int, str]:
-    return {int(path.name[:2]): path.stem for path in stage_notebooks()}
+def _stage_pages(stages: Sequence[Path]) -> dict[int, str]:
+    return {int(path.name[:2]): path.stem for path in stages}
 
 
 def report_page(runs: Sequence[Path], verdicts: str) -> str:
@@ -148,11 +168,11 @@ def report_page(runs: Sequence[Path], verdicts: str) -> str:
     infos, titles = {run: run_info(run) for run in runs}, run_titles(runs)
     first = infos[runs[0]]
     tokens = stage_tokens(Plan.of_run(first).parameters)
-    pages = _stage_pages()
+    pages = _stage_pages(shown_stages(runs[0]))
     rows = []
     for claim in claims():
         millions = f"{tokens[claim.stage] / 1e6:.1f}" if claim.stage in tokens else ""
-        rows.append({**vars(claim), "page": pages[claim.stage], "tokens": millions})
+        rows.append({**vars(claim), "page": pages.get(claim.stage), "tokens": millions})
     costs = []
     for run, info in infos.items():
         whole = sum(stage_tokens(Plan.of_run(info).parameters).values())
@@ -302,11 +322,15 @@ def notebooks_page(staged: Path, runs: Sequence[Path]) -> str:
 
     Expects clean copies in ``staged/notebooks`` and the executed ones where the book shows them.
     """
+    shown = {run: shown_stages(run) for run in runs}
     stages = [
         [
             _title(path),
             f"{{download}}`clean <notebooks/{path.name}>`",
-            *(f"{{download}}`executed <run/{run_slug(run)}/{path.name}>`" for run in runs),
+            *(
+                f"{{download}}`executed <run/{run_slug(run)}/{path.name}>`" * (path in shown[run])
+                for run in runs
+            ),
         ]
         for path in stage_notebooks()
     ]

@@ -372,8 +372,8 @@ class Run:
         path = self._measurements_dir() / f"{key.replace(' ', '-')}.json"
         if self._bundle is not None and not (self.parameters.measure or path.is_file()):
             raise NotMeasuredError(
-                f"The bundle of this run does not hold this measurement ({name}); where its model "
-                f"is, `icl run --run-dir {self.parameters.run_dir} --measure` makes it."
+                f"The run's bundle lacks it ({name}). With the model at hand, `icl run --run-dir "
+                f"{self.parameters.run_dir} --measure` measures it."
             )
         return cached_json(path, key, compute)
 

@@ -25,12 +25,12 @@ from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
 
 __all__ = [
-    "RESULTS", "StageError", "check_book_extra", "execute_notebook", "execute_notebooks",
+    "RESULTS", "TEXT", "StageError", "check_book_extra", "execute_notebook", "execute_notebooks",
     "execute_stages", "stage_notebooks",
 ]  # fmt: skip
 
-# The stage that sums up the ones before it.
-RESULTS = "08_results"
+# The stage that sums up the ones before it, and the one on text.
+RESULTS, TEXT = "08_results", "06_nlp_tasks"
 
 # What the extra 'book' installs and this package imports or starts.
 _BOOK_EXTRA = ("ipykernel", "jupyter_book", "nbclient", "nbformat", "papermill")

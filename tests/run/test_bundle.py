@@ -118,7 +118,7 @@ def test_imported_run_executes_every_stage_without_model_and_data_and_has_the_sa
     assert len(done.stdout.splitlines()) == len(stage_notebooks())
     # A bundle without measurements: the pages say so, and how to make them.
     page = (run / "notebooks" / "09_which_heads.ipynb").read_text()
-    assert "does not hold this measurement (dose and response)" in page
+    assert "bundle lacks it (dose and response)" in page
     assert f"icl run --run-dir {run} --measure" in page
     for name in ("documents", "results"):
         before = in_order(pd.read_parquet(made / "run" / f"{name}.parquet"))

@@ -109,6 +109,28 @@ def test_every_stage_can_be_downloaded_clean_and_executed(tmp_path):
         assert f"`executed <run/my-run/{name}>`" in text
 
 
+def test_stages_with_nothing_to_show_are_left_out(tmp_path):
+    run = make_run(tmp_path, "one")
+    names = [path.stem for path in book_pages.shown_stages(run)]
+    assert names == [path.stem for path in sorted(notebooks_dir().glob("[0-9]*.ipynb"))]
+    info = json.loads((run / "run.json").read_text())
+    info["parameters"]["nlp_tasks"] = []
+    (run / "run.json").write_text(json.dumps(info))
+    (run / "notebooks").mkdir()
+    for stage, missing in (("09_which_heads", 1), ("10_function_vectors", 2)):
+        cells = "said_where_not_measured() " * 3 + "**Not measured.** " * missing
+        (run / "notebooks" / f"{stage}.ipynb").write_text(cells)
+    shown = [path.stem for path in book_pages.shown_stages(run)]
+    assert [name for name in names if name not in shown] == ["06_nlp_tasks", "10_function_vectors"]
+    link = "`executed <run/one/{}.ipynb>`"
+    page = book_pages.notebooks_page(tmp_path, [run])
+    assert link.format("09_which_heads") in page
+    assert link.format("10_function_vectors") not in page
+    claims, _ = book_pages.claims_page([run])
+    assert "(run/one/04_head_ablation)" in claims
+    assert "(run/one/06_nlp_tasks)" not in claims
+
+
 def test_citation_holds_the_paper_and_the_software(tmp_path):
     text = book_pages.citation_page([make_run(tmp_path, "one")])
     assert "@inproceedings{crosbie2025induction" in text

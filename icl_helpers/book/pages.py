@@ -85,8 +85,7 @@ def chapter_notebooks() -> list[Path]:
 def shown_stages(run: Path) -> list[Path]:
     """List the stage notebooks that have something to show of a run, in order.
 
-    A stage on text without text tasks has nothing, nor has one of whose measurements most are
-    missing.
+    A stage on text without text tasks has nothing, nor has one whose measurements are all missing.
     """
     plan = Plan.of_run(run_info(run))
     shown = []
@@ -95,7 +94,7 @@ def shown_stages(run: Path) -> list[Path]:
         text = executed.read_text(encoding="utf-8") if executed.is_file() else ""
         measured, missing = text.count("said_where_not_measured()"), text.count("**Not measured.**")
         empty = stage.stem == TEXT and not plan.tasks("nlp_tasks")
-        if not empty and 2 * missing <= measured:
+        if not empty and (missing < measured or not measured):
             shown.append(stage)
     return shown
 

@@ -468,13 +468,16 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Run]:
-        """Note in ``run.json`` how long a stage took, once it has succeeded."""
+        """Note in ``run.json`` how long a stage took, once it has succeeded, at its longest.
+
+        A repeated stage finds what it computed before, and says nothing of what that took.
+        """
         began = time.perf_counter()
         yield self
         if self._untouched:
             return
-        seconds = {**self.info.get("seconds", {}), name: round(time.perf_counter() - began, 2)}
-        self._record(seconds=seconds)
+        seconds, took = self.info.get("seconds", {}), round(time.perf_counter() - began, 2)
+        self._record(seconds={**seconds, name: max(took, seconds.get(name, 0.0))})
 
     @property
     def _untouched(self) -> bool:

@@ -117,7 +117,7 @@ def test_stages_with_nothing_to_show_are_left_out(tmp_path):
     info["parameters"]["nlp_tasks"] = []
     (run / "run.json").write_text(json.dumps(info))
     (run / "notebooks").mkdir()
-    for stage, missing in (("09_which_heads", 1), ("10_function_vectors", 2)):
+    for stage, missing in (("09_which_heads", 2), ("10_function_vectors", 3)):
         cells = "said_where_not_measured() " * 3 + "**Not measured.** " * missing
         (run / "notebooks" / f"{stage}.ipynb").write_text(cells)
     shown = [path.stem for path in book_pages.shown_stages(run)]

@@ -97,7 +97,7 @@ def dose_said(table: pd.DataFrame, removed: int) -> Said:
             else f"with {listed([str(count) for count in counts])} heads removed"
         )  # fmt: skip
         largest = part.iloc[-1]
-        sets = part["random sets"].min()
+        sets = part.loc[part["heads"].isin(counts or part["heads"]), "random sets"].min()
         said.append(
             f"{_name(task)}: {when} the heads of highest score cost more margin than all "
             f"{sets} random sets of the same layers (p = 1/{sets + 1}, uncorrected) and than "
@@ -260,10 +260,11 @@ def what_came_out(run: Any) -> str:
             stability_table(run.prefix_scores(), run.plan.fractions, run.n_heads)
         ),
     ]
+    number = len(run.plan.analysis_sets())
     sure = (
-        f"At most {run.parameters.analysis_limit} documents of each of "
-        f"{len(run.plan.analysis_sets())} tasks and one demonstration seed: intervals are over "
-        f"documents alone, and other demonstrations are not tried here."
+        f"At most {run.parameters.analysis_limit} documents "
+        f"{f'of each of {number} tasks' if number > 1 else 'of one task'} and one demonstration "
+        f"seed: intervals are over documents alone, and other demonstrations are not tried here."
     )
     return measured_section([_PAPER], parts, [sure])
 

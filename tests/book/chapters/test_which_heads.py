@@ -248,7 +248,7 @@ def test_stability_is_said_for_each_number_of_heads():
     table = which_heads.stability_table(scores, [1 / 32, 4 / 32], 32)
     (said,), (verdict,) = which_heads.stability_said(table)
     assert "4 of 32 heads (12.5 %): 1.00 (1.00 to 1.00)" in said
-    assert "**held**, on all 2 sets." in verdict
+    assert "**held**, on both sets." in verdict
     table.loc[table.index[0], "mean"] = 0.5
     assert (
         "**held in part**, on 1 of 2 sets; contradicted: "

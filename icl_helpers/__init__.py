@@ -75,6 +75,7 @@ _EXPORTS: dict[str, str] = {
     "reference_ids": "models.reference_text",
     "repeated_token_pattern": "attention.induction_pattern",
     "repeated_word_pattern": "attention.induction_pattern",
+    "run_at": "run.run",
     "stage_parameters": "parameters",
     "task_names": "tasks.specs",
     "top_heads": "attention.heads",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -76,3 +77,14 @@ def test_every_module_can_be_imported_and_has_the_names_that_it_gives(name):
 
 def test_every_public_name_of_the_package_is_where_it_says():
     assert [name for name in icl_helpers.__all__ if not hasattr(icl_helpers, name)] == []
+
+
+def test_names_in_the_examples_of_docstrings_are_public():
+    used = {
+        name
+        for path in FILES
+        for line in path.read_text().splitlines()
+        if line.lstrip().startswith((">>>", "..."))
+        for name in re.findall(r"\bicl\.(\w+)", line)
+    }
+    assert used - set(icl_helpers.__all__) == set()

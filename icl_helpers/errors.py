@@ -21,7 +21,7 @@ class MissingArtefactError(ICLError, FileNotFoundError):
 
 
 class NotMeasuredError(ICLError):
-    """An imported run's bundle does not hold a measurement, and nobody asked to make it here."""
+    """A measurement is not in an imported run's bundle, or the run has no task to make it on."""
 
 
 class UnsupportedArchitectureError(ICLError):

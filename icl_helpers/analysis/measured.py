@@ -43,6 +43,7 @@ from icl_helpers.attention.induction_pattern import induction_patterns
 from icl_helpers.attention.interventions import Intervention, MeanAblation
 from icl_helpers.attention.means import mean_head_outputs
 from icl_helpers.attention.scores import random_sequences, repeated_ids
+from icl_helpers.errors import NotMeasuredError
 from icl_helpers.evaluation.cells import CellGroup, build
 from icl_helpers.evaluation.conditions import FULL, Condition
 from icl_helpers.files import content_key
@@ -179,8 +180,14 @@ def shapley(run: Any) -> pd.DataFrame:
 
 
 def _abstract(run: Any) -> list[CellGroup]:
-    """Groups of the tasks whose prompts have an induction pattern."""
-    return [g for g in analysis_groups(run) if isinstance(get_task_spec(g.task), TaskSpec)]
+    """Groups of the tasks whose prompts have an induction pattern; raises where there is none."""
+    groups = [g for g in analysis_groups(run) if isinstance(get_task_spec(g.task), TaskSpec)]
+    if not groups:
+        raise NotMeasuredError(
+            "This needs prompts with an induction pattern, and no abstract task is looked at "
+            "closely here (analysis_tasks)."
+        )
+    return groups
 
 
 def prompts_of(group: CellGroup) -> list[Prompt]:

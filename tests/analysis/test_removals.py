@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import icl_helpers as icl
+from icl_helpers.analysis import measured
 from icl_helpers.analysis.removals import (
     KINDS,
     Removals,
@@ -179,3 +180,13 @@ def test_losses_are_those_of_each_token_alone(llama):
             )
     with_edit = sequence_losses(llama, ids, [icl.ZeroAblation([(1, 0)])])
     assert (with_edit - found).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("measure", ["removal_kinds", "attention_moved", "side_effects"])
+def test_what_needs_a_pattern_is_not_measured_on_text_alone(measure, tmp_path):
+    parameters = icl.stage_parameters(
+        run_dir=str(tmp_path), nlp_tasks=["fact_opinion"], analysis_tasks=["fact_opinion"],
+        analysis_limit=2, limit=2,
+    )  # fmt: skip
+    with pytest.raises(icl.NotMeasuredError, match="no abstract task"):
+        getattr(measured, measure)(icl.Run(parameters))

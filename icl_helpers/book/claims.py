@@ -33,6 +33,7 @@ from icl_helpers.results.outcomes import (
     Span,
     TaskOutcome,
     listed,
+    paired_tests,
     range_in_words,
     task_name,
     task_outcomes,
@@ -122,8 +123,15 @@ class Evidence:
             return ()
         fraction = fractions[0] if share == "smaller" else None
         return tuple(
-            task_outcomes(rows, ablation=ablation, fraction=fraction, shots=shots, levels=False)
-        )
+            task_outcomes(
+                rows, ablation=ablation, fraction=fraction, shots=shots, levels=False,
+                tests=self._tests(text, ablation),
+            )
+        )  # fmt: skip
+
+    @cache  # noqa: B019
+    def _tests(self, text: bool, ablation: str) -> pd.DataFrame:
+        return paired_tests(self.documents(text), ablation=ablation)
 
     @property
     def size(self) -> str:

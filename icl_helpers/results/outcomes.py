@@ -35,9 +35,9 @@ from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
     "Difference", "KindOutcome", "Said", "Span", "TaskOutcome", "Verdict", "doubts", "findings",
-    "headline", "kind_lines", "kind_outcomes", "listed", "outcome_sentence", "predicted",
-    "range_in_words", "read_measurements", "removal_caption", "seed_doubts", "task_kind",
-    "task_name", "task_outcomes", "tasks_under", "training_seed_doubts", "verdict",
+    "headline", "kind_lines", "kind_outcomes", "listed", "outcome_sentence", "paired_tests",
+    "predicted", "range_in_words", "read_measurements", "removal_caption", "seed_doubts",
+    "task_kind", "task_name", "task_outcomes", "tasks_under", "training_seed_doubts", "verdict",
 ]  # fmt: skip
 
 # Percent of documents from which on an answer is called that of all documents.
@@ -202,21 +202,36 @@ def kind_outcomes(
     return sorted(outcomes, key=lambda it: (kinds.index(it.kind), list(_NAMES).index(it.condition)))
 
 
+def paired_tests(documents: pd.DataFrame, *, ablation: str = "mean") -> pd.DataFrame:
+    """Compare conditions as :func:`icl_helpers.results.statistics.comparisons` does.
+
+    Tests are corrected over the same rows as those of the paper's table of one kind of removal, so
+    that a sentence and a star never differ.
+    """
+    rows = _under(documents, ablation)
+    is_text = rows["task"].map(lambda task: isinstance(get_task_spec(task), TextTaskSpec))
+    families = [comparisons(family) for _, family in rows.groupby(is_text)]
+    return filled_keys(pd.concat(families, ignore_index=True))
+
+
+def _under(documents: pd.DataFrame, ablation: str) -> pd.DataFrame:
+    documents = filled_keys(documents)
+    return documents[documents["ablation"].isin(["none", ablation, "knockout"])]
+
+
 def task_outcomes(
     documents: pd.DataFrame, *, ablation: str = "mean", fraction: float | None = None,
-    shots: str = "most", levels: bool = True,
+    shots: str = "most", levels: bool = True, tests: pd.DataFrame | None = None,
 ) -> list[TaskOutcome]:  # fmt: skip
     """Compute what each task gives under the full model, one kind of removal and the knockout.
 
     ``documents`` is :func:`icl_helpers.document_results`. ``ablation`` is ``mean`` or ``zero``,
     ``fraction`` the share of heads (None: the largest of the run), ``shots`` each task's ``most``
     examples or ``none``. ``levels`` False does not look at single seeds and draws, and no outcome
-    says that they disagree. Tests are corrected over the same rows as those of the paper's table of
-    these conditions, so that a sentence and a star never differ. Raises :class:`InputError` when
-    there is no such row.
+    says that they disagree. ``tests`` are those of :func:`paired_tests` where they are known.
+    Raises :class:`InputError` when there is no such row.
     """
-    documents = filled_keys(documents)
-    documents = documents[documents["ablation"].isin(["none", ablation, "knockout"])]
+    documents = _under(documents, ablation)
     if shots not in ("most", "none") or documents.empty:
         raise InputError(
             f"shots must be 'most' or 'none' and ablation one that was evaluated, got {shots!r} "
@@ -226,9 +241,8 @@ def task_outcomes(
     at_share = documents[documents["fraction"].isin([0.0, largest])]
     number = at_share.groupby(_ROW)["shots"].transform("max") if shots == "most" else 0
     rows = _with_zero_shot(at_share[at_share["shots"] == number], at_share)
-    is_text = documents["task"].map(lambda task: isinstance(get_task_spec(task), TextTaskSpec))
-    families = [comparisons(family) for _, family in documents.groupby(is_text)]
-    tests = dict(list(filled_keys(pd.concat(families, ignore_index=True)).groupby(CELL)))
+    every = paired_tests(documents, ablation=ablation) if tests is None else tests
+    by_cell = dict(list(every.groupby(CELL)))
     cells = dict(list(rows.groupby(CELL)))
     by_seed, by_draw = (
         _levels(rows, name) if levels else {} for name in ("demonstration_seed", "ablation_seed")
@@ -245,7 +259,7 @@ def task_outcomes(
                 test["against"], test["against_control"] or test["control"],
                 test["difference"], test["low"], test["high"], test["distinguishable"],
             )
-            for test in (tests[key].to_dict("records") if key in tests else ())
+            for test in (by_cell[key].to_dict("records") if key in by_cell else ())
         )  # fmt: skip
         seeds, draws = by_seed.get(key, none), by_draw.get(key, none)
         outcomes.append(

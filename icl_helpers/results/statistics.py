@@ -400,7 +400,12 @@ def _aligned(*parts: pd.DataFrame) -> list[np.ndarray]:
     seeds = functools.reduce(pd.Index.intersection, first_level)
     if rows.empty or seeds.empty:
         raise InputError("the conditions to compare share no documents or demonstration seeds")
-    return list(np.broadcast_arrays(*(_array(part.loc[rows, list(seeds)]) for part in parts)))
+    cut = [
+        part if part.index.equals(rows) and set(part.columns.get_level_values(0)) == set(seeds)
+        else part.loc[rows, list(seeds)]
+        for part in parts
+    ]  # fmt: skip
+    return list(np.broadcast_arrays(*map(_array, cut)))
 
 
 def icl_benefit(results: pd.DataFrame, *, shots: int = 10) -> pd.DataFrame:

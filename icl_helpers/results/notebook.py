@@ -116,12 +116,14 @@ def show_margins(documents: pd.DataFrame, *, ablations: Sequence[str], n_heads: 
 
 
 def show_table(
-    frame: pd.DataFrame, *, label: str, directory: Path | None = None, name: str = ""
-) -> None:
+    frame: pd.DataFrame, *, label: str, directory: Path | None = None, name: str = "",
+    written: pd.DataFrame | None = None,
+) -> None:  # fmt: skip
     """Display a table, ``label`` above it, in a frame that scrolls sideways on a narrow screen.
 
-    With a directory the table is also written there as ``name.csv`` and ``name.tex``, and links to
-    both follow it; they lead to ``tables/`` beside the page, where the book puts the run's files.
+    With a directory the table, or ``written`` in its place, is also written there as ``name.csv``
+    and ``name.tex``, and links to both follow it; they lead to ``tables/`` beside the page, where
+    the book puts the run's files.
     """
     title = html.escape(label[:1].upper() + label[1:])
     shown = _labelled(frame) if isinstance(frame.index, pd.MultiIndex) else frame
@@ -135,7 +137,7 @@ def show_table(
     )
     display(HTML(region))  # type: ignore[no-untyped-call]
     if directory is not None:
-        _offer(frame, label, directory, name)
+        _offer(frame if written is None else written, label, directory, name)
 
 
 def _labelled(frame: pd.DataFrame) -> pd.DataFrame:

@@ -34,8 +34,8 @@ from icl_helpers.results.statistics import LEVEL, Interval, finite_interval
 from icl_helpers.results.tables import bounds_in_words
 
 __all__ = [
-    "bias_said", "dose_said", "dose_table", "effects_said", "effects_table", "kinds_by_task",
-    "kinds_said", "kinds_table", "losses_alone", "points_alt", "proxy_said", "proxy_table",
+    "bias_said", "dose_by_heads", "dose_said", "dose_table", "effects_said", "effects_table",
+    "kinds_by_task", "kinds_said", "kinds_table", "losses_alone", "points_alt", "proxy_said", "proxy_table",
     "shapley_table", "stability_said", "stability_table", "what_came_out",
 ]  # fmt: skip
 
@@ -48,9 +48,10 @@ def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
 
     Columns: ``loss`` of mean margin in nats without the heads of highest score, with the bounds
     ``low`` and ``high`` over documents; ``lowest``, the loss without those of lowest score, and
-    ``more``, how much more the highest cost on the same documents, an interval; the random sets'
-    median loss and largest; how many sets, and how many there are; ``p`` by margin and
-    ``p_accuracy``, the share of sets, the highest scores among them, that cost at least as much.
+    ``more low`` and ``more high``, bounds of how much more the highest cost on the same documents;
+    the random sets' median loss and largest; how many sets, and how many there are; ``p`` by margin
+    and ``p_accuracy``, the share of sets, the highest scores among them, that cost at least as
+    much.
     """
     full = frame[frame["chosen_by"] == "none"].set_index("task")
     rows = []
@@ -59,6 +60,7 @@ def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
         highest, lowest = by_choice.loc["highest"], by_choice.loc["lowest"]
         draws = by_choice.loc[["random"]]
         loss = finite_interval(whole["margins"] - highest["margins"])
+        more = finite_interval(lowest["margins"] - highest["margins"])
         fall, random = (
             {name: whole[name] - left[name] for name in ("margin", "accuracy")}
             for left in (highest, draws)
@@ -68,7 +70,7 @@ def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
                 "task": task, "heads": heads, "loss": loss.mean, "low": loss.low,
                 "high": loss.high, "accuracy": highest["accuracy"],
                 "lowest": whole["margin"] - lowest["margin"],
-                "more": finite_interval(lowest["margins"] - highest["margins"]),
+                "more low": more.low, "more high": more.high,
                 "random median": random["margin"].median(),
                 "random largest": random["margin"].max(), "random sets": len(draws),
                 "distinct sets": draws["distinct"].iloc[0],
@@ -77,6 +79,21 @@ def dose_table(frame: pd.DataFrame) -> pd.DataFrame:
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def dose_by_heads(table: pd.DataFrame) -> pd.DataFrame:
+    """Lay out :func:`dose_table` for a page: a row a task and number of heads."""
+    bounds = bounds_in_words(table["low"], table["high"], "{:+.1f}")
+    loss = table["loss"].map("{:+.1f}".format) + bounds
+    medians = table["random median"].map("{:+.1f}".format)
+    shown = {
+        "without the highest scores": loss,
+        "without the lowest": table["lowest"].map("{:+.1f}".format),
+        "random sets, median and most": medians + table["random largest"].map(", {:+.1f}".format),
+        "p (sets)": table["p"].map("{:.2f}".format) + table["random sets"].map(" ({})".format),
+    }
+    index = [table["task"].map(task_name), table["heads"]]
+    return pd.DataFrame(shown).set_axis(pd.MultiIndex.from_arrays(index, names=["task", "heads"]))
 
 
 def dose_said(table: pd.DataFrame, removed: int) -> Said:
@@ -109,11 +126,10 @@ def dose_said(table: pd.DataFrame, removed: int) -> Said:
         row = part[part["heads"] <= removed].iloc[-1]
         sign = 1 if row["heads"] in counts else -1 if row["loss"] <= row["random median"] else 0
         random[str(task)] = sign, f"p = {row['p']:.2f}, {row['loss']:+.1f} nats"
-        more = row["more"]
         lowest[str(task)] = (
-            _sign(more),
-            f"{row['loss']:+.1f} and {row['lowest']:+.1f} nats, difference {more.low:+.1f} to "
-            f"{more.high:+.1f}",
+            int(row["more low"] > 0) - int(row["more high"] < 0),
+            f"{row['loss']:+.1f} and {row['lowest']:+.1f} nats, difference {row['more low']:+.1f} "
+            f"to {row['more high']:+.1f}",
         )
     heads = int(table.loc[table["heads"] <= removed, "heads"].max())
     claim = f"Without the {heads} highest scores more margin is lost than without"

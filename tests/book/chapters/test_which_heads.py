@@ -46,6 +46,10 @@ def test_loss_is_held_against_every_random_set_and_the_heads_themselves():
     # One head: all 20 random sets cost more. Then none does.
     assert table["p"].tolist() == pytest.approx([21 / 21, 1 / 21, 1 / 21])
     assert table["distinct sets"].tolist() == [495] * 3
+    shown = which_heads.dose_by_heads(table)
+    assert shown.loc[("repetition", 4), "without the highest scores"].startswith("+6.0 [")
+    assert shown["random sets, median and most"].tolist() == ["+0.4, +0.5"] * 3
+    assert shown["p (sets)"].tolist() == ["1.00 (20)", "0.05 (20)", "0.05 (20)"]
     (said,), (verdict, lowest) = which_heads.dose_said(table, 4)
     assert said.startswith("Repetition: with 2 or more heads removed the heads of highest score")
     assert "all 20 random sets of the same layers (p = 1/21, uncorrected)" in said

@@ -35,8 +35,8 @@ from icl_helpers.results.tables import bounds_in_words
 
 __all__ = [
     "bias_said", "dose_by_heads", "dose_said", "dose_table", "effects_said", "effects_table",
-    "kinds_by_task", "kinds_said", "kinds_table", "losses_alone", "points_alt", "proxy_said", "proxy_table",
-    "shapley_table", "stability_said", "stability_table", "what_came_out",
+    "kinds_by_task", "kinds_said", "kinds_table", "losses_alone", "points_alt", "proxy_said",
+    "proxy_table", "shapley_table", "stability_said", "stability_table", "what_came_out",
 ]  # fmt: skip
 
 # Jaccard index from which on a set of heads is said to stay.

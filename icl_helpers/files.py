@@ -8,6 +8,7 @@ and a checksum.
 from __future__ import annotations
 
 import codecs
+import fcntl
 import functools
 import hashlib
 import json
@@ -31,8 +32,8 @@ __all__ = [
     "SMOLLM2", "SMOLLM2_SHA256", "StorageError", "assets_dir", "atomic_directory", "atomic_path",
     "book_dir", "cache_dir", "cached_json", "cached_tensor", "check_run_dir", "content_key",
     "embedded_dir", "embedded_models", "file_name", "file_state", "files_digest", "imported_dir",
-    "notebooks_dir", "project_root", "quarantine", "read_text", "smollm2_dir", "synthetic_dir",
-    "tasks_dir", "user_path", "write_json",
+    "locked", "notebooks_dir", "project_root", "quarantine", "read_text", "smollm2_dir",
+    "synthetic_dir", "tasks_dir", "user_path", "write_json",
 ]  # fmt: skip
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -175,6 +176,20 @@ def check_run_dir(run_dir: str | os.PathLike[str]) -> Path:
     if path.exists() and not path.is_dir():
         raise InputError(f"run_dir {path} is a file; give a directory")
     return path
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same directory waiting until the block ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        # Not every file system of a cluster has locks.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -60,10 +60,11 @@ from icl_helpers.run.costs import estimate_cost
 from icl_helpers.run.plan import run_info, shown_name, stated_parameters
 from icl_helpers.run.stages import (
     RESULTS,
+    Job,
     StageError,
     check_book_extra,
     execute_notebooks,
-    execute_stages,
+    stage_jobs,
     stage_notebooks,
 )
 
@@ -79,7 +80,7 @@ class BookError(ICLError, RuntimeError):
 
 
 def prepare_shipped(
-    bundles: str | os.PathLike[str], runs: str | os.PathLike[str], *, seconds: float = 40
+    bundles: str | os.PathLike[str], runs: str | os.PathLike[str], *, seconds: float = 30
 ) -> list[Path]:
     """Import every bundle below ``bundles``, execute its stages, and verify a sample of it.
 
@@ -93,17 +94,20 @@ def prepare_shipped(
     if not folder.is_dir():
         raise InputError(f"{folder} is no directory of bundles")
     found = [path for path in sorted(folder.iterdir()) if path.is_dir()]
-    made = []
+    made: dict[Path, Path] = {}
+    jobs: list[Job] = []
     for bundle in found:
         run = user_path(runs) / bundle.name
         if (run / "run.json").is_file() and imported_dir(run) is None:
             warnings.warn(f"{run} was computed here and takes the place of {bundle}", stacklevel=2)
             continue
         import_bundle(bundle, run)
-        execute_stages(stated_parameters(run))
-        write_json(run / "verification.json", _verified(bundle, seconds / len(found)))
-        made.append(run)
-    return made
+        jobs += stage_jobs(stated_parameters(run))
+        made[run] = bundle
+    execute_notebooks(jobs)
+    for run, bundle in made.items():
+        write_json(run / "verification.json", _verified(bundle, seconds / len(made)))
+    return list(made)
 
 
 def _verified(bundle: Path, seconds: float) -> dict[str, Any]:
@@ -273,7 +277,7 @@ def _stage_chapters(staged: Path) -> Iterator[str]:
         (path, staged / path.name, {}) for path in pages.chapter_notebooks()
     ]
     try:
-        execute_notebooks(jobs, at_once=os.cpu_count() or 1, progress=False)
+        execute_notebooks(jobs, progress=False)
     except StageError as error:
         raise BookError(str(error)) from None
     for path, target, _ in jobs:

@@ -150,8 +150,12 @@ def document_frame(
         values[target] - np.delete(values, target).max() if ok else np.nan
         for values, target, ok in zip(scores, documents["target"], valid, strict=True)
     ]
+    values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}
+    # Of the full model no share of the heads is removed, not a share of 0.
+    values |= {"fraction": spec["fraction"] or np.nan, "control": spec.get("control", "")}
     frame = pd.DataFrame(
         {
+            **values,
             "doc_id": documents["doc_id"],
             "correct": [c == target for c, target in zip(said, documents["target"], strict=True)],
             "margin": np.array(margins, dtype=np.float64),
@@ -161,17 +165,12 @@ def document_frame(
             "log_probabilities": scores,
             "n_tokens": [np.array(numbers) for numbers in documents["n_tokens"]],
             "greedy": [np.array(flags) for flags in documents["greedy"]],
-        }
+            # Whole numbers that may be missing: rows of an earlier version have none.
+            **{name: documents.get(name, pd.NA) for name in _COUNTED},
+            "setting": setting(spec["task"], spec["condition"], spec["ablation"]),
+        },
+        index=range(len(valid)),
     )
-    # Whole numbers that may be missing: rows of an earlier version have none.
-    for name in _COUNTED:
-        frame[name] = documents.get(name, pd.NA)
-    values: dict[str, Any] = {**{key: spec.get(key) for key in KEYS}, "demonstration_seed": seed}
-    # Of the full model no share of the heads is removed, not a share of 0.
-    values |= {"fraction": spec["fraction"] or np.nan, "control": spec.get("control", "")}
-    for position, key in enumerate(KEYS):
-        frame.insert(position, key, values[key])
-    frame["setting"] = setting(spec["task"], spec["condition"], spec["ablation"])
     whole = ("ablation_seed", "demonstration_seed", "target", "chosen", *_COUNTED)
     return frame.astype({**dict.fromkeys(whole, "Int64"), "shots": "int64"})
 

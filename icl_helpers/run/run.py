@@ -46,6 +46,7 @@ from icl_helpers.files import (
     content_key,
     file_name,
     imported_dir,
+    locked,
     quarantine,
     write_json,
 )
@@ -476,8 +477,7 @@ class Run:
         yield self
         if self._untouched:
             return
-        seconds, took = self.info.get("seconds", {}), round(time.perf_counter() - began, 2)
-        self._record(seconds={**seconds, name: max(took, seconds.get(name, 0.0))})
+        self._record(took={name: round(time.perf_counter() - began, 2)})
 
     @property
     def _untouched(self) -> bool:
@@ -487,17 +487,22 @@ class Run:
     def _model_parts(self) -> list[str]:
         return [str(value) for _, value in sorted(self.identity["key"].items())]
 
-    def _record(self, **values: Any) -> None:
-        info = self.info
-        parameters = info.get("parameters", StageParameters().as_dict())
-        content = info | {
-            "model": info.get("model", self.parameters.model),
-            "parameters": parameters | self.parameters.as_dict(stated=True),
-            "contents": info.get("contents", {}) | self.plan.contents(),
-        }
-        if not self._untouched:
-            content["updated"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        write_json(self.directory / "run.json", content | values)
+    def _record(self, *, took: Mapping[str, float] | None = None, **values: Any) -> None:
+        # Stages may run side by side, and each leaves what the others noted.
+        with locked(self.directory):
+            info = self.info
+            parameters = info.get("parameters", StageParameters().as_dict())
+            content = info | {
+                "model": info.get("model", self.parameters.model),
+                "parameters": parameters | self.parameters.as_dict(stated=True),
+                "contents": info.get("contents", {}) | self.plan.contents(),
+            }
+            if not self._untouched:
+                content["updated"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            for name, seconds in (took or {}).items():
+                known = content.get("seconds", {})
+                content["seconds"] = known | {name: max(seconds, known.get(name, 0.0))}
+            write_json(self.directory / "run.json", content | values)
 
 
 def run_at(directory: str | os.PathLike[str]) -> Run:

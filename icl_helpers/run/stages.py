@@ -19,14 +19,20 @@ from typing import Any
 from tqdm import tqdm
 
 from icl_helpers.errors import ICLError, InputError
-from icl_helpers.files import atomic_path, imported_dir, notebooks_dir, user_path
+from icl_helpers.files import (
+    atomic_path,
+    embedded_models,
+    imported_dir,
+    notebooks_dir,
+    user_path,
+)
 from icl_helpers.parameters import StageParameters, about, stage_parameters
 from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
 
 __all__ = [
-    "RESULTS", "TEXT", "StageError", "check_book_extra", "execute_notebook", "execute_notebooks",
-    "execute_stages", "stage_notebooks",
+    "RESULTS", "TEXT", "Job", "StageError", "check_book_extra", "execute_notebook",
+    "execute_notebooks", "execute_stages", "stage_jobs", "stage_notebooks",
 ]  # fmt: skip
 
 # The stage that sums up the ones before it, and the one on text.
@@ -58,15 +64,38 @@ def stage_notebooks() -> list[Path]:
     return sorted(notebooks_dir().glob("[0-9]*.ipynb"))
 
 
+# A notebook, what becomes of it, and its parameters.
+Job = tuple[Path, Path, dict[str, Any]]
+
+
+# The stages from this one on read what earlier ones wrote, and nothing of each other.
+_APART = 7
+
+
 def execute_stages(
     parameters: StageParameters, *, only: Sequence[int] | None = None, progress: bool = True
 ) -> list[Path]:
     """Execute the stages and return the executed notebooks, in ``run_dir/notebooks``.
 
     ``only`` gives the numbers of the stages to run. Raises :class:`StageError` with the failing
-    cell's error when a notebook fails, and before the first one :class:`MissingArtefactError` when
-    the rows of a task, or the reference text, cannot be had, and :class:`InputError` without the
-    extra 'book'.
+    cell's error when a notebook fails, and before the first one as :func:`stage_jobs` does.
+    """
+    jobs = stage_jobs(parameters, only=only)
+    # Each stage loads the model, which may not fit twice; an imported run has what it needs.
+    in_order = len(jobs)
+    if imported_dir(parameters.run_dir) is not None:
+        in_order = 0
+    elif parameters.model in embedded_models():
+        in_order = sum(_stage_number(notebook) < _APART for notebook, *_ in jobs)
+    return execute_notebooks(jobs, in_order=in_order, progress=progress)
+
+
+def stage_jobs(parameters: StageParameters, *, only: Sequence[int] | None = None) -> list[Job]:
+    """List the notebooks of a run's stages with their parameters, checked.
+
+    Raises :class:`MissingArtefactError` when the rows of a task, or the reference text, cannot be
+    had, and :class:`InputError` without the extra 'book', for a stage that there is not, and for
+    another model's run.
     """
     check_book_extra()
     stage_parameters(**parameters.as_dict())
@@ -97,9 +126,7 @@ def execute_stages(
         number = _stage_number(notebook)
         used = {name: values[name] for name, *_, declared in about() if number in declared.stages}
         jobs.append((notebook, run_dir / "notebooks" / notebook.name, used))
-    # Stages read what earlier ones wrote, and each loads the model; an imported run has it all.
-    at_once = 1 if imported_dir(run_dir) is None else os.cpu_count() or 1
-    return execute_notebooks(jobs, at_once=at_once, progress=progress)
+    return jobs
 
 
 def _stage_number(notebook: Path) -> int:
@@ -107,20 +134,25 @@ def _stage_number(notebook: Path) -> int:
 
 
 def execute_notebooks(
-    jobs: Sequence[tuple[Path, Path, dict[str, Any]]], *, at_once: int, progress: bool = True
+    jobs: Sequence[Job], *, in_order: int = 0, progress: bool = True
 ) -> list[Path]:
-    """:func:`execute_notebook` for several, at most ``at_once`` at a time; return their targets.
+    """:func:`execute_notebook` for several; return their targets.
 
-    Raises as that does, once those that have begun are through.
+    The first ``in_order`` go one after another, the others as many at a time as there are
+    processors. Raises as that does, once those that have begun are through.
     """
     bar = tqdm(total=len(jobs), desc="stages", unit="notebook", disable=not progress)
-    with bar, ThreadPoolExecutor(max_workers=at_once) as pool:
-        if at_once == 1:
-            # In the main thread, where an interrupt reaches the kernel.
-            for job in jobs:
-                execute_notebook(*job)
-                bar.update()
-            return [target for _, target, _ in jobs]
+    with bar:
+        # In the main thread, where an interrupt reaches the kernel.
+        for job in jobs[:in_order]:
+            execute_notebook(*job)
+            bar.update()
+        _side_by_side(jobs[in_order:], bar)
+    return [target for _, target, _ in jobs]
+
+
+def _side_by_side(jobs: Sequence[Job], bar: tqdm[Any]) -> None:
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         begun = [pool.submit(execute_notebook, *job) for job in jobs]
         try:
             for done in as_completed(begun):
@@ -128,7 +160,6 @@ def execute_notebooks(
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
-    return [target for _, target, _ in jobs]
 
 
 def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:

@@ -362,3 +362,23 @@ def test_closer_stages_take_the_first_task_of_each_kind_with_most_examples_and_t
         icl.stage_parameters(analysis_limit=1)
     with pytest.raises(icl.InputError, match="unknown task 'nowhere'"):
         icl.stage_parameters(analysis_tasks=["nowhere"])
+
+
+def note(directory: str, name: str) -> None:
+    """A stage of a run, in a process of its own."""
+    for _ in range(20):
+        with icl.Run(icl.stage_parameters(**SMALL, run_dir=directory)).stage(name):
+            pass
+
+
+def test_stages_side_by_side_leave_what_the_others_noted(tmp_path):
+    import multiprocessing
+
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.starmap(note, [(str(tmp_path), f"stage {number}") for number in range(4)])
+    seconds = json.loads((tmp_path / "run.json").read_text())["seconds"]
+    assert set(seconds) == {f"stage {number}" for number in range(4)}
+    # The longest is kept: a repeated stage finds what is there already.
+    run(tmp_path)._record(took={"stage 0": 99.0})
+    run(tmp_path)._record(took={"stage 0": 0.5})
+    assert json.loads((tmp_path / "run.json").read_text())["seconds"]["stage 0"] == 99.0

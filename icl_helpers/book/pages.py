@@ -422,7 +422,7 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     embedded = [name for name in embedded_models() if name in map(_model, runs)]
     return {
         "model": name,
-        "model_described": titles[run],
+        "model_described": titles[run].partition(": ")[0],
         "size": sizes[run][1],
         "origin": "computed when the book was built" if "imported" not in info else _SHIPPED,
         "answer": _page(

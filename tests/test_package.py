@@ -225,7 +225,7 @@ def test_wheel_with_the_extra_runs_a_stage_and_builds_a_book(wheel, run_dir, tmp
     assert front == work / "_build" / "html" / "index.html"
     shown = front.read_text()
     assert "What came out" in shown
-    assert "icl-tiny proves the instrument" in shown
+    assert "icl-tiny is the test case for the tools" in shown
     assert (front.parent / "run" / "icl-tiny" / "01_prefix_matching_scores.html").is_file()
 
 

@@ -225,7 +225,9 @@ def test_sentences_of_the_chapter_follow_from_its_table(chapter):
     names, printed = chapter
     table = names["table"]
     assert len(table) == 3 * len(names["P"].tasks)
-    gaps = [abs(row["points, so"] - row["points, rightly"]) for row in table.to_dict("records")]
+    gaps = [
+        abs(row["points, mistaken"] - row["points, rightly"]) for row in table.to_dict("records")
+    ]
     shown = sum(gap >= 1 for gap in gaps)
     assert f"In {shown} of {len(gaps)} comparisons" in names["lines"][0]
     assert f"by {max(gaps):.0f} points" in names["lines"][0]

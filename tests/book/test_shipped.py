@@ -21,14 +21,13 @@ def executed(monkeypatch) -> list[str]:
     """Stand-ins for the stages, which test_bundle executes: a notebook each, nothing in it."""
     runs: list[str] = []
 
-    def execute(parameters):
-        runs.append(parameters.run_dir)
-        folder = Path(parameters.run_dir) / "notebooks"
-        folder.mkdir(exist_ok=True)
-        for path in book.stage_notebooks():
-            shutil.copyfile(path, folder / path.name)
+    def execute(jobs):
+        for notebook, target, _ in jobs:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(notebook, target)
+        runs.extend(dict.fromkeys(str(target.parents[1]) for _, target, _ in jobs))
 
-    monkeypatch.setattr(book, "execute_stages", execute)
+    monkeypatch.setattr(book, "execute_notebooks", execute)
     return runs
 
 

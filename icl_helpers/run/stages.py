@@ -19,13 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from icl_helpers.errors import ICLError, InputError
-from icl_helpers.files import (
-    atomic_path,
-    embedded_models,
-    imported_dir,
-    notebooks_dir,
-    user_path,
-)
+from icl_helpers.files import atomic_path, imported_dir, notebooks_dir, user_path
 from icl_helpers.parameters import StageParameters, about, stage_parameters
 from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
@@ -68,10 +62,6 @@ def stage_notebooks() -> list[Path]:
 Job = tuple[Path, Path, dict[str, Any]]
 
 
-# The stages from this one on read what earlier ones wrote, and nothing of each other.
-_APART = 7
-
-
 def execute_stages(
     parameters: StageParameters, *, only: Sequence[int] | None = None, progress: bool = True
 ) -> list[Path]:
@@ -81,12 +71,9 @@ def execute_stages(
     cell's error when a notebook fails, and before the first one as :func:`stage_jobs` does.
     """
     jobs = stage_jobs(parameters, only=only)
-    # Each stage loads the model, which may not fit twice; an imported run has what it needs.
-    in_order = len(jobs)
-    if imported_dir(parameters.run_dir) is not None:
-        in_order = 0
-    elif parameters.model in embedded_models():
-        in_order = sum(_stage_number(notebook) < _APART for notebook, *_ in jobs)
+    # Stages read what earlier ones wrote, and each loads the model, whose passes take every
+    # processor; an imported run has what it needs.
+    in_order = len(jobs) if imported_dir(parameters.run_dir) is None else 0
     return execute_notebooks(jobs, in_order=in_order, progress=progress)
 
 

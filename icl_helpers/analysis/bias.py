@@ -132,11 +132,9 @@ def answer_table(
         right[key] = cell.groupby("doc_id")["correct"].mean().loc[shared]
         values: dict[str, Any] = dict(zip(CELL, key, strict=True))
         for name in ("accuracy", "balanced", "calibrated", "auc"):
-            # The first sample is all documents, the others are resampled.
             mean = 100 * np.mean([run[name] for run in measured], axis=0)
             values[name] = mean[0]
-            bounds = np.nanquantile(mean[1:], [(1 - level) / 2, (1 + level) / 2])
-            values[f"{name}_low"], values[f"{name}_high"] = bounds
+            values[f"{name}_low"], values[f"{name}_high"] = _bounds(mean, level)
         shares = np.mean([run["shares"][0] for run in measured], axis=0)
         table.append(values | {"said": int(shares.argmax()), "share": 100 * float(shares.max())})
     detectable = []
@@ -170,6 +168,11 @@ def _samples(documents: int, resamples: int, seed: int) -> Float[np.ndarray, "sa
     shares = [1 / documents] * documents
     sampled = np.random.default_rng(seed).multinomial(documents, shares, size=resamples)
     return np.concatenate([np.ones((1, documents)), sampled])
+
+
+def _bounds(samples: Float[np.ndarray, " samples"], level: float) -> list[float]:
+    """Bounds of the resampled values; the first sample is all documents."""
+    return np.nanquantile(samples[1:], [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
 def _measures(
@@ -254,13 +257,9 @@ def skill_change(
     ]
     if any(np.isnan(value[0]) for value in values):
         return None
-
-    def bounds(samples: np.ndarray) -> list[float]:
-        return np.nanquantile(samples[1:], [(1 - level) / 2, (1 + level) / 2]).tolist()
-
     first, second = values
     return SkillChange(
         "AUC" if name == "auc" else "calibrated accuracy", 100 / labels,
-        float(first[0]), bounds(first)[0], float(second[0]), *bounds(second),
-        *bounds(second - first),
+        float(first[0]), _bounds(first, level)[0], float(second[0]), *_bounds(second, level),
+        *_bounds(second - first, level),
     )  # fmt: skip

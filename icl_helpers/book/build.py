@@ -273,9 +273,7 @@ def _stage_chapters(staged: Path) -> Iterator[str]:
     """
     import nbformat  # of the extra 'book'
 
-    jobs: list[tuple[Path, Path, dict[str, Any]]] = [
-        (path, staged / path.name, {}) for path in pages.chapter_notebooks()
-    ]
+    jobs: list[Job] = [(path, staged / path.name, {}) for path in pages.chapter_notebooks()]
     try:
         execute_notebooks(jobs, progress=False)
     except StageError as error:

@@ -25,6 +25,7 @@ from icl_helpers.results.outcomes import (
     KindOutcome,
     Said,
     Span,
+    counted,
     headline,
     kind_lines,
     kind_outcomes,
@@ -170,10 +171,6 @@ def _published_levels(number: int) -> list[str]:
     ]
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def _sure(outcomes: Sequence[KindOutcome], model: str = "") -> list[str]:
     tasks = [task for outcome in outcomes for task in outcome.tasks]
     if not tasks:
@@ -181,9 +178,9 @@ def _sure(outcomes: Sequence[KindOutcome], model: str = "") -> list[str]:
     documents = Span.of([task.documents for task in tasks])
     seeds = max(len(task.by_seed) for task in tasks)
     draws = max(len(task.by_draw) for task in tasks)
-    drawn = f" and {_count(draws, 'draw')} of random heads" if draws else ""
+    drawn = f" and {counted(draws, 'draw')} of random heads" if draws else ""
     return [
-        f"{range_in_words(documents)} documents a task, {_count(seeds, 'demonstration seed')}"
+        f"{range_in_words(documents)} documents a task, {counted(seeds, 'demonstration seed')}"
         f"{drawn}. A difference is called distinguishable where the exact paired test, corrected "
         f"for this stage's comparisons, and the interval over documents, seeds and draws both say "
         f"so; that one is missing is said where it is not distinguishable, which is weak evidence.",

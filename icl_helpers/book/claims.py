@@ -32,6 +32,7 @@ from icl_helpers.results.outcomes import (
     Difference,
     Span,
     TaskOutcome,
+    counted,
     listed,
     paired_tests,
     range_in_words,
@@ -75,6 +76,12 @@ class Finding:
     effects: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
     reason: str = ""
+
+    @property
+    def because(self) -> str:
+        """What the verdict rests on, as it stands after it."""
+        effects = f": {'; '.join(self.effects)}" if self.effects else ""
+        return effects + (f" ({self.reason})" if self.reason else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,12 +147,11 @@ class Evidence:
         if rows.empty:
             return "no documents"
         documents = rows.groupby(["task", "labels"], dropna=False)["doc_id"].nunique().max()
-        counts = {
-            "document": documents, "demonstration seed": rows["demonstration_seed"].nunique(),
-            "draw": rows["ablation_seed"].nunique(),
-        }  # fmt: skip
-        said = [f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items()]
-        return f"{said[0]} of a task at most, {said[1]} and {said[2]} of random heads"
+        seeds, draws = (rows[f"{kind}_seed"].nunique() for kind in ("demonstration", "ablation"))
+        return (
+            f"{counted(documents, 'document')} of a task at most, "
+            f"{counted(seeds, 'demonstration seed')} and {counted(draws, 'draw')} of random heads"
+        )
 
     def learnt(self, text: bool = False) -> set[tuple[str, str]]:
         """Tasks (with labels) on which the full model is above chance with the most examples.
@@ -154,9 +160,7 @@ class Evidence:
         """
         full = (it for it in self.outcomes(text, "mean") if it.condition == "full")
         return {
-            (it.task, it.labels)
-            for it in full
-            if it.level == "above chance" and it.task not in STAND_IN_TASKS
+            it.row for it in full if it.level == "above chance" and it.task not in STAND_IN_TASKS
         }
 
     def cell(self, task: TaskOutcome, text: bool = False, **other: Any) -> pd.DataFrame:
@@ -212,9 +216,7 @@ def _tasks(
     return [
         it
         for it in evidence.outcomes(text, ablation, share, shots)
-        if it.condition == condition
-        and (it.task, it.labels) in learnt
-        and labels in (None, it.labels)
+        if it.condition == condition and it.row in learnt and labels in (None, it.labels)
     ]
 
 
@@ -264,15 +266,15 @@ def _falls(
     """Accuracy without the heads is lower than that of the full model, or of the control."""
 
     def judge(evidence: Evidence) -> Finding:
-        seen = []
-        for task in _tasks(evidence, condition, text=text, **options):
+        seen, tasks = [], _tasks(evidence, condition, text=text, **options)
+        for task in tasks:
             rivals = (it for it in task.differences if it.against == against)
             found = next((it for it in rivals if it.control in ("", control or it.control)), None)
             if found is not None:
                 skill = _skill(evidence, task, text) if against == "full" and found.sign < 0 else ""
                 effect = _points(_name(task, text), found)
                 seen.append((effect + skill, found.sign < 0, found.sign > 0))
-        missing = against if _tasks(evidence, condition, text=text, **options) else condition
+        missing = against if tasks else condition
         return _finding(seen, "" if seen else _why_none(evidence, missing, text=text, **options))
 
     return judge
@@ -290,7 +292,7 @@ def _unmoved(evidence: Evidence) -> Finding:
     seen, stuck = [], []
     for text in (False, True):
         one_label = {
-            (it.task, it.labels)
+            it.row
             for it in evidence.outcomes(text, "mean", shots="none")
             if it.condition == "full" and it.level == "one label"
         }
@@ -298,7 +300,7 @@ def _unmoved(evidence: Evidence) -> Finding:
             found = task.to_full
             if found is None:
                 continue
-            if task.level == "one label" and (task.task, task.labels) in one_label:
+            if task.level == "one label" and task.row in one_label:
                 stuck.append(_name(task, text))
             else:
                 effect = _points(_name(task, text), found)
@@ -311,7 +313,7 @@ def _left_out(names: Sequence[str], why: str) -> str:
     return f"left out: {listed(names)} ({why})" if names else ""
 
 
-def _paired(evidence: Evidence, pairs: Sequence[_Pair]) -> list[Difference]:
+def _paired(pairs: Sequence[_Pair]) -> list[Difference]:
     """Differences of pairs of cells, with the tests corrected over the pairs."""
     found = [paired_difference(first, second) for _, first, second in pairs]
     if not found:
@@ -336,7 +338,7 @@ def _pairs_claim(
         return _finding(
             [
                 (_points(name, it), holds(it), against(it))
-                for (name, *_), it in zip(wanted, _paired(evidence, wanted), strict=True)
+                for (name, *_), it in zip(wanted, _paired(wanted), strict=True)
             ],
             reason,
         )
@@ -358,17 +360,20 @@ def _costs(task: TaskOutcome) -> bool:
 
 def _where_one_costs(
     evidence: Evidence, firsts: Sequence[TaskOutcome], seconds: Sequence[TaskOutcome],
-    second: Callable[[TaskOutcome], Mapping[str, Any]],
+    **second: Any,
 ) -> tuple[list[_Pair], str]:  # fmt: skip
-    """Pair two removals of the same tasks: where neither costs anything there is no telling."""
-    costly = {(it.task, it.labels) for it in (*firsts, *seconds) if _costs(it)}
-    both = {(it.task, it.labels) for it in seconds}
-    firsts = [it for it in firsts if (it.task, it.labels) in both]
-    left = [_name(it) for it in firsts if (it.task, it.labels) not in costly]
+    """Pair two removals of the same tasks, of which the second differs in these keys.
+
+    Where neither costs anything there is no telling.
+    """
+    costly = {it.row for it in (*firsts, *seconds) if _costs(it)}
+    both = {it.row for it in seconds}
+    firsts = [it for it in firsts if it.row in both]
+    left = [_name(it) for it in firsts if it.row not in costly]
     pairs = [
-        (_name(it), evidence.cell(it), evidence.cell(it, **second(it)))
+        (_name(it), evidence.cell(it), evidence.cell(it, **second))
         for it in firsts
-        if (it.task, it.labels) in costly
+        if it.row in costly
     ]
     return pairs, _left_out(left, "neither costs distinguishably")
 
@@ -379,8 +384,7 @@ def _shares(evidence: Evidence) -> tuple[list[_Pair], str]:
     smaller = _tasks(evidence, "induction_heads", share="smaller")
     if not smaller:
         return [], _why_none(evidence, share="smaller")
-    fraction = evidence.fractions()[0]
-    return _where_one_costs(evidence, larger, smaller, lambda _: {"fraction": fraction})
+    return _where_one_costs(evidence, larger, smaller, fraction=evidence.fractions()[0])
 
 
 def _blocked_and_removed(evidence: Evidence) -> tuple[list[_Pair], str]:
@@ -388,8 +392,9 @@ def _blocked_and_removed(evidence: Evidence) -> tuple[list[_Pair], str]:
     removed = _tasks(evidence, "induction_heads")
     if not blocked or not removed:
         return [], _why_none(evidence, "induction_pattern" if removed else "induction_heads")
-    other = {"condition": "induction_heads", "ablation": "mean"}
-    return _where_one_costs(evidence, blocked, removed, lambda _: other)
+    return _where_one_costs(
+        evidence, blocked, removed, condition="induction_heads", ablation="mean"
+    )
 
 
 def _zero_and_mean(evidence: Evidence) -> tuple[list[_Pair], str]:
@@ -397,7 +402,7 @@ def _zero_and_mean(evidence: Evidence) -> tuple[list[_Pair], str]:
     mean = _tasks(evidence, "induction_heads")
     if not zero or not mean:
         return [], _why_none(evidence, ablation="zero" if mean else "mean")
-    return _where_one_costs(evidence, zero, mean, lambda _: {"ablation": "mean"})
+    return _where_one_costs(evidence, zero, mean, ablation="mean")
 
 
 def _more_examples(evidence: Evidence) -> tuple[list[_Pair], str]:

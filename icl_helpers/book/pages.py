@@ -106,17 +106,21 @@ def _page(name: str, **values: Any) -> str:
 
 def run_titles(runs: Sequence[Path]) -> dict[Path, str]:
     """Name each run by its model, and by its tasks where others are of that model."""
-    names = {run: _model(run) for run in runs}
     titles = {}
-    for run, name in names.items():
-        remarks = ["instruct, 4-bit weights"] if name == SMOLLM2 else []
-        remarks += ["trained on these puzzles"] if name in embedded_models() else []
-        title = f"{name} ({'; '.join(remarks)})" if remarks else name
-        others = {_kinds(other) for other in runs if other != run and names[other] == name}
+    for run in runs:
+        titles[run] = described = _described(run)
+        others = [_kinds(other) for other in runs if other != run and _model(other) == _model(run)]
         if others:
-            title += f": {run.name if _kinds(run) in others else _kinds(run)}"
-        titles[run] = title
+            titles[run] = f"{described}: {run.name if _kinds(run) in others else _kinds(run)}"
     return titles
+
+
+def _described(run: Path) -> str:
+    """Name a run's model with what has to stand wherever its numbers do."""
+    name = _model(run)
+    remarks = ["instruct, 4-bit weights"] if name == SMOLLM2 else []
+    remarks += ["trained on these puzzles"] if name in embedded_models() else []
+    return f"{name} ({'; '.join(remarks)})" if remarks else name
 
 
 def _kinds(run: Path) -> str:
@@ -422,7 +426,7 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     embedded = [name for name in embedded_models() if name in map(_model, runs)]
     return {
         "model": name,
-        "model_described": titles[run].partition(": ")[0],
+        "model_described": _described(run),
         "size": sizes[run][1],
         "origin": "computed when the book was built" if "imported" not in info else _SHIPPED,
         "answer": _page(
@@ -455,12 +459,16 @@ def _task_table(outcomes: Sequence[KindOutcome]) -> str:
     for outcome in outcomes:
         control = f" ({outcome.control})" if outcome.control else ""
         for task in outcome.tasks:
-            row = cells.setdefault(f"{task_name(task.task)} (chance {task.chance:.0f})", {})
-            signs = {(gap.against, gap.control): gap.sign for gap in task.differences}
-            beyond = [control for (against, control), sign in signs.items()
-                      if against == "random_heads" and sign < 0]  # fmt: skip
-            marks = "\\*" * bool(signs.get(("full", task.control), signs.get(("full", ""))))
-            marks += "".join(_MARKS[control] for control in beyond)
+            # Of text there are two sets of labels.
+            labels = f"{task.labels} labels, " if outcome.kind.startswith("text") else ""
+            name = f"{task_name(task.task)} ({labels}chance {task.chance:.0f})"
+            row = cells.setdefault(name, {})
+            marks = "\\*" * bool(task.to_full and task.to_full.sign)
+            marks += "".join(
+                _MARKS[gap.control]
+                for gap in task.differences
+                if gap.against == "random_heads" and gap.sign < 0
+            )
             level = f", {task.level}" if task.level in ("below chance", "one label") else ""
             row[_COLUMNS[outcome.condition] + control] = f"{task.accuracy.mean:.0f}{marks}{level}"
     columns = list(dict.fromkeys(name for row in cells.values() for name in row))
@@ -469,7 +477,8 @@ def _task_table(outcomes: Sequence[KindOutcome]) -> str:
 
 
 # Marks of a removal that costs distinguishably more than that of a control's heads.
-_MARKS = {"published": "†", "strict": "‡", "any_layer": "§"}
+# The paper's has no name in results that were made without a run.
+_MARKS = {"": "†", "published": "†", "strict": "‡", "any_layer": "§"}
 
 
 def _model(run: Path) -> str:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from IPython.display import HTML, Markdown, display
@@ -217,10 +218,9 @@ def show_answers(rows: pd.DataFrame, directory: Path, *, n_heads: int, name: str
         _say("*Nothing to show: there are no results with log-probabilities.*")
         return
     # A task's conditions together, the full model first.
-    order = rows["task"] + rows["labels"].fillna("")
-    rows = rows.assign(_task=pd.factorize(order)[0], _other=rows["condition"] != "full")
-    rows = rows.sort_values(["_task", "_other"], kind="stable", ignore_index=True)
-    rows = rows.drop(columns=["_task", "_other"])
+    tasks = pd.factorize(rows["task"] + rows["labels"].fillna(""))[0]
+    order = np.lexsort((rows["condition"] != "full", tasks))
+    rows = rows.iloc[order].reset_index(drop=True)
     share = rows["fraction"].max()
     removed = f", {heads_in_words(share, n_heads)} removed or blocked" if share > 0 else ""
     label = f"bias or skill, percent, intervals over documents alone{removed}"

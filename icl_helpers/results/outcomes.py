@@ -34,10 +34,11 @@ from icl_helpers.results.statistics import (
 from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
-    "Difference", "KindOutcome", "Said", "Span", "TaskOutcome", "Verdict", "doubts", "findings",
-    "headline", "kind_lines", "kind_outcomes", "listed", "outcome_sentence", "paired_tests",
-    "predicted", "range_in_words", "read_measurements", "removal_caption", "seed_doubts",
-    "task_kind", "task_name", "task_outcomes", "tasks_under", "training_seed_doubts", "verdict",
+    "CONDITION_NAMES", "Difference", "KindOutcome", "Said", "Span", "TaskOutcome", "Verdict",
+    "counted", "doubts", "findings", "headline", "kind_lines", "kind_outcomes", "listed",
+    "outcome_sentence", "paired_tests", "predicted", "range_in_words", "read_measurements",
+    "removal_caption", "seed_doubts", "side", "task_kind", "task_name", "task_outcomes",
+    "tasks_under", "training_seed_doubts", "verdict",
 ]  # fmt: skip
 
 # Percent of documents from which on an answer is called that of all documents.
@@ -109,6 +110,11 @@ class TaskOutcome:
     by_draw: dict[int, float]
     seeds_disagree: bool
     draws_disagree: bool
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """The task with its labels, the same under every condition."""
+        return self.task, self.labels
 
     @property
     def to_full(self) -> Difference | None:
@@ -199,7 +205,9 @@ def kind_outcomes(
         groups.setdefault(key, []).append(it)
     kinds = list(dict.fromkeys(kind for kind, *_ in groups))
     outcomes = [KindOutcome(*key, tasks=tuple(tasks)) for key, tasks in groups.items()]
-    return sorted(outcomes, key=lambda it: (kinds.index(it.kind), list(_NAMES).index(it.condition)))
+    return sorted(
+        outcomes, key=lambda it: (kinds.index(it.kind), list(CONDITION_NAMES).index(it.condition))
+    )
 
 
 def paired_tests(documents: pd.DataFrame, *, ablation: str = "mean") -> pd.DataFrame:
@@ -316,7 +324,7 @@ def _levels(rows: pd.DataFrame, name: str) -> dict[Any, pd.DataFrame]:
         tests = tests.assign(sign=np.sign(tests["difference"]).where(told, 0.0))
         drawn = part.loc[part[name].notna(), CELL].drop_duplicates()
         accuracies = filled_keys(accuracy_intervals(part, over_draws=False)).merge(drawn)
-        sides = [_side(row, _chance(row.task)) for row in accuracies.itertuples()]
+        sides = [side(row.low, row.high, _chance(row.task)) for row in accuracies.itertuples()]
         both = accuracies.assign(level=int(level), side=sides)
         parts.append(both.merge(tests, how="left", on=CELL, suffixes=("_alone", "")))
     if not parts:
@@ -328,10 +336,10 @@ def _levels(rows: pd.DataFrame, name: str) -> dict[Any, pd.DataFrame]:
     return dict(list(levels.groupby(CELL)))
 
 
-def _side(interval: Any, value: float, *, upper: float | None = None) -> int:
+def side(low: float, high: float, value: float = 0.0, *, upper: float | None = None) -> int:
     """Return -1 where an interval lies below a value, 1 above it (or above ``upper``), else 0."""
     above = value if upper is None else upper
-    return int(interval.low > above) - int(interval.high < value)
+    return int(low > above) - int(high < value)
 
 
 def _disagree(rows: pd.DataFrame, conclusion: list[str]) -> bool:
@@ -483,10 +491,10 @@ def _by_seed(accuracies: Mapping[int, float]) -> str:
 def _condition(outcome: KindOutcome) -> str:
     kind = f", {outcome.ablation} ablation" if outcome.ablation in ("mean", "zero") else ""
     control = f", {outcome.control} control" if outcome.control else ""
-    return f"{_NAMES[outcome.condition]}{control}{kind}"
+    return f"{CONDITION_NAMES[outcome.condition]}{control}{kind}"
 
 
-_NAMES = {
+CONDITION_NAMES = {
     "full": "full model", "induction_heads": "heads removed",
     "induction_pattern": "pattern blocked", "random_heads": "random heads removed",
 }  # fmt: skip
@@ -528,12 +536,12 @@ def kind_lines(outcomes: Sequence[KindOutcome]) -> list[str]:
     lines = []
     for kind, conditions in kinds.items():
         said = [
-            f"{_NAMES[it.condition].capitalize()}{_of(it.control)} "
+            f"{CONDITION_NAMES[it.condition].capitalize()}{_of(it.control)} "
             f"{'; '.join(findings(it, brief=True))}"
             for it in conditions
         ]
         last = conditions[-1]
-        tasks = f"{len(last.tasks)} {'task' if len(last.tasks) == 1 else 'tasks'}"
+        tasks = counted(len(last.tasks), "task")
         lines.append(
             f"**{kind.capitalize()}** ({tasks}, chance {last.chance:.0f} %): {'. '.join(said)}."
         )
@@ -566,6 +574,11 @@ def seed_doubts(
     if model in embedded_models():
         lines += training_seed_doubts(read_measurements("effect", model=model))
     return [line for line in dict.fromkeys(lines) if ("disagree on" in line) == disagreements]
+
+
+def counted(number: int, what: str) -> str:
+    """Word a number of things."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def tasks_under(outcomes: Iterable[KindOutcome], condition: str) -> list[TaskOutcome]:
@@ -604,11 +617,14 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
     lines = []
     for (condition, task), rows in both.groupby(["condition", "task"], sort=False):
         concluded = rows.assign(
-            side=[_side(row, _chance(task)) for row in rows.itertuples()],
-            to_full=[_side(row, row.low_full, upper=row.high_full) for row in rows.itertuples()],
+            side=[side(row.low, row.high, _chance(task)) for row in rows.itertuples()],
+            to_full=[
+                side(row.low, row.high, row.low_full, upper=row.high_full)
+                for row in rows.itertuples()
+            ],
         )
         if _disagree(concluded, ["side", "to_full"]):
-            where = f"{task_name(str(task))} ({_NAMES[str(condition)]})"
+            where = f"{task_name(str(task))} ({CONDITION_NAMES[str(condition)]})"
             each = _by_seed(dict(zip(rows["training_seed"], rows["accuracy"], strict=True)))
             lines.append(f"Training seeds, on all documents, disagree on {where}: {each}.")
     return lines

@@ -39,7 +39,7 @@ from icl_helpers.attention.interventions import (
     intervene,
 )
 from icl_helpers.attention.means import input_hooks, mean_head_outputs
-from icl_helpers.attention.passes import context_length
+from icl_helpers.attention.passes import context_length, measuring
 from icl_helpers.errors import InterventionError, UnsupportedArchitectureError
 from icl_helpers.models.loading import check_dtype, load_model
 from icl_helpers.run.plan import shown_name
@@ -160,31 +160,28 @@ def check_model(
     return ModelCheck(shown_name(name), tuple(checks), round(time.monotonic() - began, 1))
 
 
-@torch.no_grad()
-def _checks(model: PreTrainedModel, quantization: str | None) -> Iterator[Check]:
-    """Every check of one loaded model, in evaluation mode."""
+@measuring
+def _checks(model: PreTrainedModel, quantization: str | None) -> list[Check]:
+    """Make every check of one loaded model."""
     weights = ", ".join(filter(None, [quantization, str(model.dtype).removeprefix("torch.")]))
     attention_layout(model)  # a model that is refused is refused here
-    training = model.training
-    model.eval()
-    try:
-        subject = _Subject(model)
-        checks: dict[str, Callable[[], _Measured]] = {
-            "no intervention": subject.untouched,
-            "zero ablation": lambda: subject.against(subject.overwritten(None), "zero"),
-            "mean ablation": subject.averaged, "knockout": subject.knocked_out,
-            "grouped queries": subject.grouped,
-        }  # fmt: skip
-        for edit in ("full model", "zero", "mean", "knockout"):
-            checks[f"padded batch, {edit}"] = functools.partial(subject.padded, edit)
-            checks[f"generation, {edit}"] = functools.partial(subject.generated, edit)
-        for name, measure in checks.items():
-            try:
-                yield Check(name, weights, *measure())
-            except (_DoesNotApplyError, InterventionError, UnsupportedArchitectureError) as why:
-                yield Check(name, weights, reason=str(why))
-    finally:
-        model.train(training)
+    subject = _Subject(model)
+    measures: dict[str, Callable[[], _Measured]] = {
+        "no intervention": subject.untouched,
+        "zero ablation": lambda: subject.against(subject.overwritten(None), "zero"),
+        "mean ablation": subject.averaged, "knockout": subject.knocked_out,
+        "grouped queries": subject.grouped,
+    }  # fmt: skip
+    for edit in ("full model", "zero", "mean", "knockout"):
+        measures[f"padded batch, {edit}"] = functools.partial(subject.padded, edit)
+        measures[f"generation, {edit}"] = functools.partial(subject.generated, edit)
+    checks = []
+    for name, measure in measures.items():
+        try:
+            checks.append(Check(name, weights, *measure()))
+        except (_DoesNotApplyError, InterventionError, UnsupportedArchitectureError) as why:
+            checks.append(Check(name, weights, reason=str(why)))
+    return checks
 
 
 class _DoesNotApplyError(Exception):

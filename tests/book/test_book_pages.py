@@ -16,6 +16,7 @@ from icl_helpers.book import build as book
 from icl_helpers.book import pages as book_pages
 from icl_helpers.evaluation.store import KEYS
 from icl_helpers.files import assets_dir, book_dir, notebooks_dir, project_root
+from icl_helpers.results.outcomes import kind_outcomes
 from icl_helpers.results.tables import markdown_table
 from icl_helpers.run.plan import Plan
 from tests.results.test_outcomes import run as made_up_run
@@ -248,6 +249,19 @@ def test_front_page_caption_and_alternative_text_have_no_average_over_opposite_t
         assert re.fullmatch(rf"{removed}(\\\*†?)?(, below chance)?", cells[2])
         assert ("below chance" in cells[2]) == (removed != "92")
         assert cells[3].endswith("one label")
+
+
+def test_front_page_keeps_the_two_sets_of_labels_of_a_text_task_apart():
+    parts = [
+        made_up_run({"sst2": (full, 50, 50, full)}).assign(labels=labels)
+        for labels, full in (("semantic", 90), ("unrelated", 70))
+    ]
+    outcomes = kind_outcomes(pd.concat(parts, ignore_index=True))
+    rows = table_rows(book_pages._task_table(outcomes))
+    assert [row[0] for row in rows[2:]] == [
+        "sst2 (semantic labels, chance 50)", "sst2 (unrelated labels, chance 50)",
+    ]  # fmt: skip
+    assert [row[1] for row in rows[2:]] == ["90", "70"]
 
 
 def test_front_page_says_first_where_training_seeds_disagree(tmp_path):

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, head_count, top_heads
-from icl_helpers.results.outcomes import Said, listed, predicted, task_name, verdict
+from icl_helpers.results.outcomes import Said, listed, predicted, side, task_name, verdict
 from icl_helpers.results.statistics import Interval, finite_interval
 
 __all__ = [
@@ -37,10 +37,6 @@ def _bounds(interval: Interval) -> str:
     # Plus zero: what rounds to nothing has no sign.
     mean, low, high = (round(it, 2) + 0.0 for it in interval)
     return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
-def _sign(interval: Interval) -> int:
-    return int(interval.low > 0) - int(interval.high < 0)
 
 
 def _title(task: str) -> str:
@@ -126,7 +122,7 @@ def family_said(table: pd.DataFrame, removed: int) -> Said:
             f"{_title(row['task'])}, {row['heads']} heads removed, nats of margin lost: induction "
             f"{_bounds(row[FAMILIES[0]])}, function vectors {_bounds(row[FAMILIES[1]])}; {which}."
         )
-        tasks[row["task"]] = _sign(more), f"difference {_bounds(more)}"
+        tasks[row["task"]] = side(more.low, more.high), f"difference {_bounds(more)}"
     claim = "Removing function-vector heads costs more margin than removing as many induction heads"
     return said, [predicted(claim, tasks)]
 
@@ -256,7 +252,7 @@ def text_said(table: pd.DataFrame) -> Said:
         predicted(
             f"On text, blocking what followed the {pattern} costs more than the control",
             {
-                task: (_sign(more), f"difference {_bounds(more)}")
+                task: (side(more.low, more.high), f"difference {_bounds(more)}")
                 for task, more in part.set_index("task")["more"].items()
             },
         )
@@ -286,6 +282,6 @@ def repair_said(table: pd.DataFrame) -> Said:
             f"{_title(row['task'])}, nats of margin lost without the heads: directly "
             f"{_bounds(row['direct'])}, in all {_bounds(row['total'])}; {what}."
         )
-        lost = row["direct"].mean > 0
-        tasks[row["task"]] = -_sign(later) if lost else 0, f"later layers {_bounds(later)}"
+        sign = -side(later.low, later.high) if row["direct"].mean > 0 else 0
+        tasks[row["task"]] = sign, f"later layers {_bounds(later)}"
     return said, [predicted("Later layers repair part of the direct loss", tasks)]

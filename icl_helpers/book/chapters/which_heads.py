@@ -29,7 +29,14 @@ from icl_helpers.analysis.measured import (
 from icl_helpers.attention.heads import Head, heads_in_words
 from icl_helpers.book.came_out import measured_section
 from icl_helpers.evaluation.store import keyed
-from icl_helpers.results.outcomes import Said, listed, predicted, task_name
+from icl_helpers.results.outcomes import (
+    CONDITION_NAMES,
+    Said,
+    listed,
+    predicted,
+    side,
+    task_name,
+)
 from icl_helpers.results.statistics import LEVEL, Interval, finite_interval
 from icl_helpers.results.tables import bounds_in_words
 
@@ -127,7 +134,7 @@ def dose_said(table: pd.DataFrame, removed: int) -> Said:
         sign = 1 if row["heads"] in counts else -1 if row["loss"] <= row["random median"] else 0
         random[str(task)] = sign, f"p = {row['p']:.2f}, {row['loss']:+.1f} nats"
         lowest[str(task)] = (
-            int(row["more low"] > 0) - int(row["more high"] < 0),
+            side(row["more low"], row["more high"]),
             f"{row['loss']:+.1f} and {row['lowest']:+.1f} nats, difference {row['more low']:+.1f} "
             f"to {row['more high']:+.1f}",
         )
@@ -137,11 +144,6 @@ def dose_said(table: pd.DataFrame, removed: int) -> Said:
         predicted(f"{claim} any of the random sets", random),
         predicted(f"{claim} the {heads} lowest, in whatever layers", lowest),
     ]
-
-
-def _sign(interval: Interval) -> int:
-    """1 for an interval above zero, -1 below, 0 on both sides."""
-    return int(interval.low > 0) - int(interval.high < 0)
 
 
 def _name(task: Any) -> str:
@@ -186,7 +188,7 @@ def proxy_said(table: pd.DataFrame, worth: pd.DataFrame) -> Said:
             f"({bounds}); head {row['costs most']} costs most, {row['nats']:+.1f} nats, and has "
             f"rank {row['rank by score']} by score."
         )
-        tasks[str(task)] = int(row["low"] > 0) - int(row["high"] < 0), bounds
+        tasks[str(task)] = side(row["low"], row["high"]), bounds
     if len(worth):
         correlation = worth["score"].corr(worth["value"], method="spearman")
         best = [set(worth.nlargest(10, column).index) for column in ("value", "score")]
@@ -331,7 +333,7 @@ _SIGNS = {"yes": 1, "less": -1, "not decided": 0}
 
 
 def _costs(loss: Interval) -> str:
-    return next(word for word, sign in _SIGNS.items() if sign == _sign(loss))
+    return next(word for word, sign in _SIGNS.items() if sign == side(loss.low, loss.high))
 
 
 def kinds_by_task(table: pd.DataFrame) -> pd.DataFrame:
@@ -429,14 +431,13 @@ def effects_said(table: pd.DataFrame) -> Said:
         check("Tokens seen for the first time are predicted as well as without random sets",
               _as_random, "loss on random tokens", "loss on text", of="kinds of text"),
         check("Copies are predicted worse than without any random set",
-              lambda row: int(row["low"] > row["random largest"])
-              - int(row["high"] < row["random largest"]),
+              lambda row: side(row["low"], row["high"], row["random largest"]),
               "loss on their copies", "loss on text read again", of="kinds of text"),
         check(f"The margin without examples moves by less than {_STILL} nats",
               lambda row: int(max(-row["low"], row["high"]) < _STILL)
               - int(row["low"] > _STILL or row["high"] < -_STILL), "margin without examples"),
         check("The gap between true and shuffled labels shrinks",
-              lambda row: int(row["high"] < 0) - int(row["low"] > 0), _GAP),
+              lambda row: -side(row["low"], row["high"]), _GAP),
     ]  # fmt: skip
 
 
@@ -455,9 +456,6 @@ def _as_random(row: Mapping[str, Any]) -> int:
 _MORE_BIAS = 10
 
 
-_REMOVALS = {"induction_heads": "heads removed", "induction_pattern": "pattern blocked"}
-
-
 def bias_said(documents: pd.DataFrame) -> Said:
     """Say of each task whether removal and knockout take skill, add bias, or turn it around.
 
@@ -470,7 +468,7 @@ def bias_said(documents: pd.DataFrame) -> Said:
     tasks: dict[str, tuple[int, str]] = {}
     for task, labels, condition in cells:
         full = cells.get((task, labels, "full"))
-        if condition not in _REMOVALS or full is None:
+        if condition not in ("induction_heads", "induction_pattern") or full is None:
             continue
         change = skill_change(full, cells[task, labels, condition])
         if change is None:
@@ -478,7 +476,7 @@ def bias_said(documents: pd.DataFrame) -> Said:
         whole, left = answers.loc[(task, labels, "full")], answers.loc[(task, labels, condition)]
         more = left["share"] - whole["share"]
         said.append(
-            f"{_name(task)}, {_REMOVALS[condition]}: accuracy {whole['accuracy']:.0f} to "
+            f"{_name(task)}, {CONDITION_NAMES[condition]}: accuracy {whole['accuracy']:.0f} to "
             f"{left['accuracy']:.0f} %, balanced {whole['balanced']:.0f} to "
             f"{left['balanced']:.0f} %; one label is said to {left['share']:.0f} % of the "
             f"documents ({more:+.0f} points); {change.in_words}"

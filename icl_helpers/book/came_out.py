@@ -313,11 +313,10 @@ _FOLLOWERS = {
 
 def pattern_parts(view: PromptView) -> _Parts:
     """Say of stage 7 where the heads look from the last colon and the query's first word."""
-    word, last = query_word(view), len(view.spans) - 1
+    (word, position), last = query_word(view), len(view.spans) - 1
     said = [
         f"From the final colon: {looks_in_words(view, last)}.",
-        f"From *{view.tokens[word].strip()}*, the query's first word: "
-        f"{looks_in_words(view, word)}.",
+        f"From the end of *{word}*, the query's first word: {looks_in_words(view, position)}.",
     ]
     for category, followers in query_followers(view).items():
         shares, what = [100 * share for share in followers], _FOLLOWERS[category]
@@ -333,7 +332,8 @@ def pattern_parts(view: PromptView) -> _Parts:
         ["In Llama-3-8B the best induction head looks from the final colon at the labels, and from "
          "a fruit at the words that followed other fruits (Figures 6 and 7)."],
         said,
-        ["One prompt of one task: an example, not a measurement."],
+        ["One prompt of one task is described, and claims are judged by the few that are shown: "
+         "examples, not a measurement."],
     )  # fmt: skip
 
 

@@ -214,7 +214,7 @@ def query_followers(view: PromptView) -> dict[str, list[float]]:
     first word (``words``).
     """
     elements, shares = prompt_elements(view.text), {}
-    for category, position in (("colons", len(view.spans) - 1), ("words", query_word(view))):
+    for category, position in (("colons", len(view.spans) - 1), ("words", query_word(view)[1])):
         pattern = elements_pattern(elements, view.spans, categories=(category,))
         followers = pattern[position]
         heads = view.blocked if followers.any() else ()
@@ -222,11 +222,12 @@ def query_followers(view: PromptView) -> dict[str, list[float]]:
     return shares
 
 
-def query_word(view: PromptView) -> int:
-    """Return the position of the last token of the query's first word: it is known from there."""
+def query_word(view: PromptView) -> tuple[str, int]:
+    """Return the query's first word, and the position of its last token: it is known from there."""
     begin = view.text.rindex("\n\n") + 2
-    end = begin + len(re.split(r"[\s:]", view.text[begin:], maxsplit=1)[0])
-    return max(index for index, (start, _) in enumerate(view.spans) if start < end)
+    word = re.split(r"[\s:]", view.text[begin:], maxsplit=1)[0]
+    end = begin + len(word)
+    return word, max(index for index, (start, _) in enumerate(view.spans) if start < end)
 
 
 def viewer_html(data: Mapping[str, Any]) -> str:

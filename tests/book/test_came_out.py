@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 from icl_helpers.attention.heads import Head
 from icl_helpers.book import came_out
 from icl_helpers.results.outcomes import removal_caption
-from icl_helpers.results.viewer import PromptView
+from icl_helpers.results.viewer import PromptView, query_followers, query_word
 from tests.results.test_outcomes import CONTROL, LETTERS, REMOVED, rows, run
 
 OPPOSITE = {
@@ -100,6 +103,23 @@ def test_where_heads_look_is_read_off_the_numbers():
     assert "0 of 2 heads put more than half of their attention on what followed" in wrong
     right = said(came_out.pattern_parts(view("cat")))
     assert "2 of 2 heads put more than half of their attention on what followed" in right
+
+
+def test_a_word_of_several_tokens_is_looked_from_at_its_end():
+    text = "A list.\n\ngrape cat:Foo\n\nplum dog:"
+    tokens = ["A list.", "\n\n", "gra", "pe", " cat", ":", "Foo", "\n\n", "pl", "um", " dog", ":"]
+    starts = np.cumsum([0, *map(len, tokens)]).tolist()
+    spans = tuple(itertools.pairwise(starts))
+    blocked = torch.zeros(12, 12, dtype=torch.bool)
+    # The last token of the word attends to what followed the other fruit, the first to the start.
+    plain = torch.zeros(12, 12)
+    plain[8, 0], plain[9, 4] = 1.0, 1.0
+    view = PromptView(text, spans, blocked, {Head(0, 0): plain}, {Head(0, 0): plain})
+    assert query_word(view) == ("plum", 9)
+    assert query_followers(view)["words"] == [1.0]
+    assert "From the end of *plum*, the query's first word: 1 of 1 heads put most, 100 %, on" in (
+        said(came_out.pattern_parts(view))
+    )
 
 
 def test_norms_of_means_are_placed_beside_the_others():

@@ -13,6 +13,7 @@ array([1.])
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,6 +173,8 @@ def _samples(documents: int, resamples: int, seed: int) -> Float[np.ndarray, "sa
 
 def _bounds(samples: Float[np.ndarray, " samples"], level: float) -> list[float]:
     """Bounds of the resampled values; the first sample is all documents."""
+    if np.isnan(samples).all():
+        return [math.nan, math.nan]
     return np.nanquantile(samples[1:], [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 

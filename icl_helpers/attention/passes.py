@@ -394,7 +394,7 @@ def attention_probabilities(
             logits = logits + mask.float().masked_fill(mask <= lowest, -torch.inf)
     empty = None
     if blocked is not None:
-        logits = logits.masked_fill(blocked.unsqueeze(-3), -torch.inf)
+        logits = logits.masked_fill(blocked.unsqueeze(-3).to(logits.device), -torch.inf)
         # Softmax of a row of minus infinities would be NaN: such a query attends to nothing.
         empty = torch.isneginf(logits).all(dim=-1, keepdim=True)
     sinks = call.kwargs.get("s_aux")

@@ -650,8 +650,9 @@ def judged_lines(evidence: Evidence, stages: Sequence[int]) -> list[str]:
             continue
         found = claim.judge(evidence)
         count, held = len(found.effects), len(found.effects) - len(found.failed)
-        times = "all" if held == count else f"{held or 'none'} of"
-        said = [f"in {times} {count}"] if count > 1 else []
+        whole = "both" if count == 2 else f"all {count}"
+        times = whole if held == count else f"{held or 'none'} of {count}"
+        said = [f"in {times}"] if count > 1 else []
         said += [f"not in {'; '.join(found.failed)}"] if 0 < held < count else found.effects
         said += [found.reason] if found.reason else []
         because = f" ({'; '.join(said)})" if said else ""

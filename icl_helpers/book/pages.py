@@ -36,6 +36,7 @@ from icl_helpers.files import (
     project_root,
 )
 from icl_helpers.models.loading import load_tokenizer
+from icl_helpers.models.reference_text import PAPER_POSITIONS
 from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
 from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
@@ -50,7 +51,7 @@ from icl_helpers.results.outcomes import (
 )
 from icl_helpers.results.tables import abstract_results, markdown_table
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
-from icl_helpers.run.plan import Plan, run_heads, run_info, run_table, shown_name
+from icl_helpers.run.plan import GROUPS, Plan, run_heads, run_info, run_table, shown_name
 from icl_helpers.run.stages import RESULTS, TEXT, stage_notebooks
 from icl_helpers.tasks.prompts import build_prompts
 
@@ -246,7 +247,46 @@ def runs_page(runs: Sequence[Path]) -> str:
     return _page(
         "runs", made=_beside(made, "what"), versions=_beside(versions, "package"),
         seconds=_beside(seconds, "stage"),
+        set_up={title: _set_up(run) for run, title in run_titles(runs).items()},
     )  # fmt: skip
+
+
+def _set_up(run: Path) -> list[str]:
+    """Say in words what a run evaluates, and where that is less than the paper does."""
+    info = run_info(run)
+    plan = Plan.of_run(info)
+    p = plan.parameters
+    by_shots: dict[str, list[str]] = {}
+    for prompts in (prompts for group in GROUPS for prompts in plan.prompt_sets(group)):
+        by_shots.setdefault(prompts.task, []).append(str(prompts.shots))
+    tasks: dict[str, list[str]] = {}
+    for task, shots in by_shots.items():
+        tasks.setdefault(listed(list(dict.fromkeys(shots))), []).append(task_name(task))
+    of_each = "; ".join(f"{shots} on {listed(names)}" for shots, names in tasks.items())
+    drawn = {"balanced": "drawn evenly over the labels", "first": "the first ones"}
+    how = listed(list(dict.fromkeys(drawn[plan.sampling(task)] for task in by_shots)))
+    documents = (
+        "All documents of each task" if p.limit is None
+        else f"At most {p.limit} documents of each task, {how} (the paper: all)"
+    )  # fmt: skip
+    context = info.get("identity", {}).get("context", PAPER_POSITIONS)
+    positions = min(p.positions or PAPER_POSITIONS, context)
+    shorter = f" (the paper: {PAPER_POSITIONS:,})" if positions != PAPER_POSITIONS else ""
+    said = [
+        f"{documents}; demonstration seed{'s'[: len(p.seeds) - 1]} "
+        f"{listed(list(map(str, p.seeds)))}.",
+        f"Numbers of examples: {of_each}.",
+        f"Means at up to {positions:,} positions{shorter} of the reference text.",
+        f"Looked at closely, in stages 9 and 10: at most {p.analysis_limit} documents of each of "
+        f"{listed([task_name(prompts.task) for prompts in plan.analysis_sets()])}.",
+    ]
+    if _model(run) == SMOLLM2:
+        said.append(
+            "The model was tuned to follow instructions, and is prompted without its chat "
+            "template. Its weights had been quantised to 4 bits and are unpacked to float32; "
+            "what quantisation changed was not measured."
+        )
+    return said
 
 
 def _parameter(name: str, value: Any) -> Any:

@@ -53,12 +53,15 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
+    device = str(model.device.type)
+    if device == "cuda":
+        device = f"cuda ({torch.cuda.get_device_name(model.device)})"
     return {
         "model_type": model.config.model_type,
         "versions": {**versions, "icl_helpers": icl_helpers.__version__},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "device": str(model.device.type),
+        "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 

@@ -352,7 +352,10 @@ _TASK_NAMES = {
     f"wordseq{n}_{kind}": f"{added}word sequences {n}"
     for kind, added in (("binary", ""), ("4way", "four-way "))
     for n in (1, 2)
-}
+} | {
+    "sst2": "SST-2", "subj": "Subj", "wic": "WiC", "rte": "RTE", "ethos": "ETHOS", "wsc": "WSC",
+    "boolq": "BoolQ",
+}  # fmt: skip
 
 
 def task_name(task: str) -> str:

@@ -78,6 +78,9 @@ from icl_helpers.tasks.prompts import Prompt, build_prompts
 
 __all__ = ["Run", "run_at", "source_of"]
 
+# What is noted of the machines that a run was made on.
+_MACHINE = ("device", "machine", "python", "versions")
+
 
 class Run:
     """The artifacts of one model in one directory.
@@ -171,7 +174,9 @@ class Run:
         identity: dict[str, Any] = {
             "key": key, "context": one_angle_length(self.model), "state": self._checkpoint_state()
         }  # fmt: skip
+        # A run may be made on several machines: what earlier ones were stands first.
         facts = model_facts(self.model)
+        facts |= _beside(self.info, {name: facts[name] for name in _MACHINE})
         self._record(**facts, fingerprint=key["fingerprint"], identity=identity)
         return identity
 
@@ -503,6 +508,18 @@ class Run:
                 known = content.get("seconds", {})
                 content["seconds"] = known | {name: max(seconds, known.get(name, 0.0))}
             write_json(self.directory / "run.json", content | values)
+
+
+def _beside(noted: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """What is here, behind what was noted of the same name, where that says something else."""
+    both: dict[str, Any] = {}
+    for name, value in here.items():
+        if isinstance(value, dict):
+            both[name] = _beside(noted.get(name, {}), value)
+        else:
+            several = [*str(noted.get(name, value)).split(", "), str(value)]
+            both[name] = ", ".join(dict.fromkeys(several))
+    return both
 
 
 def run_at(directory: str | os.PathLike[str]) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import icl_helpers as icl
+from icl_helpers.attention.passes import AttentionCall, attention_probabilities
 from icl_helpers.attention.scores import token_pool
 from tests.conftest import SHARED, make_llama
 
@@ -263,3 +265,14 @@ def test_attention_patterns_equal_eager_attention():
         attentions = model(ids, output_attentions=True).attentions
     assert torch.allclose(found[icl.Head(0, 3)], attentions[0][:, 3], atol=1e-5)
     assert torch.allclose(found[icl.Head(2, 1)], attentions[2][:, 1], atol=1e-5)
+
+
+def test_a_pattern_made_on_the_cpu_is_taken_to_the_device_of_the_attention():
+    """The meta device refuses a mask of another device, as an accelerator does."""
+    query, key = (torch.empty(1, n, 5, 8, device="meta") for n in (4, 2))
+    passes: Any = None
+    call = AttentionCall(torch.nn.Identity(), query, key, key, None, {}, query, passes)
+    blocked = torch.zeros(5, 5, dtype=torch.bool)
+    probabilities = attention_probabilities(call, heads=[1, 3], blocked=blocked)
+    assert probabilities.device.type == "meta"
+    assert probabilities.shape == (1, 2, 5, 5)

@@ -81,6 +81,16 @@ def test_page_on_runs_shows_versions_and_seconds_of_each(tmp_path):
     assert ["limit", "7 documents a task", "7 documents a task"] in rows
 
 
+def test_page_on_runs_says_in_words_what_was_evaluated(tmp_path):
+    page = book_pages.runs_page([make_run(tmp_path, "one")])
+    assert (
+        "- At most 7 documents of each task, drawn evenly over the labels (the paper: all)" in page
+    )
+    assert "demonstration seed 42.\n" in page
+    assert "0, 5 and 10 on repetition" in page
+    assert "0 and 20 on four-way word sequences 1 and four-way word sequences 2.\n" in page
+
+
 def test_page_on_runs_does_not_tell_where_they_lay(tmp_path):
     assert str(tmp_path) not in book_pages.runs_page([make_run(tmp_path, "one")])
 
@@ -259,7 +269,7 @@ def test_front_page_keeps_the_two_sets_of_labels_of_a_text_task_apart():
     outcomes = kind_outcomes(pd.concat(parts, ignore_index=True))
     rows = table_rows(book_pages._task_table(outcomes))
     assert [row[0] for row in rows[2:]] == [
-        "sst2 (semantic labels, chance 50)", "sst2 (unrelated labels, chance 50)",
+        "SST-2 (semantic labels, chance 50)", "SST-2 (unrelated labels, chance 50)",
     ]  # fmt: skip
     assert [row[1] for row in rows[2:]] == ["90", "70"]
 

@@ -40,7 +40,8 @@ def _bounds(interval: Interval) -> str:
 
 
 def _title(task: str) -> str:
-    return task_name(task).capitalize()
+    name = task_name(task)
+    return name[:1].upper() + name[1:]
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -274,14 +275,14 @@ def repair_said(table: pd.DataFrame) -> Said:
         later = row["later layers"]
         what = (
             "later layers add to the loss" if later.low > 0
-            else "later layers repair part of it" if later.high < 0 < row["direct"].mean
-            else "later layers turn it into a gain or add to one" if later.high < 0
+            else "later layers repair part of it" if later.high < 0 < row["direct"].low
+            else "later layers add to a margin not shown to be lost directly" if later.high < 0
             else "what later layers change is not distinguishable from nothing"
         )  # fmt: skip
         said.append(
             f"{_title(row['task'])}, nats of margin lost without the heads: directly "
             f"{_bounds(row['direct'])}, in all {_bounds(row['total'])}; {what}."
         )
-        sign = -side(later.low, later.high) if row["direct"].mean > 0 else 0
+        sign = -side(later.low, later.high) if row["direct"].low > 0 else 0
         tasks[row["task"]] = sign, f"later layers {_bounds(later)}"
     return said, [predicted("Later layers repair part of the direct loss", tasks)]

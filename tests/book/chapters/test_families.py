@@ -157,7 +157,9 @@ def test_text_patterns_are_held_against_their_control():
         (3, 1, "later layers repair part of it.", "held"),
         (1, 3, "later layers add to the loss.", "did not hold"),
         (2, 2, "what later layers change is not distinguishable from nothing.", "was not shown"),
-        (-1, -3, "later layers turn it into a gain or add to one.", "was not shown"),
+        (-1, -3, "later layers add to a margin not shown to be lost directly.", "was not shown"),
+        # A mean above zero is no loss while its interval holds zero.
+        (0.02, -3, "later layers add to a margin not shown to be lost directly.", "was not shown"),
     ],
 )
 def test_repair_is_the_direct_loss_that_the_total_lacks(direct, total, said, word):
@@ -165,6 +167,7 @@ def test_repair_is_the_direct_loss_that_the_total_lacks(direct, total, said, wor
     table = outcomes.repair_table(pd.DataFrame([row]))
     assert table["later layers"].item().mean == pytest.approx(total - direct)
     (sentence,), (prediction,) = outcomes.repair_said(table)
+    assert sentence.startswith("SST-2, ")
     assert sentence.endswith(said)
     assert prediction.split("**")[1] == word
 

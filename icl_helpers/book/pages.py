@@ -65,7 +65,7 @@ __all__ = [
 _FACTS = (
     "model", "model_type", "dtype", "device", "machine", "python", "fingerprint", "updated",
 )  # fmt: skip
-_CHOICES = ("limit", "seeds", "ablation_seeds", "control", "average", "data", "quantization")
+_CHOICES = ("ablation_seeds", "control", "average", "data", "quantization")
 # Their prose stands in Markdown files of the package; autoescaping would spoil Markdown.
 _PAGES = Environment(
     loader=FileSystemLoader(assets_dir() / "pages"), trim_blocks=True, undefined=StrictUndefined
@@ -159,8 +159,17 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
     central = [(claim, finding) for claim, finding in first if claim.name in _CENTRAL]
     return page, _page(
         "in_short", title=titles[runs[0]], size=evidence[runs[0]].size, central=central,
-        number=len(judged), counts=counts[runs[0]],
+        number=len(judged), counts=counts[runs[0]], closer=_predictions(runs[0]),
+        page=f"run/{run_slug(runs[0])}/{_stage_pages(shown_stages(runs[0])).get(9)}",
     )  # fmt: skip
+
+
+def _predictions(run: Path) -> list[str]:
+    """Quote from a run's stage 9 what became of its predictions on the highest scores."""
+    path = run / "notebooks" / "09_which_heads.ipynb"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    quoted = re.findall(r'"- \*Without the \d+ highest(?:[^"\\]|\\.)*"', text)
+    return [json.loads(line).strip() for line in quoted]
 
 
 def _stage_pages(stages: Sequence[Path]) -> dict[int, str]:
@@ -239,7 +248,7 @@ def runs_page(runs: Sequence[Path]) -> str:
     for name, info in infos.items():
         info["model"] = shown_name(info["model"])
         facts = {fact: info.get(fact) for fact in _FACTS}
-        facts |= {key: _parameter(key, info["parameters"].get(key)) for key in _CHOICES}
+        facts |= {key: _parameter(info["parameters"].get(key)) for key in _CHOICES}
         made[name] = {key.replace("_", " "): value for key, value in facts.items()}
         stages = info.get("seconds", {})
         seconds[name] = {**stages, "**together**": round(sum(stages.values()), 1)}
@@ -251,47 +260,27 @@ def runs_page(runs: Sequence[Path]) -> str:
     )  # fmt: skip
 
 
-def _set_up(run: Path) -> list[str]:
-    """Say in words what a run evaluates, and where that is less than the paper does."""
+def _set_up(run: Path) -> dict[str, Any]:
+    """Find what a run evaluates: its tasks by their numbers of examples, documents, means."""
     info = run_info(run)
     plan = Plan.of_run(info)
-    p = plan.parameters
-    by_shots: dict[str, list[str]] = {}
-    for prompts in (prompts for group in GROUPS for prompts in plan.prompt_sets(group)):
-        by_shots.setdefault(prompts.task, []).append(str(prompts.shots))
+    shots: dict[str, list[str]] = {}
+    for prompts in (it for group in GROUPS for it in plan.prompt_sets(group)):
+        shots.setdefault(prompts.task, []).append(str(prompts.shots))
     tasks: dict[str, list[str]] = {}
-    for task, shots in by_shots.items():
-        tasks.setdefault(listed(list(dict.fromkeys(shots))), []).append(task_name(task))
-    of_each = "; ".join(f"{shots} on {listed(names)}" for shots, names in tasks.items())
-    drawn = {"balanced": "drawn evenly over the labels", "first": "the first ones"}
-    how = listed(list(dict.fromkeys(drawn[plan.sampling(task)] for task in by_shots)))
-    documents = (
-        "All documents of each task" if p.limit is None
-        else f"At most {p.limit} documents of each task, {how} (the paper: all)"
-    )  # fmt: skip
+    for task, numbers in shots.items():
+        tasks.setdefault(listed(list(dict.fromkeys(numbers))), []).append(task_name(task))
     context = info.get("identity", {}).get("context", PAPER_POSITIONS)
-    positions = min(p.positions or PAPER_POSITIONS, context)
-    shorter = f" (the paper: {PAPER_POSITIONS:,})" if positions != PAPER_POSITIONS else ""
-    said = [
-        f"{documents}; demonstration seed{'s'[: len(p.seeds) - 1]} "
-        f"{listed(list(map(str, p.seeds)))}.",
-        f"Numbers of examples: {of_each}.",
-        f"Means at up to {positions:,} positions{shorter} of the reference text.",
-        f"Looked at closely, in stages 9 and 10: at most {p.analysis_limit} documents of each of "
-        f"{listed([task_name(prompts.task) for prompts in plan.analysis_sets()])}.",
-    ]
-    if _model(run) == SMOLLM2:
-        said.append(
-            "The model was tuned to follow instructions, and is prompted without its chat "
-            "template. Its weights had been quantised to 4 bits and are unpacked to float32; "
-            "what quantisation changed was not measured."
-        )
-    return said
+    return {
+        **vars(plan.parameters), "tasks": {it: listed(names) for it, names in tasks.items()},
+        "drawn": list({plan.sampling(task) for task in shots}), "instruct": _model(run) == SMOLLM2,
+        "positions": min(plan.parameters.positions or PAPER_POSITIONS, context),
+        "closely": listed([task_name(prompts.task) for prompts in plan.analysis_sets()]),
+        "seeds": listed(list(map(str, plan.parameters.seeds))),
+    }  # fmt: skip
 
 
-def _parameter(name: str, value: Any) -> Any:
-    if name == "limit":
-        return "all documents" if value is None else f"{value} documents a task"
+def _parameter(value: Any) -> Any:
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
@@ -422,8 +411,8 @@ def _run_entry(run: Path) -> str:
     updated, bundle = info.get("updated", ""), info.get("imported")
     told = [
         f"Model {model}" + (f" ({', '.join(weights)})" if weights else ""),
-        f"{', '.join(tasks)} ({_parameter('limit', parameters.get('limit'))})",
-        f"demonstration seeds {_parameter('seeds', parameters['seeds'])}",
+        f"{', '.join(tasks)} ({parameters.get('limit') or 'all'} documents a task)",
+        f"demonstration seeds {_parameter(parameters['seeds'])}",
         *([f"last updated {updated[:10]}"] if updated else []),
         f"SHA-256 of the bundle's manifest: {bundle}" if bundle else "not exported as a bundle",
     ]

@@ -650,8 +650,8 @@ def predicted(text: str, tasks: Mapping[str, tuple[int, str]], *, of: str = "tas
         for name, value in (("not shown", 0), ("contradicted", -1))
     }
     held = signs.count(1)
-    counts = "all" if held == len(signs) else f"{held or 'none'} of"
-    said = [f"on {counts} {len(signs)} {of}"] if len(signs) > 1 else []
+    counts = "all" if held == len(signs) else f"{held} of"
+    said = [f"on {counts} {len(signs)} {of}"] if held and len(signs) > 1 else []
     said = [f"on both {of}"] if held == len(signs) == 2 else said
     said += [f"{name}: {listed(names)}" for name, names in seen.items() if names]
     return f"*{text}*: **{word}**{', ' if said else ''}{'; '.join(said)}."

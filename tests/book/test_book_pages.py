@@ -78,7 +78,7 @@ def test_page_on_runs_shows_versions_and_seconds_of_each(tmp_path):
     assert ["torch", "9.8.7", "9.8.7"] in rows
     assert ["zero ablation", "2.25", "2.25"] in rows
     assert ["**together**", "3.8", "3.8"] in rows
-    assert ["limit", "7 documents a task", "7 documents a task"] in rows
+    assert ["control", "", ""] in rows
 
 
 def test_page_on_runs_says_in_words_what_was_evaluated(tmp_path):
@@ -86,7 +86,7 @@ def test_page_on_runs_says_in_words_what_was_evaluated(tmp_path):
     assert (
         "- At most 7 documents of each task, drawn evenly over the labels (the paper: all)" in page
     )
-    assert "demonstration seed 42.\n" in page
+    assert "demonstration seeds: 42.\n" in page
     assert "0, 5 and 10 on repetition" in page
     assert "0 and 20 on four-way word sequences 1 and four-way word sequences 2.\n" in page
 
@@ -200,6 +200,22 @@ def test_every_work_of_the_bibliography_is_cited_where_the_book_argues_with_it()
         key for keys in re.findall(r"\{cite(?::t)?\}`([^`]+)`", text) for key in keys.split(",")
     }
     assert cited == set(parse_file(str(book_dir() / "references.bib")).entries)
+
+
+def test_front_page_quotes_what_became_of_the_predictions_on_the_highest_scores(tmp_path):
+    run = make_run(tmp_path, "one")
+    lines = ["- *Without the 8 highest scores \"more\" is lost than without any*: **held**.\n",
+             "- *Without the heads the model is less able*: **held**."]  # fmt: skip
+    output = {"output_type": "display_data", "data": {"text/markdown": lines}}
+    (run / "notebooks").mkdir()
+    (run / "notebooks" / "09_which_heads.ipynb").write_text(
+        json.dumps({"cells": [{"cell_type": "code", "outputs": [output]}]})
+    )
+    _, in_short = book_pages.claims_page([run])
+    assert lines[0].strip() in in_short
+    assert "less able" not in in_short
+    (run / "notebooks" / "09_which_heads.ipynb").unlink()
+    assert "which heads?" not in book_pages.claims_page([run])[1]
 
 
 def test_front_page_says_what_came_out_by_kind_and_counts_heads_first(tmp_path):

@@ -409,17 +409,21 @@ def effects_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def effects_said(table: pd.DataFrame) -> Said:
-    """Say how much each measure changes, and whether removal breaks copying and labels alone."""
-    said = []
+    """Say how much losses and gaps change, and whether removal breaks copying and labels alone.
+
+    The margins that the gaps are made of stand in the table.
+    """
+    said: dict[str, list[str]] = {}
     changes: dict[str, dict[str, tuple[dict[Any, Any], str]]] = {}
     for row in table.to_dict("records"):
         measure, task = row["measure"], row["task"]
         random = f"{row['random smallest']:+.2f} to {row['random largest']:+.2f}"
-        said.append(
-            f"{measure[:1].upper() + measure[1:]}{', ' + task_name(task) if task else ''}: "
-            f"{row['full model']:.2f} nats, {row['change']:+.2f} ({row['low']:+.2f} to "
-            f"{row['high']:+.2f}) without the heads, {random} without random sets."
-        )
+        if not measure.startswith("margin"):
+            said.setdefault(measure, []).append(
+                f"{task_name(task) + ' ' if task else ''}{row['full model']:.2f} nats, "
+                f"{row['change']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f}) without the "
+                f"heads, {random} without random sets"
+            )
         why = f"{row['change']:+.2f}, random sets {random}"
         changes.setdefault(measure, {})[task or measure] = row, why
 
@@ -427,7 +431,11 @@ def effects_said(table: pd.DataFrame) -> Said:
         rows = [item for measure in measures for item in changes.get(measure, {}).items()]
         return predicted(claim, {name: (sign(row), why) for name, (row, why) in rows}, of=of)
 
-    return said, [
+    lines = [
+        f"{measure[:1].upper() + measure[1:]}: {'; '.join(parts)}."
+        for measure, parts in said.items()
+    ]
+    return lines, [
         check("Tokens seen for the first time are predicted as well as without random sets",
               _as_random, "loss on random tokens", "loss on text", of="kinds of text"),
         check("Copies are predicted worse than without any random set",

@@ -37,8 +37,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-smollm2.txt
 run: setup
 	$(BIN)/icl run $(if $(PARAMETERS),-f $(PARAMETERS)) --model $(MODEL) --run-dir $(RUN)
 
-book: run
-	$(BIN)/icl book --runs $(dir $(RUN:/=)) --out _build $(BUNDLES)
+# The stages of the run and those of shipped runs go side by side.
+book: setup
+	$(BIN)/icl book $(if $(PARAMETERS),-f $(PARAMETERS)) --model $(MODEL) --run-dir $(RUN) \
+	  --runs $(dir $(RUN:/=)) --out _build $(BUNDLES)
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal

@@ -187,9 +187,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _book(args: argparse.Namespace) -> None:
     from icl_helpers.book.build import build_book, prepare_shipped
+    from icl_helpers.parameters import about
+    from icl_helpers.run.stages import execute_stages
 
+    asked = args.parameters or any(getattr(args, name) is not None for name, *_ in about())
+    live = _parameters(args) if asked else None
     if args.bundles is not None:
-        prepare_shipped(args.bundles, args.runs)
+        prepare_shipped(args.bundles, args.runs, live=live)
+    elif live is not None:
+        execute_stages(live)
     print(build_book(args.runs, args.out))
 
 
@@ -271,7 +277,10 @@ def _parser() -> argparse.ArgumentParser:
         loading.add_argument(
             "--trust-remote-code", action="store_true", help="run code from the model's repository"
         )
-    book = add("book", _book, "build the HTML book from the runs")
+    book = add(
+        "book", _book, "build the HTML book from the runs; with options of a run, run that too"
+    )
+    _add_run_options(book)
     book.add_argument("--runs", default="runs", help="directory of the runs (default runs)")
     book.add_argument("--out", default="_build", help="directory of the book (default _build)")
     book.add_argument(

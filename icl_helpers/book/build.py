@@ -52,7 +52,7 @@ from icl_helpers.files import (
     user_path,
     write_json,
 )
-from icl_helpers.parameters import read_parameters, stage_parameters
+from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
 from icl_helpers.redaction import check_leaks, redact
 from icl_helpers.results.notebook import DESCRIPTION
 from icl_helpers.run.bundle import import_bundle
@@ -80,13 +80,18 @@ class BookError(ICLError, RuntimeError):
 
 
 def prepare_shipped(
-    bundles: str | os.PathLike[str], runs: str | os.PathLike[str], *, seconds: float = 30
+    bundles: str | os.PathLike[str],
+    runs: str | os.PathLike[str],
+    *,
+    live: StageParameters | None = None,
+    seconds: float = 30,
 ) -> list[Path]:
     """Import every bundle below ``bundles``, execute its stages, and verify a sample of it.
 
-    The run of a bundle lies below ``runs`` under the bundle's name; where a run lies that was not
-    imported, that one stays. All verifications together take about ``seconds``; what they say is
-    kept in ``verification.json`` of each run, that the model is not here too. Return the runs.
+    Beside them go the stages of a run that is computed here, where ``live`` says which. The run of
+    a bundle lies below ``runs`` under the bundle's name; where a run lies that was not imported,
+    that one stays. All verifications together take about ``seconds``; what they say is kept in
+    ``verification.json`` of each run, that the model is not here too. Return the runs.
 
     Raises :class:`InputError` for a directory that is none, and for a damaged bundle.
     """
@@ -95,7 +100,8 @@ def prepare_shipped(
         raise InputError(f"{folder} is no directory of bundles")
     found = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     made: dict[Path, Path] = {}
-    jobs: list[Job] = []
+    jobs = [] if live is None else stage_jobs(live)
+    in_order = 0 if live is None or imported_dir(live.run_dir) is not None else len(jobs)
     for bundle in found:
         run = user_path(runs) / bundle.name
         if (run / "run.json").is_file() and imported_dir(run) is None:
@@ -104,7 +110,7 @@ def prepare_shipped(
         import_bundle(bundle, run)
         jobs += stage_jobs(stated_parameters(run))
         made[run] = bundle
-    execute_notebooks(jobs)
+    execute_notebooks(jobs, in_order=in_order)
     for run, bundle in made.items():
         write_json(run / "verification.json", _verified(bundle, seconds / len(made)))
     return list(made)

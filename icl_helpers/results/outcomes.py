@@ -485,10 +485,10 @@ def doubts(outcome: KindOutcome) -> list[str]:
     return lines
 
 
-def _by_seed(accuracies: Mapping[int, float]) -> str:
+def _by_seed(accuracies: Mapping[Any, float], what: str = "seeds ") -> str:
     """Word the accuracy at each seed."""
     values = listed([f"{accuracy:.0f}" for accuracy in accuracies.values()])
-    return f"{values} % (seeds {', '.join(map(str, accuracies))})"
+    return f"{values} % ({what}{', '.join(map(str, accuracies))})"
 
 
 def _condition(outcome: KindOutcome) -> str:
@@ -607,11 +607,11 @@ def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
-def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
+def training_seed_doubts(effect: pd.DataFrame, what: str = "Training seeds") -> list[str]:
     """Say on which tasks training seeds disagree: intervals lie apart, with different conclusions.
 
-    ``effect`` holds accuracies with intervals by ``training_seed``
-    (:func:`read_measurements`); each task is taken at its most examples.
+    ``effect`` holds accuracies with intervals by ``training_seed`` (:func:`read_measurements`), or
+    by names of ``what`` else was trained; each task is taken at its most examples.
     A conclusion is on which side of chance the interval lies, and on which of the full model's.
     """
     most = effect[effect["shots"] == effect.groupby(_ROW)["shots"].transform("max")]
@@ -628,8 +628,9 @@ def training_seed_doubts(effect: pd.DataFrame) -> list[str]:
         )
         if _disagree(concluded, ["side", "to_full"]):
             where = f"{task_name(str(task))} ({CONDITION_NAMES[str(condition)]})"
-            each = _by_seed(dict(zip(rows["training_seed"], rows["accuracy"], strict=True)))
-            lines.append(f"Training seeds, on all documents, disagree on {where}: {each}.")
+            accuracy = dict(zip(rows["training_seed"], rows["accuracy"], strict=True))
+            each = _by_seed(accuracy, "seeds " if what == "Training seeds" else "")
+            lines.append(f"{what}, on all documents, disagree on {where}: {each}.")
     return lines
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,28 +126,42 @@ def execute_notebooks(
 ) -> list[Path]:
     """:func:`execute_notebook` for several; return their targets.
 
-    The first ``in_order`` go one after another, the others as many at a time as there are
-    processors. Raises as that does, once those that have begun are through.
+    The first ``in_order`` go one after another, the others beside them, as many at a time as there
+    are processors left. Raises as that does, once those that have begun are through.
     """
     bar = tqdm(total=len(jobs), desc="stages", unit="notebook", disable=not progress)
-    with bar:
-        # In the main thread, where an interrupt reaches the kernel.
-        for job in jobs[:in_order]:
-            execute_notebook(*job)
-            bar.update()
-        _side_by_side(jobs[in_order:], bar)
+    workers = max(1, (os.cpu_count() or 1) - bool(in_order))
+    with bar, ThreadPoolExecutor(max_workers=workers) as pool, _one_thread(in_order < len(jobs)):
+        begun = [pool.submit(execute_notebook, *job) for job in jobs[in_order:]]
+        for beside in begun:
+            beside.add_done_callback(lambda _: bar.update())
+        try:
+            # In the main thread, where an interrupt reaches the kernel.
+            for job in jobs[:in_order]:
+                execute_notebook(*job)
+                bar.update()
+            for beside in as_completed(begun):
+                beside.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
     return [target for _, target, _ in jobs]
 
 
-def _side_by_side(jobs: Sequence[Job], bar: tqdm[Any]) -> None:
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        begun = [pool.submit(execute_notebook, *job) for job in jobs]
+@contextmanager
+def _one_thread(beside: bool) -> Iterator[None]:
+    """Have kernels that start inside compute with one thread each, if several are side by side.
+
+    Threads of two kernels that wait for each other take several times as long.
+    """
+    name = "OMP_NUM_THREADS"
+    if beside and name not in os.environ:
+        os.environ[name] = "1"
         try:
-            for done in as_completed(begun):
-                done.result()
-                bar.update()
+            yield
         finally:
-            pool.shutdown(cancel_futures=True)
+            del os.environ[name]
+    else:
+        yield
 
 
 def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import icl_helpers as icl
 from icl_helpers.book import build as book
 from icl_helpers.book import pages
 from icl_helpers.run.bundle import open_bundle
@@ -21,9 +22,10 @@ def executed(monkeypatch) -> list[str]:
     """Stand-ins for the stages, which test_bundle executes: a notebook each, nothing in it."""
     runs: list[str] = []
 
-    def execute(jobs):
+    def execute(jobs, *, in_order):
+        runs.extend(["in order"] * in_order)
         for notebook, target, _ in jobs:
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(notebook, target)
         runs.extend(dict.fromkeys(str(target.parents[1]) for _, target, _ in jobs))
 
@@ -54,6 +56,13 @@ def test_bundle_becomes_a_run_of_the_book_that_is_verified(bundles, tmp_path, ex
     assert f"{report['documents']:,} of {report['of_documents']:,}" in page
     # Once more: the run is there, and is verified again.
     assert book.prepare_shipped(bundles, runs, seconds=1) == [found]
+
+
+def test_stages_of_a_live_run_come_first_and_in_order(tmp_path, executed):
+    (tmp_path / "bundles").mkdir()
+    live = icl.stage_parameters(run_dir=str(tmp_path / "live"))
+    assert book.prepare_shipped(tmp_path / "bundles", tmp_path / "runs", live=live) == []
+    assert executed == ["in order"] * len(book.stage_notebooks()) + [str(tmp_path / "live")]
 
 
 @pytest.mark.slow

@@ -10,18 +10,19 @@ Example
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, heads_in_words
 from icl_helpers.results.comparison import count_induction_heads, published_head_scores
-from icl_helpers.results.outcomes import Span, range_in_words, task_kind
+from icl_helpers.results.outcomes import Span, listed, predicted, range_in_words, task_kind
 from icl_helpers.tasks.specs import get_task_spec
 
 __all__ = [
-    "effect_summary", "episode_sentences", "loss_sentences", "removal_sentences", "rise_counts",
-    "rise_sentences",
+    "effect_summary", "episode_sentences", "loss_sentences", "penalty_sentences",
+    "removal_sentences", "rise_counts", "rise_sentences",
 ]  # fmt: skip
 
 
@@ -137,6 +138,32 @@ def removal_sentences(measured: pd.DataFrame, *, level: float = 0.75) -> str:
             f"others; chance is 50 %."
         )
     return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def penalty_sentences(trained: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Say of trainings with and without the penalty how many induction heads there are, and where.
+
+    ``trained`` has the ``dynamics`` of each by what is said of it, that without the penalty last.
+    The prediction, that most heads of a layer do then, is judged by the layer that has most.
+    """
+    said, highest = [], 0.0
+    for name, measured in trained.items():
+        scores = measured[measured["measure"] == "prefix_score"]
+        last = scores[scores["step"] == scores["step"].max()]
+        layers = (last["value"] >= SCORE_THRESHOLD).groupby(last["layer"])
+        counts, highest = layers.sum(), float(layers.mean().max())
+        where = [
+            f"{count} of the {size} of layer {layer}"
+            for (layer, count), size in zip(counts.items(), layers.size(), strict=True)
+            if count
+        ]
+        said.append(
+            f"{name} {counts.sum()} of {len(last)} heads end at 0.3 or more, the best at "
+            f"{last['value'].max():.2f}: {listed(where) or 'none'}."
+        )
+    claim = "Without the penalty most heads of a layer become induction heads"
+    sign = 1 if highest > 0.5 else -1
+    return [*said, predicted(claim, {"": (sign, f"at most {100 * highest:.0f} % of a layer")})]
 
 
 _EFFECT = {

@@ -1,0 +1,77 @@
+"""Notebooks side by side: those in order one after another, the others beside them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from icl_helpers.run import stages
+
+
+def job(name: str) -> stages.Job:
+    return Path(name), Path(f"{name}-done"), {}
+
+
+def test_notebooks_in_order_do_not_wait_for_those_beside_them(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    log, first_began, beside_ended = [], threading.Event(), threading.Event()
+
+    def execute(notebook, *_):
+        log.append(f"{notebook.name} begins with {os.environ.get('OMP_NUM_THREADS')}")
+        if notebook.name == "first":
+            first_began.set()
+            # Ends only after one that is to go beside it has.
+            assert beside_ended.wait(30)
+        elif notebook.name == "beside":
+            assert first_began.wait(30)
+            beside_ended.set()
+        log.append(f"{notebook.name} ends")
+
+    monkeypatch.setattr(stages, "execute_notebook", execute)
+    jobs = [job("first"), job("second"), job("beside")]
+    targets = stages.execute_notebooks(jobs, in_order=2, progress=False)
+    assert [path.name for path in targets] == ["first-done", "second-done", "beside-done"]
+    assert log.index("first ends") < log.index("second begins with 1")
+    assert "beside begins with 1" in log
+    assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_kernels_that_go_one_by_one_use_every_processor(monkeypatch):
+    limited: list[bool] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(
+        stages, "execute_notebook", lambda *_: limited.append("OMP_NUM_THREADS" in os.environ)
+    )
+    stages.execute_notebooks([job("one"), job("two")], in_order=2, progress=False)
+    assert limited == [False, False]
+
+
+def test_notebook_that_fails_stops_those_that_have_not_begun(monkeypatch):
+    begun = []
+
+    def execute(notebook, *_):
+        begun.append(notebook.name)
+        if notebook.name == "first":
+            raise stages.StageError("first failed")
+
+    monkeypatch.setattr(stages, "execute_notebook", execute)
+    with pytest.raises(stages.StageError, match="first failed"):
+        stages.execute_notebooks([job("first"), job("second")], in_order=2, progress=False)
+    assert begun == ["first"]
+
+
+def test_failure_beside_is_raised_when_those_in_order_are_through(monkeypatch):
+    begun = []
+
+    def execute(notebook, *_):
+        begun.append(notebook.name)
+        if notebook.name == "beside":
+            raise stages.StageError("beside failed")
+
+    monkeypatch.setattr(stages, "execute_notebook", execute)
+    with pytest.raises(stages.StageError, match="beside failed"):
+        stages.execute_notebooks([job("first"), job("beside")], in_order=1, progress=False)
+    assert sorted(begun) == ["beside", "first"]

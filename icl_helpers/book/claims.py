@@ -444,9 +444,13 @@ def _level_claim(
     def judge(evidence: Evidence) -> Finding:
         outcomes = evidence.outcomes(False, "mean", "larger", shots)
         found = [it for it in outcomes if it.condition == condition]
+        stuck = [_name(it) for it in found if shots == "none" and it.level == "one label"]
+        seen = [it for it in found if _name(it) not in stuck]
         return _finding(
-            [(_level(it), holds(it), against(it) and not holds(it)) for it in found],
-            "" if found else "no abstract task was run so",
+            [(_level(it), holds(it), against(it) and not holds(it)) for it in seen],
+            _left_out(stuck, "one label for nearly all documents gives chance by itself")
+            if found
+            else "no abstract task was run so",
         )
 
     return judge
@@ -473,7 +477,7 @@ def _falls_to_chance(evidence: Evidence) -> Finding:
         if near and not _costs(task):
             left.append(_name(task))
         else:
-            seen.append((_level(task), near, not near))
+            seen.append((_level(task) + _skill(evidence, task, False), near, not near))
     why = "" if tasks else _why_none(evidence)
     return _finding(
         seen,

@@ -42,6 +42,7 @@ from icl_helpers.results.comparison import compare_runs, overlay, published_name
 from icl_helpers.results.figures import accuracy_bars, bars_alt
 from icl_helpers.results.outcomes import (
     KindOutcome,
+    headline,
     kind_outcomes,
     listed,
     removal_caption,
@@ -144,10 +145,13 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
         [f"[{claim.text}](#claim-{claim.name})", *(findings[run].verdict for run in runs)]
         for claim, findings in judged
     ]
-    counts = {}
-    for run in runs:
-        verdicts = [findings[run].verdict for _, findings in judged]
-        counts[run] = listed([f"{verdicts.count(it)} {it}" for it in VERDICTS if it in verdicts])
+    counts, weights = {}, [run_info(run).get("fingerprint") for run in runs]
+    for run, model in zip(runs, weights, strict=True):
+        # What an earlier run of the same weights says of the scores counts once.
+        known = weights.index(model) < runs.index(run) and model is not None
+        of_run = [found[run].verdict for claim, found in judged if claim.stage > 1 or not known]
+        counts[run] = listed([f"{of_run.count(it)} {it}" for it in VERDICTS if it in of_run])
+        counts[run] += " (the scores of the heads are those of the run before)" * known
     page = _page(
         "claims", judged=judged, runs=runs, titles=titles, counts=counts,
         stages={run: _stage_pages(shown_stages(run)) for run in runs},
@@ -168,7 +172,8 @@ def _predictions(run: Path) -> list[str]:
     """Quote from a run's stage 9 what became of its predictions on the highest scores."""
     path = run / "notebooks" / "09_which_heads.ipynb"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    quoted = re.findall(r'"- \*Without the \d+ highest(?:[^"\\]|\\.)*"', text)
+    claims = r"(?:Without the (?:\d+ )?highest|A head with a higher)"
+    quoted = re.findall(rf'"- \*{claims}(?:[^"\\]|\\.)*"', text)
     return [json.loads(line).strip() for line in quoted]
 
 
@@ -179,26 +184,29 @@ def _stage_pages(stages: Sequence[Path]) -> dict[int, str]:
 def report_page(runs: Sequence[Path], verdicts: str) -> str:
     """Report on one page: scope, method, cost, and where each claim is computed."""
     infos, titles = {run: run_info(run) for run in runs}, run_titles(runs)
-    first = infos[runs[0]]
-    tokens = stage_tokens(Plan.of_run(first).parameters)
-    pages = _stage_pages(shown_stages(runs[0]))
+    tokens = {run: stage_tokens(Plan.of_run(info).parameters) for run, info in infos.items()}
+    pages = {run: _stage_pages(shown_stages(run)) for run in runs}
     rows = []
     for claim in claims():
-        millions = f"{tokens[claim.stage] / 1e6:.1f}" if claim.stage in tokens else ""
-        rows.append({**vars(claim), "page": pages.get(claim.stage), "tokens": millions})
+        run = next((it for it in runs if claim.stage in pages[it]), runs[0])
+        amount = tokens[run].get(claim.stage)
+        file = f"notebooks/parameters/{run.name}.yaml"
+        known = (project_root() / file).is_file()
+        rows.append({
+            **vars(claim), "page": pages[run].get(claim.stage), "slug": run_slug(run),
+            "tokens": "" if amount is None else f"{amount / 1e6:.1f}",
+            "options": f"-f {file}" if known else f"--model {shown_name(infos[run]['model'])}",
+            "hardware": infos[run].get("device", "?"),
+        })  # fmt: skip
     costs = []
     for run, info in infos.items():
-        whole = sum(stage_tokens(Plan.of_run(info).parameters).values())
         where = f"{info.get('device', '?')} ({info.get('machine', '?')})"
-        costs.append(f"{titles[run]}: about {whole / 1e6:.0f} million tokens, made on {where}")
-    file = f"notebooks/parameters/{runs[0].name}.yaml"
-    known = (project_root() / file).is_file()
+        whole = sum(tokens[run].values()) / 1e6
+        costs.append(f"{titles[run]}: about {whole:.0f} million tokens, made on {where}")
     return _page(
         "report", models=listed(list(titles.values())), verdicts=verdicts, rows=rows,
         costs=". ".join(costs) + ". Tokens are an estimate for a run from nothing.",
-        slug=run_slug(runs[0]), title=titles[runs[0]],
-        options=f"-f {file}" if known else f"--model {shown_name(first['model'])}",
-        hardware=f"{first.get('device', '?')}, {first.get('machine', '?')}",
+        title=titles[runs[0]],
     )  # fmt: skip
 
 
@@ -275,6 +283,7 @@ def _set_up(run: Path) -> dict[str, Any]:
         **vars(plan.parameters), "tasks": {it: listed(names) for it, names in tasks.items()},
         "drawn": list({plan.sampling(task) for task in shots}), "instruct": _model(run) == SMOLLM2,
         "positions": min(plan.parameters.positions or PAPER_POSITIONS, context),
+        "text": plan.tasks("nlp_tasks"),
         "closely": listed([task_name(prompts.task) for prompts in plan.analysis_sets()]),
         "seeds": listed(list(map(str, plan.parameters.seeds))),
     }  # fmt: skip
@@ -436,7 +445,7 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     """Draw the front page's figure into ``staged/_static``; return what is inserted into prose.
 
     Its numbers are those of the first run. Keys: model, model_described, size, origin, answer,
-    doubts, figure, runs_here, stages, viewer, about_model.
+    outcome, doubts, figure, runs_here, stages, viewer, about_model.
     """
     run = runs[0]
     info, titles, sizes = run_info(run), run_titles(runs), {run: _size(run) for run in runs}
@@ -444,8 +453,11 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     results = abstract_results(run_table(run, "results", "tasks"))
     documents = run_table(run, "documents", None)
     outcomes = kind_outcomes(documents)
-    n_heads = sizes[run][0]
-    heads = heads_in_words(max(it.fraction for it in outcomes) or 1.0, n_heads)
+    n_heads, heads = sizes[run][0], _removed(run, outcomes)
+    others = {it: kind_outcomes(run_table(it, "documents", None)) for it in runs[1:]}
+    said = {
+        it: headline(of, heads=_removed(it, of)) for it, of in [(run, outcomes), *others.items()]
+    }
     (staged / "_static" / "narrow").mkdir(parents=True, exist_ok=True)
     for narrow, file in ((False, "front.png"), (True, "narrow/fig-front.png")):
         figure = accuracy_bars(results, ablations=_FIGURE, n_heads=n_heads, narrow=narrow)
@@ -464,8 +476,10 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
         ),
         "doubts": _page("doubts", doubts=seed_doubts(outcomes, model=name)),
         "figure": _page("figure", **parameters | {"model": name}, alt=alt, heads=heads),
+        "outcome": said[run],
         "runs_here": "\n".join(
-            f"- [{titles[it]}](run/{run_slug(it)}/{RESULTS}), {sizes[it][1]}" for it in runs
+            f"- [{titles[it]}](run/{run_slug(it)}/{RESULTS}), {sizes[it][1]}. {said[it]}"
+            for it in runs
         ),
         "stages": str(len(stage_notebooks())),
         "viewer": f"[attention viewer](run/{run_slug(run)}/{_VIEWER})",
@@ -474,6 +488,10 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
             + [_page("embedded", model=it) for it in embedded]
         ),
     }  # fmt: skip
+
+
+def _removed(run: Path, outcomes: Sequence[KindOutcome]) -> str:
+    return heads_in_words(max(it.fraction for it in outcomes) or 1.0, _size(run)[0])
 
 
 _COLUMNS = {

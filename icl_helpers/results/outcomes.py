@@ -414,7 +414,7 @@ def findings(outcome: KindOutcome, *, brief: bool = False) -> list[str]:
     remarks = pd.DataFrame(
         [_remarks(task) for task in outcome.tasks],
         index=[task_name(task.task) for task in outcome.tasks],
-    )
+    ).eq(True)
     for text, holds in remarks.items():
         if holds.any() and not (brief and text == _BELOW_FULL):
             on = "" if holds.all() else f" on {listed(list(holds.index[holds]))}"
@@ -431,7 +431,15 @@ _BELOW_FULL = "distinguishably below the full model"
 def _remarks(task: TaskOutcome) -> dict[str, bool]:
     """Say what holds of a task, in the order of a sentence."""
     to_full = None if task.to_full is None else task.to_full.sign
-    signs = {gap.sign for gap in task.differences if gap.against == "random_heads"}
+    gaps = [gap for gap in task.differences if gap.against == "random_heads"]
+    signs = {gap.sign for gap in gaps}
+    # Where only one control is told apart, which.
+    one = {
+        f"distinguishably {'below' if gap.sign < 0 else 'above'} the {gap.control} random control "
+        f"alone": True
+        for gap in gaps
+        if gap.sign and len(signs) > 1
+    }
     return {
         "below chance": task.level == "below chance",
         "not distinguishable from chance": task.level == "at chance",
@@ -442,8 +450,7 @@ def _remarks(task: TaskOutcome) -> dict[str, bool]:
         "not distinguishable from the full model": to_full == 0,
         "distinguishably below the random control": signs == {-1},
         "distinguishably above the random control": signs == {1},
-        "distinguishably below one random control and not the other": signs > {-1},
-        "distinguishably above one random control and not the other": signs > {1},
+        **one,
     }
 
 
@@ -654,5 +661,12 @@ def predicted(text: str, tasks: Mapping[str, tuple[int, str]], *, of: str = "tas
     counts = "all" if held == len(signs) else f"{held} of"
     said = [f"on {counts} {len(signs)} {of}"] if held and len(signs) > 1 else []
     said = [f"on both {of}"] if held == len(signs) == 2 else said
-    said += [f"{name}: {listed(names)}" for name, names in seen.items() if names]
-    return f"*{text}*: **{word}**{', ' if said else ''}{'; '.join(said)}."
+    # Of which tasks an outcome is needs saying where there are several outcomes.
+    several = held > 0 or all(seen.values())
+    said += [
+        f"{name}: {listed(names)}" if several else listed(names)
+        for name, names in seen.items()
+        if names
+    ]
+    link = ": " if said and not several else ", " if said else ""
+    return f"*{text}*: **{word}**{link}{'; '.join(said)}."

@@ -84,7 +84,8 @@ def test_page_on_runs_shows_versions_and_seconds_of_each(tmp_path):
 def test_page_on_runs_says_in_words_what_was_evaluated(tmp_path):
     page = book_pages.runs_page([make_run(tmp_path, "one")])
     assert (
-        "- At most 7 documents of each task, drawn evenly over the labels (the paper: all)" in page
+        "- At most 7 documents of each task, drawn as evenly over the labels as there are documents (the paper: all)"
+        in page
     )
     assert "demonstration seeds: 42.\n" in page
     assert "0, 5 and 10 on repetition" in page

@@ -49,13 +49,21 @@ def test_no_verdict_is_typed():
 
 def test_a_run_like_the_papers_reproduces_its_claims():
     found = verdicts(evidence(made_up(dict.fromkeys(TASKS, (90, 51, 51, 88)))))
-    for name in ("few-heads", "best-head", "zero-shot-chance", "few-shot", "three-percent",
-                 "random-control", "near-chance", "knockout", "knockout-as-removal"):  # fmt: skip
+    for name in ("few-heads", "best-head", "few-shot", "three-percent", "random-control",
+                  "near-chance", "knockout", "knockout-as-removal"):  # fmt: skip
         assert found[name] == "reproduced", name
     # One share of heads, one kind of removal, one number of examples, no text, no attention.
     for name in ("one-percent", "more-heads", "more-examples", "zero-ablation", "zero-as-mean",
                  "strict-control", "text-removal", "text-benefit", "looks-at-labels"):  # fmt: skip
         assert found[name] == "not testable here", name
+
+
+def test_one_label_for_all_documents_is_no_evidence_of_chance_without_examples():
+    documents = made_up(dict.fromkeys(TASKS, (90, 51, 51, 88)))
+    assert verdicts(evidence(documents))["zero-shot-chance"] == "not testable here"
+    few = documents[(documents["condition"] != "full") | (documents["shots"] > 0)]
+    spread = [rows(task, ("full", "none"), 50, shots=0) for task in TASKS]
+    assert verdicts(evidence(pd.concat([few, *spread])))["zero-shot-chance"] == "reproduced"
 
 
 def test_tasks_that_behave_in_opposite_ways_are_partly():

@@ -146,12 +146,12 @@ def penalty_sentences(trained: Mapping[str, pd.DataFrame]) -> list[str]:
     ``trained`` has the ``dynamics`` of each by what is said of it, that without the penalty last.
     The prediction, that most heads of a layer do then, is judged by the layer that has most.
     """
-    said, highest = [], 0.0
+    said, share = [], pd.Series([0.0])
     for name, measured in trained.items():
         scores = measured[measured["measure"] == "prefix_score"]
         last = scores[scores["step"] == scores["step"].max()]
         layers = (last["value"] >= SCORE_THRESHOLD).groupby(last["layer"])
-        counts, highest = layers.sum(), float(layers.mean().max())
+        counts, share = layers.sum(), layers.mean()
         where = [
             f"{count} of the {size} of layer {layer}"
             for (layer, count), size in zip(counts.items(), layers.size(), strict=True)
@@ -162,8 +162,8 @@ def penalty_sentences(trained: Mapping[str, pd.DataFrame]) -> list[str]:
             f"{last['value'].max():.2f}: {listed(where) or 'none'}."
         )
     claim = "Without the penalty most heads of a layer become induction heads"
-    sign = 1 if highest > 0.5 else -1
-    return [*said, predicted(claim, {"": (sign, f"at most {100 * highest:.0f} % of a layer")})]
+    sign, why = 1 if share.max() > 0.5 else -1, f"{100 * share.max():.0f} % of its heads"
+    return [*said, predicted(claim, {f"layer {share.idxmax()}": (sign, why)})]
 
 
 _EFFECT = {

@@ -8,6 +8,8 @@ Example
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
@@ -108,22 +110,34 @@ def family_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def family_said(table: pd.DataFrame, removed: int) -> Said:
-    """Say what either family costs at the most heads up to ``removed``, and which costs more."""
+def family_said(table: pd.DataFrame, removed: int, kept: Sequence[Head] = ()) -> Said:
+    """Say what either family costs at the most heads up to ``removed``, and which costs more.
+
+    ``kept`` are induction heads that stay, as they are among the best of the other family.
+    """
     said, tasks = [], {}
     largest = table[table["heads"] <= removed].groupby("task", sort=False).tail(1)
     for row in largest.to_dict("records"):
-        more = row["difference"]
+        more, induction, vectors = (row[name] for name in ("difference", *FAMILIES))
+        # Where removal adds to the margin nothing is lost that could be more.
+        sign = int(more.low > 0 < vectors.low) - int(more.high < 0 < induction.low)
         which = (
-            "function-vector heads cost more, by the interval over documents" if more.low > 0
-            else "induction heads cost more, by the interval over documents" if more.high < 0
-            else "which of the two cost more is not decided"
+            "neither is shown to cost anything" if max(vectors.low, induction.low) <= 0
+            else "which of the two cost more is not decided" if not sign
+            else f"{'function-vector' if sign > 0 else 'induction'} heads cost more, by the "
+            f"interval over documents"
         )  # fmt: skip
         said.append(
             f"{_title(row['task'])}, {row['heads']} heads removed, nats of margin lost: induction "
-            f"{_bounds(row[FAMILIES[0]])}, function vectors {_bounds(row[FAMILIES[1]])}; {which}."
+            f"{_bounds(induction)}, function vectors {_bounds(vectors)}; {which}."
         )
-        tasks[row["task"]] = side(more.low, more.high), f"difference {_bounds(more)}"
+        tasks[row["task"]] = sign, f"difference {_bounds(more)}"
+    if kept:
+        said.append(
+            f"Kept in this comparison, since they are among the best {100 * EXCLUDED:.0f} % for "
+            f"function vectors: {listed(list(map(str, kept)))}. Stage 9 removes them too: where it "
+            f"loses more, these heads make the difference."
+        )
     claim = "Removing function-vector heads costs more margin than removing as many induction heads"
     return said, [predicted(claim, tasks)]
 
@@ -164,7 +178,7 @@ def circuit_table(frame: pd.DataFrame, n_heads: int) -> pd.DataFrame:
     ``frame`` is ``families_measured.circuits``. ``behaves``: the score is 0.3
     or more; ``copies``: more than half of the eigenvalues are positive; ``raises``: the direct
     logit effect on repeats is positive; ``composes``: removing the earlier previous-token heads
-    takes half of the score, and more than removing as many others; ``both``: all of these.
+    takes half of the score, and removing as many others does not; ``both``: all of these.
     ``within``: the head is among the best 1 % or 3 %.
     """
     composes = frame["together"] >= _COMPOSES * frame["prefix"]
@@ -172,7 +186,7 @@ def circuit_table(frame: pd.DataFrame, n_heads: int) -> pd.DataFrame:
         {
             "behaves": frame["prefix"] >= SCORE_THRESHOLD, "copies": frame["copying"] > _COPIES,
             "raises": frame["logit"] > 0,
-            "composes": composes & (frame["together"] > frame["control"]),
+            "composes": composes & (frame["control"] < _COMPOSES * frame["prefix"]),
         }
     )  # fmt: skip
     shares = ["1 %"] * head_count(n_heads, 0.01)
@@ -190,26 +204,28 @@ def circuit_said(table: pd.DataFrame) -> Said:
     words = {
         "behaves": "with a score of 0.3 or more", "copies": "copying by the weights",
         "raises": "raising the logit of what followed",
-        "composes": "losing half of the score without the previous-token heads",
+        "composes": "losing half of the score without the previous-token heads, and not without "
+        "as many others",
     }  # fmt: skip
     said = []
-    for name, part in (("1 %", table[table["within"] == "1 %"]),
-                       ("3 %", table[table["within"] != "more"]),
-                       (f"{len(table)} heads that the run removes", table)):  # fmt: skip
+    first, second = table[table["within"] == "1 %"], table[table["within"] != "more"]
+    named = [("best 1 %", first), ("best 3 %", second)]
+    named += [("heads that the run removes", table)] * (len(second) < len(table))
+    for name, part in named:
         counts = [f"{int(part[test].sum())} {word}" for test, word in words.items()]
         passed = _named(part[part["both"]])
         said.append(
-            f"Of the best {name} ({len(part)}), {', '.join(counts)}; all of these: "
+            f"Of the {name} ({len(part)}), {', '.join(counts)}; all of these: "
             f"{listed(passed) if passed else 'none'}"
         )
     best = table[table["behaves"]]
     failed = _named(best[~best["both"]])
     word = verdict(best["both"].tolist() or [False], [len(best) > 0])
     of = f"{len(best) - len(failed) or 'none'} of {len(best)} heads" if len(best) else "no head"
-    but = f"; not of {listed(failed)}" if failed else ""
+    but = f"; not for {listed(failed)}" if failed else ""
     return [f"Behaviour and mechanism: {'. '.join(said)}."], [
         f"*Heads that score 0.3 or more copy, by weights and by logits, and lose half of their "
-        f"score with the earlier previous-token heads*: **{word}**, of {of}{but}."
+        f"score with the earlier previous-token heads alone*: **{word}**, for {of}{but}."
     ]
 
 
@@ -283,6 +299,7 @@ def repair_said(table: pd.DataFrame) -> Said:
             f"{_title(row['task'])}, nats of margin lost without the heads: directly "
             f"{_bounds(row['direct'])}, in all {_bounds(row['total'])}; {what}."
         )
-        sign = -side(later.low, later.high) if row["direct"].low > 0 else 0
+        repaired = later.high < 0 < row["direct"].low
+        sign = int(repaired) - int(later.low > 0)
         tasks[row["task"]] = sign, f"later layers {_bounds(later)}"
     return said, [predicted("Later layers repair part of the direct loss", tasks)]

@@ -100,6 +100,12 @@ def family_sets(
     return sets
 
 
+def _kept(run: Any) -> list[Head]:
+    """Induction heads of the run that are among the best of the other family."""
+    best = top_heads(function_vectors(run), EXCLUDED)
+    return [head for head in run.induction_heads() if head in best]
+
+
 def _sets(run: Any) -> list[ChosenHeads]:
     counts = doses(len(run.induction_heads()), run.n_heads)
     return [
@@ -309,7 +315,9 @@ def what_came_out(run: Any) -> str:
                 run.prefix_scores().mean(0), function_vectors(run), run.plan.fractions
             )
         ),
-        lambda: families.family_said(families.family_table(family_removals(run)), removed),
+        lambda: families.family_said(
+            families.family_table(family_removals(run)), removed, _kept(run)
+        ),
         lambda: families.loss_said(families.loss_table(token_losses(run)), removed),
         lambda: families.circuit_said(families.circuit_table(circuits(run), run.n_heads)),
         lambda: families.text_said(families.text_table(natural_text(run))),

@@ -121,11 +121,15 @@ def dose_said(table: pd.DataFrame, removed: int) -> Said:
             else f"with {listed([str(count) for count in counts])} heads removed"
         )  # fmt: skip
         largest = part.iloc[-1]
-        sets = part.loc[part["heads"].isin(counts or part["heads"]), "random sets"].min()
+        sets = part.loc[part["heads"].isin(counts), "random sets"].min()
         said.append(
             f"{_name(task)}: {when} the heads of highest score cost more margin than all "
-            f"{sets} random sets of the same layers (p = 1/{sets + 1}, uncorrected) and than "
-            f"nothing. {largest['heads']} heads cost {largest['loss']:+.1f} nats "
+            + (
+                f"{sets} random sets of the same layers (p = 1/{sets + 1}, uncorrected)"
+                if counts
+                else "random sets of the same layers"
+            )
+            + f" and than nothing. {largest['heads']} heads cost {largest['loss']:+.1f} nats "
             f"({largest['low']:+.1f} to {largest['high']:+.1f}), the random sets at most "
             f"{largest['random largest']:+.1f}, the {largest['heads']} of lowest score, which may "
             f"lie in other layers, {largest['lowest']:+.1f}."
@@ -139,10 +143,11 @@ def dose_said(table: pd.DataFrame, removed: int) -> Said:
             f"to {row['more high']:+.1f}",
         )
     heads = int(table.loc[table["heads"] <= removed, "heads"].max())
-    claim = f"Without the {heads} highest scores more margin is lost than without"
+    best, worst = (f"{heads} {it}" if heads > 1 else it for it in ("highest", "lowest"))
+    claim = f"Without the {best} score{'s'[: heads - 1]} more margin is lost than without"
     return said, [
         predicted(f"{claim} any of the random sets", random),
-        predicted(f"{claim} the {heads} lowest, in whatever layers", lowest),
+        predicted(f"{claim} the {worst}, in whatever layers", lowest),
     ]
 
 

@@ -177,3 +177,26 @@ def test_effect_of_training_is_summed_up_by_kind_and_never_over_opposite_tasks()
     assert found["words, two labels, without induction heads"] == "1 to 6"
     assert found["words, two labels, pattern blocked"] == "50"
     assert found["no examples, moved by removal at most"] == "3.5"
+
+
+def test_model_card_says_how_many_induction_heads_there_are_without_the_penalty():
+    measured = read_measurements("no-penalty-dynamics")
+    said, prediction = dynamics.penalty_sentences({"Without it": measured})
+    assert said.startswith("Without it 7 of 64 heads end at 0.3 or more, the best at 0.96: ")
+    assert said.endswith(": 7 of the 16 of layer 3.")
+    assert prediction.endswith("**did not hold**: layer 3 (44 % of its heads).")
+    card = (embedded_dir() / "icl-tiny" / "README.md").read_text()
+    assert "seven of the last layer's sixteen\nend at 0.3 or more, in place of four" in card
+    assert f"(at {measured['step'].nunique()} saved steps)" in card
+
+
+def test_prediction_on_the_penalty_holds_where_most_heads_of_a_layer_do_induction():
+    measured = pd.DataFrame(
+        {"measure": "prefix_score", "step": [0] * 4 + [9] * 4, "layer": [0, 0, 1, 1] * 2,
+         "head": [0, 1] * 4, "value": [0.0] * 4 + [0.1, 0.1, 0.9, 0.5]}
+    )  # fmt: skip
+    said, prediction = dynamics.penalty_sentences({"Without it": measured})
+    assert said == (
+        "Without it 2 of 4 heads end at 0.3 or more, the best at 0.90: 2 of the 2 of layer 1."
+    )
+    assert prediction.endswith("become induction heads*: **held**.")

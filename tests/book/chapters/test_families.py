@@ -81,6 +81,16 @@ def test_families_are_compared_on_the_same_documents():
     assert "; contradicted: recursion (difference -2.00" in said
 
 
+def test_a_family_whose_removal_adds_to_the_margin_costs_no_more_than_the_other():
+    frame = removals("repetition", {"induction": -3, "function vectors": -1})
+    (sentence, kept), (said,) = outcomes.family_said(
+        outcomes.family_table(frame), 5, [icl.Head(18, 6)]
+    )
+    assert sentence.endswith("neither is shown to cost anything.")
+    assert "**was not shown**: repetition (difference +2.00" in said
+    assert "best 2 % for function vectors: 18.6. Stage 9 removes them too" in kept
+
+
 @pytest.mark.parametrize(
     ("gain", "induction", "vectors", "word"),
     [
@@ -112,9 +122,9 @@ def circuit(**changes) -> dict:
 @pytest.mark.parametrize(
     ("changes", "fails"),
     [
-        ({}, None), ({"prefix": 0.2}, "behaves"), ({"copying": 0.4}, "copies"),
+        ({}, None), ({"prefix": 0.2, "control": 0.0}, "behaves"), ({"copying": 0.4}, "copies"),
         ({"logit": -0.1}, "raises"), ({"together": 0.4}, "composes"),
-        ({"control": 0.85}, "composes"),
+        ({"control": 0.85}, "composes"), ({"control": 0.5}, "composes"),
     ],
 )  # fmt: skip
 def test_a_head_passes_where_behaviour_and_every_step_of_the_mechanism_do(changes, fails):
@@ -131,9 +141,9 @@ def test_circuits_are_summed_up_by_share_of_the_heads():
     assert table["within"].tolist() == ["1 %", "3 %", "more", "more"]
     (said,), (verdict,) = outcomes.circuit_said(table)
     assert "best 3 % (2), 2 with a score of 0.3 or more, 1 copying by the weights, 2 rais" in said
-    assert "**held in part**, of 1 of 4 heads; not of 1.1, 1.2 and 1.3" in verdict
+    assert "**held in part**, for 1 of 4 heads; not for 1.1, 1.2 and 1.3" in verdict
     low = outcomes.circuit_table(frame.assign(prefix=0.1), 64)
-    assert "**was not shown**, of no head." in outcomes.circuit_said(low)[1][0]
+    assert "**was not shown**, for no head." in outcomes.circuit_said(low)[1][0]
 
 
 def test_text_patterns_are_held_against_their_control():
@@ -156,6 +166,7 @@ def test_text_patterns_are_held_against_their_control():
     [
         (3, 1, "later layers repair part of it.", "held"),
         (1, 3, "later layers add to the loss.", "did not hold"),
+        (-1, 3, "later layers add to the loss.", "did not hold"),
         (2, 2, "what later layers change is not distinguishable from nothing.", "was not shown"),
         (-1, -3, "later layers add to a margin not shown to be lost directly.", "was not shown"),
         # A mean above zero is no loss while its interval holds zero.

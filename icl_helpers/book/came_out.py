@@ -12,6 +12,7 @@ Example
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,12 +35,15 @@ from icl_helpers.results.outcomes import (
     range_in_words,
     seed_doubts,
     task_kind,
+    task_name,
     tasks_under,
 )
 from icl_helpers.results.tables import published_gaps, published_rows, range_of_gaps
 from icl_helpers.results.viewer import PromptView, looks_in_words, query_followers, query_word
+from icl_helpers.run.plan import GROUPS
+from icl_helpers.tasks.specs import get_task_spec
 
-__all__ = ["in_short", "measured_section", "section", "what_came_out"]
+__all__ = ["in_short", "measured_section", "not_above_chance", "section", "what_came_out"]
 
 
 class _Parts(NamedTuple):
@@ -105,7 +109,8 @@ def section(
         for title, lines in parts.items()
         if lines
     ]
-    return "\n\n".join(blocks)
+    # What rounds to nothing has no sign.
+    return re.sub(r"(?<![\d.])-(0\.0+)(?!\d)", r"+\1", "\n\n".join(blocks))
 
 
 def measured_section(
@@ -126,6 +131,23 @@ def measured_section(
         said += sentences
         predictions += verdicts
     return section(paper, said, [*sure, *dict.fromkeys(missing)], predictions=predictions)
+
+
+def not_above_chance(run: Any, tasks: Sequence[str]) -> list[str]:
+    """Say on which of these tasks the full model is not above chance, with the most examples."""
+    documents = pd.concat([run.documents(group) for group in GROUPS], ignore_index=True)
+    full = documents[(documents["condition"] == "full") & documents["task"].isin(list(tasks))]
+    low = [
+        task_name(it.task)
+        for it in tasks_under(_outcomes(full), "full")
+        if it.level != "above chance" and it.labels == get_task_spec(it.task).default_labels
+    ]
+    if not low:
+        return []
+    return [
+        f"With the most examples the full model is not shown to be above chance, in accuracy, on "
+        f"{listed(low)}: what removal changes there is no loss of few-shot accuracy."
+    ]
 
 
 def in_short(run: Any) -> str:

@@ -187,3 +187,15 @@ def test_every_stage_judges_the_claims_that_it_measures():
     assert "about as much as removing the heads.* **Not reproduced** (in none of 4;" in blocked
     assert "Blocking" in came_out.what_came_out(made_up, 8)
     assert "Which claims hold" not in came_out.section(["p"], ["m"], ["s"])
+
+
+def test_what_rounds_to_nothing_has_no_sign():
+    text = came_out.section([], ["lost -0.0 nats (-0.04 to +0.00)", "layer 3-0.00"], [])
+    assert "lost +0.0 nats (-0.04 to +0.00)" in text
+
+
+def test_tasks_at_chance_are_named_beside_what_removal_changes_there():
+    made_up = MadeUpRun(run({"repetition": (98, 60, 50, 98), "recursion": (51, 50, 50, 50)}))
+    (line,) = came_out.not_above_chance(made_up, ["repetition", "recursion"])
+    assert "above chance, in accuracy, on recursion: what removal changes" in line
+    assert came_out.not_above_chance(made_up, ["repetition"]) == []

@@ -46,7 +46,7 @@ from icl_helpers.attention.interventions import (
     intervene,
 )
 from icl_helpers.attention.scores import prefix_matching_scores, random_sequences
-from icl_helpers.book.came_out import measured_section
+from icl_helpers.book.came_out import measured_section, not_above_chance
 from icl_helpers.book.chapters import families
 from icl_helpers.book.chapters.families import CONTROL, EXCLUDED, FAMILIES, PATTERNS
 from icl_helpers.evaluation.cells import CellGroup
@@ -323,7 +323,9 @@ def what_came_out(run: Any) -> str:
         lambda: families.text_said(families.text_table(natural_text(run))),
         lambda: families.repair_said(families.repair_table(repair(run))),
     ]
+    tasks = [prompts.task for prompts in run.plan.analysis_sets()]
     sure = [
+        *not_above_chance(run, [*tasks, *run.plan.tasks("nlp_tasks")]),
         f"At most {run.parameters.analysis_limit} documents a task and one demonstration seed: "
         f"intervals are over documents (or texts) alone. In the comparison of families the best "
         f"{100 * EXCLUDED:.0f} % of either are kept out of the other.",

@@ -27,7 +27,7 @@ from icl_helpers.analysis.measured import (
     single_heads,
 )
 from icl_helpers.attention.heads import Head, heads_in_words
-from icl_helpers.book.came_out import measured_section
+from icl_helpers.book.came_out import measured_section, not_above_chance
 from icl_helpers.evaluation.store import keyed
 from icl_helpers.results.outcomes import (
     CONDITION_NAMES,
@@ -283,13 +283,14 @@ def what_came_out(run: Any) -> str:
             stability_table(run.prefix_scores(), run.plan.fractions, run.n_heads)
         ),
     ]
-    number = len(run.plan.analysis_sets())
+    tasks = [prompts.task for prompts in run.plan.analysis_sets()]
+    number = len(tasks)
     sure = (
         f"At most {run.parameters.analysis_limit} documents "
         f"{f'of each of {number} tasks' if number > 1 else 'of one task'} and one demonstration "
         f"seed: intervals are over documents alone, and other demonstrations are not tried here."
     )
-    return measured_section([_PAPER], parts, [sure])
+    return measured_section([_PAPER], parts, [sure, *not_above_chance(run, tasks)])
 
 
 # What each kind of removal is held against, by the column that says so.
@@ -486,6 +487,13 @@ def bias_said(documents: pd.DataFrame) -> Said:
         change = skill_change(full, cells[task, labels, condition])
         if change is None:
             continue
+        drawn = cells.get((task, labels, "random_heads"))
+        drawn = None if drawn is None else drawn[drawn["control"] == "strict"]
+        other = None if drawn is None or drawn.empty else skill_change(full, drawn)
+        beside = (
+            f"; {other.measure} {other.after:.0f} without random heads (strict)"
+            if other is not None and condition == "induction_heads" else ""
+        )  # fmt: skip
         whole, left = answers.loc[(task, labels, "full")], answers.loc[(task, labels, condition)]
         more = left["share"] - whole["share"]
         said.append(
@@ -493,7 +501,7 @@ def bias_said(documents: pd.DataFrame) -> Said:
             f"{left['accuracy']:.0f} %, balanced {whole['balanced']:.0f} to "
             f"{left['balanced']:.0f} %; one label is said to {left['share']:.0f} % of the "
             f"documents ({more:+.0f} points); {change.in_words}"
-            f"{', and the bias grows' if more >= _MORE_BIAS else ''}."
+            f"{', and the bias grows' if more >= _MORE_BIAS else ''}{beside}."
         )
         if condition == "induction_heads" and change.before_low > change.chance:
             why = f"{change.measure} {change.before:.0f} to {change.after:.0f}"

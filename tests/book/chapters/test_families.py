@@ -202,6 +202,7 @@ def test_what_a_bundle_lacks_is_said_once_in_place_of_it():
         measurement=measurement, plan=plan, n_heads=64, induction_heads=lambda: [icl.Head(3, 9)],
         prefix_scores=lambda: torch.rand(5, 4, 16), identity={"context": 512},
         parameters=icl.stage_parameters(),
+        documents=lambda group: pd.DataFrame(columns=["condition", "task"]),
     )  # fmt: skip
     said = measured.what_came_out(run)
     assert said.count("does not hold it") == 1

@@ -225,6 +225,15 @@ def test_bias_and_skill_are_told_apart(condition, apart, bias, what, ends, word)
     )
 
 
+def test_skill_without_the_heads_stands_beside_that_without_random_ones():
+    documents = pd.concat(
+        [answers("full", 2), answers("induction_heads", 0), answers("random_heads", 2)]
+    ).assign(control=lambda frame: np.where(frame["condition"] == "random_heads", "strict", ""))
+    (sentence,), _ = which_heads.bias_said(documents)
+    before = sentence.split("(AUC ")[1].split()[0]
+    assert sentence.endswith(f"; AUC {before} without random heads (strict).")
+
+
 def test_without_skill_there_is_none_to_lose_and_nothing_to_predict():
     documents = pd.concat([answers("full", 0), answers("induction_heads", 0, 3)])
     (sentence,), verdicts = which_heads.bias_said(documents)
@@ -270,13 +279,16 @@ def test_missing_measurements_are_said_once_and_the_rest_stands(monkeypatch):
     monkeypatch.setattr(which_heads, "at_most", lambda documents: documents)
     monkeypatch.setattr(which_heads, "bias_said", lambda table: (["Said."], ["*P*: **held**."]))
     monkeypatch.setattr(which_heads, "stability_said", lambda table: ([], []))
+    monkeypatch.setattr(which_heads, "not_above_chance", lambda run, tasks: [", ".join(tasks)])
+    sets = [SimpleNamespace(task=name) for name in ("one", "two", "three")]
     run = SimpleNamespace(
         parameters=SimpleNamespace(analysis_limit=16),
-        plan=SimpleNamespace(analysis_sets=lambda: [1, 2, 3], fractions=[]),
+        plan=SimpleNamespace(analysis_sets=lambda: sets, fractions=[]),
         documents=lambda: pd.DataFrame({"ablation": ["none"]}), prefix_scores=lambda: None,
         n_heads=64,
     )  # fmt: skip
     text = which_heads.what_came_out(run)
     assert text.count("The bundle does not hold this.") == 1
     assert "- Said." in text
+    assert "- one, two, three" in text
     assert "How sure" in text

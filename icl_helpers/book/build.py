@@ -84,7 +84,7 @@ def prepare_shipped(
     runs: str | os.PathLike[str],
     *,
     live: StageParameters | None = None,
-    seconds: float = 30,
+    seconds: float = 60,
 ) -> list[Path]:
     """Import every bundle below ``bundles``, execute its stages, and verify a sample of it.
 

@@ -655,7 +655,7 @@ def predicted(text: str, tasks: Mapping[str, tuple[int, str]], *, of: str = "tas
     word = verdict([sign > 0 for sign in signs], [sign < 0 for sign in signs])
     seen = {
         name: [f"{task_name(task)} ({why})" for task, (sign, why) in tasks.items() if sign == value]
-        for name, value in (("not shown", 0), ("contradicted", -1))
+        for name, value in (("contradicted", -1), ("not shown", 0))
     }
     held = signs.count(1)
     counts = "all" if held == len(signs) else f"{held} of"

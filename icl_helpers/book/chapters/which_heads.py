@@ -193,7 +193,8 @@ def proxy_said(table: pd.DataFrame, worth: pd.DataFrame) -> Said:
             f"({bounds}); head {row['costs most']} costs most, {row['nats']:+.1f} nats, and has "
             f"rank {row['rank by score']} by score."
         )
-        tasks[str(task)] = side(row["low"], row["high"]), bounds
+        why = f"rank correlation {bounds}"
+        tasks[str(task)] = side(row["low"], row["high"]), why
     if len(worth):
         correlation = worth["score"].corr(worth["value"], method="spearman")
         best = [set(worth.nlargest(10, column).index) for column in ("value", "score")]

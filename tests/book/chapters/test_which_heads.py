@@ -102,7 +102,10 @@ def test_scores_that_follow_the_loss_are_a_good_proxy_and_others_are_not():
     assert table.loc["repetition", "costs most"] == "0.7"
     assert table["rank by score"].tolist() == [1, 8]
     sentences, (verdict,) = which_heads.proxy_said(table, pd.DataFrame())
-    assert "**held in part**, on 1 of 2 tasks; contradicted: recursion (-1.00 to -1.00)" in verdict
+    assert (
+        "**held in part**, on 1 of 2 tasks; contradicted: recursion (rank correlation -1.00 to -1.00)"
+        in verdict
+    )
     assert "head 0.7 costs most, +2.7 nats, and has rank 1" in sentences[0]
     points = which_heads.losses_alone(frame)
     assert points["loss"].tolist() == pytest.approx([*3 * scores, *-3 * scores])

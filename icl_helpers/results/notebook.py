@@ -86,6 +86,9 @@ def show_bars(
 
     Beside a knockout the caption says how many pairs it blocks.
     """
+    if results.empty:
+        _say(f"*Nothing to show. {caption}*")
+        return
     seeds = ", ".join(map(str, sorted(set(results["demonstration_seed"]))))
     blocked = results["n_blocked"] if "n_blocked" in results else pd.Series(dtype=float)
     blocked = blocked[blocked > 0]
@@ -95,7 +98,7 @@ def show_bars(
             f" The knockout blocks {' to '.join(pairs)} pairs of a query and a key in a prompt, on "
             f"average over a task's documents."
         )
-    most = int(results["n"].max()) if len(results) else 0
+    most = int(results["n"].max())
     show_drawing(
         figures.accuracy_bars, results, alt=figures.bars_alt, ablations=ablations, n_heads=n_heads,
         shots=shots,

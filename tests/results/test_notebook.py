@@ -230,3 +230,8 @@ def test_margins_are_drawn_with_median_and_quartiles_and_said():
     assert sorted(patch.get_height() for patch in axes.patches) == [-4.0, 2.0]
     lines = [segment[:, 1].tolist() for segment in axes.collections[0].get_segments()]
     assert lines == [[1.0, 3.0]]
+
+
+def test_bars_without_results_say_so_in_place_of_empty_axes(shown):
+    reporting.show_bars(pd.DataFrame(), ablations=["mean"], n_heads=64, caption="Text tasks.")
+    assert shown == ["*Nothing to show. Text tasks.*"]

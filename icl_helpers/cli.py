@@ -186,17 +186,22 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _book(args: argparse.Namespace) -> None:
+    import tempfile
+    from pathlib import Path
+
     from icl_helpers.book.build import build_book, prepare_shipped
     from icl_helpers.parameters import about
     from icl_helpers.run.stages import execute_stages
 
     asked = args.parameters or any(getattr(args, name) is not None for name, *_ in about())
     live = _parameters(args) if asked else None
-    if args.bundles is not None:
-        prepare_shipped(args.bundles, args.runs, live=live)
-    elif live is not None:
-        execute_stages(live)
-    print(build_book(args.runs, args.out))
+    with tempfile.TemporaryDirectory() as scratch:
+        chapters = None if args.bundles is None else Path(scratch)
+        if chapters is not None:
+            prepare_shipped(args.bundles, args.runs, live=live, chapters=chapters)
+        elif live is not None:
+            execute_stages(live)
+        print(build_book(args.runs, args.out, chapters=chapters))
 
 
 def _data(args: argparse.Namespace) -> None:

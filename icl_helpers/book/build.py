@@ -84,14 +84,17 @@ def prepare_shipped(
     runs: str | os.PathLike[str],
     *,
     live: StageParameters | None = None,
-    seconds: float = 60,
+    chapters: Path | None = None,
+    seconds: float = 30,
 ) -> list[Path]:
     """Import every bundle below ``bundles``, execute its stages, and verify a sample of it.
 
     Beside them go the stages of a run that is computed here, where ``live`` says which. The run of
     a bundle lies below ``runs`` under the bundle's name; where a run lies that was not imported,
     that one stays. All verifications together take about ``seconds``; what they say is kept in
-    ``verification.json`` of each run, that the model is not here too. Return the runs.
+    ``verification.json`` of each run, that the model is not here too. With ``chapters``, a folder,
+    the notebooks that are chapters are executed beside them too, and left there for
+    :func:`build_book`. Return the runs.
 
     Raises :class:`InputError` for a directory that is none, and for a damaged bundle.
     """
@@ -110,6 +113,7 @@ def prepare_shipped(
         import_bundle(bundle, run)
         jobs += stage_jobs(stated_parameters(run))
         made[run] = bundle
+    jobs += [] if chapters is None else _chapter_jobs(chapters)
     execute_notebooks(jobs, in_order=in_order)
     for run, bundle in made.items():
         write_json(run / "verification.json", _verified(bundle, seconds / len(made)))
@@ -159,9 +163,15 @@ def _missing_stages(runs: str | os.PathLike[str]) -> dict[Path, list[str]]:
 
 
 def build_book(
-    runs: str | os.PathLike[str] = "runs", out: str | os.PathLike[str] = "_build"
+    runs: str | os.PathLike[str] = "runs",
+    out: str | os.PathLike[str] = "_build",
+    *,
+    chapters: Path | None = None,
 ) -> Path:
     """Build the book and return its front page, ``out/html/index.html``.
+
+    ``chapters`` is a folder in which :func:`prepare_shipped` left the chapters, executed; without
+    it they are executed here.
 
     Raises :class:`InputError` without the extra 'book' or a complete run, and :class:`BookError`
     when jupyter-book is of the wrong generation, a notebook holds an error, Sphinx warns, or an
@@ -186,7 +196,7 @@ def build_book(
     staged = target / "source"
     for stale in (staged, target / "html", target / "doctrees"):
         shutil.rmtree(stale, ignore_errors=True)
-    wanted = _stage(staged, found)
+    wanted = _stage(staged, found, chapters)
     _sphinx(staged, target)
     _point_at_sources(target / "html")
     _name_controls(target / "html")
@@ -203,7 +213,7 @@ def build_book(
     return target / "html" / "index.html"
 
 
-def _stage(staged: Path, runs: list[Path]) -> list[str]:
+def _stage(staged: Path, runs: list[Path], executed: Path | None) -> list[str]:
     """Lay out the book's source; return the pages that must come out of it."""
     shutil.copytree(book_dir(), staged, ignore=shutil.ignore_patterns("runs"))
     root = project_root()
@@ -212,7 +222,7 @@ def _stage(staged: Path, runs: list[Path]) -> list[str]:
     parts = {part["caption"]: part["chapters"] for part in toc["parts"]}
     behind = parts["Behind the runs"]
     written = {page["file"] for page in behind}
-    behind += [{"file": page} for page in _stage_chapters(staged) if page not in written]
+    behind += [{"file": page} for page in _stage_chapters(staged, executed) if page not in written]
     (staged / "model-card.md").write_text(pages.model_card("icl-tiny"))
     claims, claims_in_short = pages.claims_page(runs)
     (staged / "claims.md").write_text(claims)
@@ -272,19 +282,25 @@ def _generated(staged: Path, runs: list[Path]) -> None:
     (staged / "cite.md").write_text(pages.citation_page(runs))
 
 
-def _stage_chapters(staged: Path) -> Iterator[str]:
-    """Execute the notebooks that are chapters, afresh; yield their page names.
+def _chapter_jobs(folder: Path) -> list[Job]:
+    return [(path, folder / path.name, {}) for path in pages.chapter_notebooks()]
+
+
+def _stage_chapters(staged: Path, executed: Path | None) -> Iterator[str]:
+    """Execute the notebooks that are chapters, or take them as they were; yield their page names.
 
     One that has the name of a written page takes its place.
     """
     import nbformat  # of the extra 'book'
 
-    jobs: list[Job] = [(path, staged / path.name, {}) for path in pages.chapter_notebooks()]
+    jobs = _chapter_jobs(staged)
     try:
-        execute_notebooks(jobs, progress=False)
+        execute_notebooks(jobs if executed is None else [], progress=False)
     except StageError as error:
         raise BookError(str(error)) from None
     for path, target, _ in jobs:
+        if executed is not None:
+            shutil.copyfile(executed / path.name, target)
         notebook = nbformat.read(target, as_version=4)
         _check_outputs(notebook, path)
         _make_static(notebook, "", staged)

@@ -65,8 +65,30 @@ def test_bundle_becomes_a_run_of_the_book_that_is_verified(bundles, tmp_path, ex
 def test_stages_of_a_live_run_come_first_and_in_order(tmp_path, executed):
     (tmp_path / "bundles").mkdir()
     live = icl.stage_parameters(run_dir=str(tmp_path / "live"))
-    assert book.prepare_shipped(tmp_path / "bundles", tmp_path / "runs", live=live) == []
-    assert executed == ["in order"] * len(book.stage_notebooks()) + [str(tmp_path / "live")]
+    chapters = tmp_path / "scratch" / "chapters"
+    assert book.prepare_shipped(
+        tmp_path / "bundles", tmp_path / "runs", live=live, chapters=chapters
+    ) == []  # fmt: skip
+    stages = ["in order"] * len(book.stage_notebooks())
+    assert executed == [*stages, str(tmp_path / "live"), str(tmp_path / "scratch")]
+    assert [path.name for path in pages.chapter_notebooks()] == sorted(os.listdir(chapters))
+
+
+def test_chapters_that_were_executed_before_are_not_executed_again(tmp_path, executed, monkeypatch):
+    done, staged = tmp_path / "done", tmp_path / "staged"
+    for folder in (done, staged):
+        folder.mkdir()
+    for path in pages.chapter_notebooks():
+        content = json.loads(path.read_text())
+        for cell in content["cells"]:
+            if cell["cell_type"] == "code":
+                cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "1"}]
+        (done / path.name).write_text(json.dumps(content))
+    monkeypatch.setattr(book, "execute_notebooks", lambda jobs, progress: executed.extend(jobs))
+    names = list(book._stage_chapters(staged, done))
+    assert names == [path.stem for path in pages.chapter_notebooks()]
+    assert executed == []
+    assert {path.stem for path in staged.glob("*.ipynb")} == set(names)
 
 
 @pytest.mark.slow

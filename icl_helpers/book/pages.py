@@ -205,7 +205,8 @@ def report_page(runs: Sequence[Path], verdicts: str) -> str:
         costs.append(f"{titles[run]}: about {whole:.0f} million tokens, made on {where}")
     return _page(
         "report", models=listed(list(titles.values())), verdicts=verdicts, rows=rows,
-        costs=". ".join(costs) + ". Tokens are an estimate for a run from nothing.",
+        costs=". ".join(costs) + ". Tokens are an estimate of stages 1 to 5, from nothing; text "
+        "tasks and the closer looks of stages 9 and 10 come on top.",
         title=titles[runs[0]],
     )  # fmt: skip
 

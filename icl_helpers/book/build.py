@@ -213,7 +213,7 @@ def build_book(
     return target / "html" / "index.html"
 
 
-def _stage(staged: Path, runs: list[Path], executed: Path | None) -> list[str]:
+def _stage(staged: Path, runs: list[Path], executed: Path | None = None) -> list[str]:
     """Lay out the book's source; return the pages that must come out of it."""
     shutil.copytree(book_dir(), staged, ignore=shutil.ignore_patterns("runs"))
     root = project_root()
@@ -286,7 +286,7 @@ def _chapter_jobs(folder: Path) -> list[Job]:
     return [(path, folder / path.name, {}) for path in pages.chapter_notebooks()]
 
 
-def _stage_chapters(staged: Path, executed: Path | None) -> Iterator[str]:
+def _stage_chapters(staged: Path, executed: Path | None = None) -> Iterator[str]:
     """Execute the notebooks that are chapters, or take them as they were; yield their page names.
 
     One that has the name of a written page takes its place.

@@ -207,7 +207,7 @@ def test_stage_that_fails_after_it_had_succeeded_fails_the_build(
     # Beside a whole run, the other is left out and named.
     shutil.copytree(run_dir, tmp_path / "runs" / "whole")
     laid_out = []
-    monkeypatch.setattr(book, "_stage", lambda _, runs: laid_out.extend(runs) or 1 / 0)
+    monkeypatch.setattr(book, "_stage", lambda _, runs, chapters: laid_out.extend(runs) or 1 / 0)
     with (
         pytest.warns(UserWarning, match=f"icl-tiny lacks {broken.stem}"),
         pytest.raises(ZeroDivisionError),

@@ -11,6 +11,8 @@ RUN    ?= runs/$(NAME)$(if $(wildcard book/runs/$(NAME)/manifest.json),-live)
 # Parameters of the run; the embedded model has its own file.
 PARAMETERS ?= $(wildcard notebooks/parameters/$(NAME).yaml)
 
+RUN_OPTIONS = $(if $(PARAMETERS),-f $(PARAMETERS)) --model $(MODEL) --run-dir $(RUN)
+
 # Shipped runs: imported, executed from there, and checked by a sample.
 BUNDLES ?= $(if $(wildcard book/runs/*/manifest.json),--bundles book/runs)
 
@@ -35,12 +37,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-smollm2.txt
 	touch $@
 
 run: setup
-	$(BIN)/icl run $(if $(PARAMETERS),-f $(PARAMETERS)) --model $(MODEL) --run-dir $(RUN)
+	$(BIN)/icl run $(RUN_OPTIONS)
 
 # The stages of the run and those of shipped runs go side by side.
 book: setup
-	$(BIN)/icl book $(if $(PARAMETERS),-f $(PARAMETERS)) --model $(MODEL) --run-dir $(RUN) \
-	  --runs $(dir $(RUN:/=)) --out _build $(BUNDLES)
+	$(BIN)/icl book $(RUN_OPTIONS) --runs $(dir $(RUN:/=)) --out _build $(BUNDLES)
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal

@@ -457,7 +457,7 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     n_heads, heads = sizes[run][0], _removed(run, outcomes)
     others = {it: kind_outcomes(run_table(it, "documents", None)) for it in runs[1:]}
     said = {
-        it: headline(of, heads=_removed(it, of)) for it, of in [(run, outcomes), *others.items()]
+        it: headline(of, heads=_removed(it, of)) for it, of in ({run: outcomes} | others).items()
     }
     (staged / "_static" / "narrow").mkdir(parents=True, exist_ok=True)
     for narrow, file in ((False, "front.png"), (True, "narrow/fig-front.png")):

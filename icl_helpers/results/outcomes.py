@@ -38,7 +38,7 @@ __all__ = [
     "counted", "doubts", "findings", "headline", "kind_lines", "kind_outcomes", "listed",
     "outcome_sentence", "paired_tests", "predicted", "range_in_words", "read_measurements",
     "removal_caption", "seed_doubts", "side", "task_kind", "task_name", "task_outcomes",
-    "tasks_under", "training_seed_doubts", "verdict",
+    "task_title", "tasks_under", "training_seed_doubts", "verdict",
 ]  # fmt: skip
 
 # Percent of documents from which on an answer is called that of all documents.
@@ -363,6 +363,12 @@ def task_name(task: str) -> str:
     return _TASK_NAMES.get(task, task.replace("_", " "))
 
 
+def task_title(task: str) -> str:
+    """Name a task where a sentence begins."""
+    name = task_name(task)
+    return name[:1].upper() + name[1:]
+
+
 _CONDITIONS = {
     "full": "full model",
     "induction_heads": "without {heads}, those with the highest induction score",
@@ -614,11 +620,13 @@ def read_measurements(name: str, *, model: str = "icl-tiny") -> pd.DataFrame:
     return pd.read_parquet(path)
 
 
-def training_seed_doubts(effect: pd.DataFrame, what: str = "Training seeds") -> list[str]:
+def training_seed_doubts(
+    effect: pd.DataFrame, what: str = "Training seeds", *, named: str = "seeds "
+) -> list[str]:
     """Say on which tasks training seeds disagree: intervals lie apart, with different conclusions.
 
     ``effect`` holds accuracies with intervals by ``training_seed`` (:func:`read_measurements`), or
-    by names of ``what`` else was trained; each task is taken at its most examples.
+    by names of ``what`` else was trained, ``named`` so; each task is taken at its most examples.
     A conclusion is on which side of chance the interval lies, and on which of the full model's.
     """
     most = effect[effect["shots"] == effect.groupby(_ROW)["shots"].transform("max")]
@@ -636,7 +644,7 @@ def training_seed_doubts(effect: pd.DataFrame, what: str = "Training seeds") -> 
         if _disagree(concluded, ["side", "to_full"]):
             where = f"{task_name(str(task))} ({CONDITION_NAMES[str(condition)]})"
             accuracy = dict(zip(rows["training_seed"], rows["accuracy"], strict=True))
-            each = _by_seed(accuracy, "seeds " if what == "Training seeds" else "")
+            each = _by_seed(accuracy, named)
             lines.append(f"{what}, on all documents, disagree on {where}: {each}.")
     return lines
 

@@ -154,14 +154,14 @@ def _one_thread(beside: bool) -> Iterator[None]:
     Threads of two kernels that wait for each other take several times as long.
     """
     name = "OMP_NUM_THREADS"
-    if beside and name not in os.environ:
+    unset = beside and name not in os.environ
+    if unset:
         os.environ[name] = "1"
-        try:
-            yield
-        finally:
-            del os.environ[name]
-    else:
+    try:
         yield
+    finally:
+        if unset:
+            del os.environ[name]
 
 
 def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:

@@ -49,29 +49,25 @@ def test_kernels_that_go_one_by_one_use_every_processor(monkeypatch):
     assert limited == [False, False]
 
 
-def test_notebook_that_fails_stops_those_that_have_not_begun(monkeypatch):
+def begun_beside_a_failure(monkeypatch, failing: str, names: list[str], in_order: int) -> list[str]:
+    """Names of the notebooks that had begun when the failure of one of them was raised."""
     begun = []
 
     def execute(notebook, *_):
         begun.append(notebook.name)
-        if notebook.name == "first":
-            raise stages.StageError("first failed")
+        if notebook.name == failing:
+            raise stages.StageError(f"{failing} failed")
 
     monkeypatch.setattr(stages, "execute_notebook", execute)
-    with pytest.raises(stages.StageError, match="first failed"):
-        stages.execute_notebooks([job("first"), job("second")], in_order=2, progress=False)
-    assert begun == ["first"]
+    with pytest.raises(stages.StageError, match=f"{failing} failed"):
+        stages.execute_notebooks([job(name) for name in names], in_order=in_order, progress=False)
+    return begun
+
+
+def test_notebook_that_fails_stops_those_that_have_not_begun(monkeypatch):
+    assert begun_beside_a_failure(monkeypatch, "first", ["first", "second"], 2) == ["first"]
 
 
 def test_failure_beside_is_raised_when_those_in_order_are_through(monkeypatch):
-    begun = []
-
-    def execute(notebook, *_):
-        begun.append(notebook.name)
-        if notebook.name == "beside":
-            raise stages.StageError("beside failed")
-
-    monkeypatch.setattr(stages, "execute_notebook", execute)
-    with pytest.raises(stages.StageError, match="beside failed"):
-        stages.execute_notebooks([job("first"), job("beside")], in_order=1, progress=False)
+    begun = begun_beside_a_failure(monkeypatch, "beside", ["first", "beside"], 1)
     assert sorted(begun) == ["beside", "first"]

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, head_count, top_heads
-from icl_helpers.results.outcomes import Said, listed, predicted, side, task_name, verdict
+from icl_helpers.results.outcomes import Said, listed, predicted, side, task_title, verdict
 from icl_helpers.results.statistics import Interval, finite_interval
 
 __all__ = [
@@ -39,11 +39,6 @@ def _bounds(interval: Interval) -> str:
     # Plus zero: what rounds to nothing has no sign.
     mean, low, high = (round(it, 2) + 0.0 for it in interval)
     return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
-def _title(task: str) -> str:
-    name = task_name(task)
-    return name[:1].upper() + name[1:]
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -128,8 +123,8 @@ def family_said(table: pd.DataFrame, removed: int, kept: Sequence[Head] = ()) ->
             f"interval over documents"
         )  # fmt: skip
         said.append(
-            f"{_title(row['task'])}, {row['heads']} heads removed, nats of margin lost: induction "
-            f"{_bounds(induction)}, function vectors {_bounds(vectors)}; {which}."
+            f"{task_title(row['task'])}, {row['heads']} heads removed, nats of margin lost: "
+            f"induction {_bounds(induction)}, function vectors {_bounds(vectors)}; {which}."
         )
         tasks[row["task"]] = sign, f"difference {_bounds(more)}"
     if kept:
@@ -262,7 +257,7 @@ def text_said(table: pd.DataFrame) -> Said:
         for row in table.to_dict("records")
     ])  # fmt: skip
     said = [
-        f"{_title(str(task))}, nats of margin lost with followers blocked: {costs}."
+        f"{task_title(str(task))}, nats of margin lost with followers blocked: {costs}."
         for task, costs in each.groupby("task", sort=False)["said"].agg("; ".join).items()
     ]
     return said, [
@@ -296,7 +291,7 @@ def repair_said(table: pd.DataFrame) -> Said:
             else "what later layers change is not distinguishable from nothing"
         )  # fmt: skip
         said.append(
-            f"{_title(row['task'])}, nats of margin lost without the heads: directly "
+            f"{task_title(row['task'])}, nats of margin lost without the heads: directly "
             f"{_bounds(row['direct'])}, in all {_bounds(row['total'])}; {what}."
         )
         repaired = later.high < 0 < row["direct"].low

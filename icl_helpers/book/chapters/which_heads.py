@@ -36,6 +36,7 @@ from icl_helpers.results.outcomes import (
     predicted,
     side,
     task_name,
+    task_title,
 )
 from icl_helpers.results.statistics import LEVEL, Interval, finite_interval
 from icl_helpers.results.tables import bounds_in_words
@@ -123,7 +124,7 @@ def dose_said(table: pd.DataFrame, removed: int) -> Said:
         largest = part.iloc[-1]
         sets = part.loc[part["heads"].isin(counts), "random sets"].min()
         said.append(
-            f"{_name(task)}: {when} the heads of highest score cost more margin than all "
+            f"{task_title(str(task))}: {when} the heads of highest score cost more margin than all "
             + (
                 f"{sets} random sets of the same layers (p = 1/{sets + 1}, uncorrected)"
                 if counts
@@ -149,11 +150,6 @@ def dose_said(table: pd.DataFrame, removed: int) -> Said:
         predicted(f"{claim} any of the random sets", random),
         predicted(f"{claim} the {worst}, in whatever layers", lowest),
     ]
-
-
-def _name(task: Any) -> str:
-    name = task_name(str(task))
-    return name[:1].upper() + name[1:]
 
 
 def proxy_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -189,9 +185,9 @@ def proxy_said(table: pd.DataFrame, worth: pd.DataFrame) -> Said:
     for task, row in table.iterrows():
         bounds = f"{row['low']:+.2f} to {row['high']:+.2f}"
         said.append(
-            f"{_name(task)}: Spearman's correlation of score and loss {row['correlation']:+.2f} "
-            f"({bounds}); head {row['costs most']} costs most, {row['nats']:+.1f} nats, and has "
-            f"rank {row['rank by score']} by score."
+            f"{task_title(str(task))}: Spearman's correlation of score and loss "
+            f"{row['correlation']:+.2f} ({bounds}); head {row['costs most']} costs most, "
+            f"{row['nats']:+.1f} nats, and has rank {row['rank by score']} by score."
         )
         why = f"rank correlation {bounds}"
         tasks[str(task)] = side(row["low"], row["high"]), why
@@ -199,9 +195,9 @@ def proxy_said(table: pd.DataFrame, worth: pd.DataFrame) -> Said:
         correlation = worth["score"].corr(worth["value"], method="spearman")
         best = [set(worth.nlargest(10, column).index) for column in ("value", "score")]
         said.append(
-            f"{_name(worth['task'].iloc[0])}: Spearman's correlation of score and Shapley value "
-            f"{correlation:+.2f}; of the ten heads worth most, {len(best[0] & best[1])} are among "
-            f"the ten of highest score."
+            f"{task_title(worth['task'].iloc[0])}: Spearman's correlation of score and Shapley "
+            f"value {correlation:+.2f}; of the ten heads worth most, {len(best[0] & best[1])} are "
+            f"among the ten of highest score."
         )
     claim = "A head with a higher score costs more when it alone is removed"
     return said, [predicted(claim, tasks)]
@@ -361,7 +357,9 @@ def kinds_said(table: pd.DataFrame) -> Said:
     for task, part in table.groupby("task", sort=False):
         rows = part.set_index("kind")
         each = [f"{kind} {loss:+.1f}" for kind, loss in rows["loss"].items()]
-        said.append(f"{_name(task)}, nats of margin lost by kind of removal: {'; '.join(each)}.")
+        said.append(
+            f"{task_title(str(task))}, nats of margin lost by kind of removal: {'; '.join(each)}."
+        )
         kinds = rows.loc[list(_CONTROLS)]
         other = [
             f"{kind} {loss:+.1f} nats"
@@ -488,20 +486,18 @@ def bias_said(documents: pd.DataFrame) -> Said:
         change = skill_change(full, cells[task, labels, condition])
         if change is None:
             continue
-        drawn = cells.get((task, labels, "random_heads"))
-        drawn = None if drawn is None else drawn[drawn["control"] == "strict"]
-        other = None if drawn is None or drawn.empty else skill_change(full, drawn)
-        beside = (
-            f"; {other.measure} {other.after:.0f} without random heads (strict)"
-            if other is not None and condition == "induction_heads" else ""
-        )  # fmt: skip
+        drawn = cells.get((task, labels, "random_heads"), full.iloc[:0])
+        drawn = drawn[drawn["control"] == "strict"]
+        beside = ""
+        if condition == "induction_heads" and len(drawn) and (it := skill_change(full, drawn)):
+            beside = f"; {it.measure} {it.after:.0f} without random heads (strict)"
         whole, left = answers.loc[(task, labels, "full")], answers.loc[(task, labels, condition)]
         more = left["share"] - whole["share"]
         said.append(
-            f"{_name(task)}, {CONDITION_NAMES[condition]}: accuracy {whole['accuracy']:.0f} to "
-            f"{left['accuracy']:.0f} %, balanced {whole['balanced']:.0f} to "
-            f"{left['balanced']:.0f} %; one label is said to {left['share']:.0f} % of the "
-            f"documents ({more:+.0f} points); {change.in_words}"
+            f"{task_title(str(task))}, {CONDITION_NAMES[condition]}: accuracy "
+            f"{whole['accuracy']:.0f} to {left['accuracy']:.0f} %, balanced "
+            f"{whole['balanced']:.0f} to {left['balanced']:.0f} %; one label is said to "
+            f"{left['share']:.0f} % of the documents ({more:+.0f} points); {change.in_words}"
             f"{', and the bias grows' if more >= _MORE_BIAS else ''}{beside}."
         )
         if condition == "induction_heads" and change.before_low > change.chance:

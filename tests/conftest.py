@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 # Before torch is imported, and for every process that a test starts: the tests share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is imported here is never given back: no collection, and there are many, need look at it.
+gc.disable()
 
 import pytest
 import torch
@@ -22,6 +25,8 @@ import icl_helpers as icl
 from icl_helpers.book.build import build_book
 
 torch.set_num_threads(1)
+gc.freeze()
+gc.enable()
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -56,6 +61,24 @@ def make_llama(**changes: object) -> LlamaForCausalLM:
     }  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order tests for two processes, which begin with half of them each, and share the rest out.
+
+    What needs the run of all stages comes first, in one of the processes, so that none waits for
+    the other to make it; the other begins with what is slow by itself.
+    """
+    modules: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        modules.setdefault(item.path, []).append(item)
+    shared, slow, fast = [], [], []
+    for tests in modules.values():
+        of_run = any("offline_run" in getattr(test, "fixturenames", ()) for test in tests)
+        is_slow = any(test.get_closest_marker("slow") for test in tests)
+        (shared if of_run else slow if is_slow else fast).extend(tests)
+    rest_of_half = max(0, len(items) // 2 - len(shared))
+    items[:] = [*shared, *fast[:rest_of_half], *slow, *fast[rest_of_half:]]
 
 
 @pytest.fixture(scope="session", autouse=True)

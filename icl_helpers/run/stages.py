@@ -129,16 +129,22 @@ def execute_notebooks(
     The first ``in_order`` go one after another, the others beside them, as many at a time as there
     are processors left. Raises as that does, once those that have begun are through.
     """
+    # Of the extra 'book', which whoever has notebooks executed has.
+    from icl_helpers.kernels import forked_kernels
+
     bar = tqdm(total=len(jobs), desc="stages", unit="notebook", disable=not progress)
     workers = max(1, (os.cpu_count() or 1) - bool(in_order))
-    with bar, ThreadPoolExecutor(max_workers=workers) as pool, _one_thread(in_order < len(jobs)):
-        begun = [pool.submit(execute_notebook, *job) for job in jobs[in_order:]]
+    with (
+        bar, _one_thread(in_order < len(jobs)), forked_kernels() as kernels,
+        ThreadPoolExecutor(max_workers=workers) as pool,
+    ):  # fmt: skip
+        begun = [pool.submit(execute_notebook, *job, kernels=kernels) for job in jobs[in_order:]]
         for beside in begun:
             beside.add_done_callback(lambda _: bar.update())
         try:
             # In the main thread, where an interrupt reaches the kernel.
             for job in jobs[:in_order]:
-                execute_notebook(*job)
+                execute_notebook(*job, kernels=kernels)
                 bar.update()
             for beside in as_completed(begun):
                 beside.result()
@@ -164,11 +170,14 @@ def _one_thread(beside: bool) -> Iterator[None]:
             del os.environ[name]
 
 
-def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Path:
+def execute_notebook(
+    notebook: Path, target: Path, values: dict[str, Any], *, kernels: type | None = None
+) -> Path:
     """Execute one notebook with these parameters; return ``target``, which appears only then.
 
-    What an earlier execution left there is removed first: a book of it would hide that this one
-    failed. Raises :class:`StageError` with the failing cell's error.
+    ``kernels`` is a class of managers of its kernel (:mod:`icl_helpers.kernels`), None Jupyter's
+    own. What an earlier execution left there is removed first: a book of it would hide that this
+    one failed. Raises :class:`StageError` with the failing cell's error.
     """
     # Only where notebooks run: a notebook that imports this package needs none of it.
     import papermill
@@ -181,7 +190,7 @@ def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Pa
         try:
             papermill.execute_notebook(
                 str(notebook), str(output), parameters=values, kernel_name="python3",
-                progress_bar=False, **_kernel_settings(scratch),
+                progress_bar=False, **_kernel_settings(scratch, kernels),
                 # As papermill's cwd, which would move the whole process and notebooks beside it.
                 resources={"metadata": {"path": str(notebook.parent)}},
             )  # fmt: skip
@@ -203,7 +212,7 @@ def execute_notebook(notebook: Path, target: Path, values: dict[str, Any]) -> Pa
     return target
 
 
-def _kernel_settings(scratch: str) -> dict[str, Any]:
+def _kernel_settings(scratch: str, kernels: type | None) -> dict[str, Any]:
     """Settings of nbclient that keep a kernel to itself, and quiet.
 
     It talks over sockets in this folder, which is its user's alone; over TCP every user of the
@@ -213,6 +222,8 @@ def _kernel_settings(scratch: str) -> dict[str, Any]:
     from traitlets.config import Config
 
     settings = Config()
+    if kernels is not None:
+        settings.NotebookClient.kernel_manager_class = kernels
     address = os.path.join(scratch, "kernel")
     if len(os.fsencode(address)) <= _LONGEST_SOCKET:
         settings.KernelManager.transport = "ipc"

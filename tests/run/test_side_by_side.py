@@ -19,7 +19,7 @@ def test_notebooks_in_order_do_not_wait_for_those_beside_them(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     log, first_began, beside_ended = [], threading.Event(), threading.Event()
 
-    def execute(notebook, *_):
+    def execute(notebook, *_, **__):
         log.append(f"{notebook.name} begins with {os.environ.get('OMP_NUM_THREADS')}")
         if notebook.name == "first":
             first_began.set()
@@ -43,7 +43,7 @@ def test_kernels_that_go_one_by_one_use_every_processor(monkeypatch):
     limited: list[bool] = []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(
-        stages, "execute_notebook", lambda *_: limited.append("OMP_NUM_THREADS" in os.environ)
+        stages, "execute_notebook", lambda *_, **__: limited.append("OMP_NUM_THREADS" in os.environ)
     )
     stages.execute_notebooks([job("one"), job("two")], in_order=2, progress=False)
     assert limited == [False, False]
@@ -53,7 +53,7 @@ def begun_beside_a_failure(monkeypatch, failing: str, names: list[str], in_order
     """Names of the notebooks that had begun when the failure of one of them was raised."""
     begun = []
 
-    def execute(notebook, *_):
+    def execute(notebook, *_, **__):
         begun.append(notebook.name)
         if notebook.name == failing:
             raise stages.StageError(f"{failing} failed")

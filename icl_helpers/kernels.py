@@ -1,0 +1,155 @@
+"""Kernels that start at once: copies of a process that has imported what notebooks import.
+
+PyTorch and Transformers take seconds to import, and a run starts ten kernels. On Linux kernels are
+therefore forked from one process that has imported and done nothing else. Elsewhere, where there is
+a GPU (a process that so much as asked for one gives no copy that could use it), and where that
+process fails, they start as Jupyter starts them.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning.local_provisioner import LocalProvisioner
+
+__all__ = ["forked_kernels"]
+
+# What is drawn with is not among them: pyplot asks, as it is imported, in which kernel it is.
+_IMPORTED = ("icl_helpers.run.run", "icl_helpers.book.came_out", "IPython", "ipykernel.kernelapp")
+# What Linux knows GPUs by: NVIDIA's, in Windows' subsystem, AMD's, others'.
+_GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel", "/dev/dri")
+_KERNEL = [sys.executable, "-m", "ipykernel_launcher"]
+
+
+class _Kernel(psutil.Process):
+    """A forked kernel, as the provisioner expects of a child process of its own."""
+
+    stdin = stdout = stderr = None
+
+    def poll(self) -> int | None:
+        return None if self.is_running() else 0
+
+
+class _Forking:
+    """The process that kernels are forked from, begun when the first is asked for."""
+
+    def __init__(self) -> None:
+        self._one_at_a_time = threading.Lock()
+        self._process: Any = None
+
+    def fork(self, **order: Any) -> int | None:
+        """Have a kernel forked and return its process id; None where that cannot be done."""
+        with self._one_at_a_time:
+            # A session of its own: what interrupts this program in a terminal reaches no kernel.
+            self._process = self._process or subprocess.Popen(
+                [sys.executable, "-m", __name__], text=True, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+            try:
+                print(json.dumps(order), file=self._process.stdin, flush=True)
+                return int(self._process.stdout.readline())
+            except (BrokenPipeError, ValueError):
+                return None
+
+    def end(self) -> None:
+        if self._process is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.stdout.close()
+            self._process.wait()
+
+
+class _ForkingProvisioner(LocalProvisioner):
+    forking: _Forking
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
+        kernel = None
+        if cmd[: len(_KERNEL)] == _KERNEL:
+            kernel = self.forking.fork(
+                arguments=cmd[len(_KERNEL) :], cwd=kwargs.get("cwd"), environment=kwargs["env"]
+            )
+        if kernel is None:
+            return await super().launch_kernel(cmd, **kwargs)
+        self.process = _Kernel(kernel)
+        self.pid = self.pgid = kernel
+        return self.connection_info
+
+
+@contextmanager
+def forked_kernels() -> Iterator[type[AsyncKernelManager]]:
+    """Give a class of managers whose kernels are forked from one process, which ends with this.
+
+    So must the kernels: they watch whether it lives.
+    """
+    forking = _Forking()
+
+    class Manager(AsyncKernelManager):
+        async def _async_pre_start_kernel(self, **kwargs: Any) -> Any:
+            self.provisioner = _ForkingProvisioner(
+                kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self
+            )
+            self.provisioner.forking = forking
+            return await super()._async_pre_start_kernel(**kwargs)
+
+    try:
+        can_fork = sys.platform == "linux" and not any(map(os.path.exists, _GPUS))
+        yield Manager if can_fork else AsyncKernelManager
+    finally:
+        forking.end()
+
+
+def _serve() -> None:
+    """Import, then fork a kernel for every line of standard input and print its process id.
+
+    Ends where the input does, that is with the program that gives it, and the kernels with it.
+    """
+    # As ipykernel's launcher does: modules beside the program are not in the way.
+    if sys.path[0] in ("", os.getcwd()):
+        del sys.path[0]
+    # Kernels watch whether this process lives; their figures are drawn by the inline backend.
+    os.environ["JPY_PARENT_PID"] = parent = str(os.getpid())
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    # What has been imported stays: no collection in a kernel need look at it.
+    gc.freeze()
+    # The system takes the ended kernels away.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for line in sys.stdin:
+        kernel = os.fork()
+        if not kernel:
+            _become_kernel(**json.loads(line), parent=parent)
+            return
+        print(kernel, flush=True)
+
+
+def _become_kernel(
+    arguments: list[str], cwd: str | None, environment: dict[str, str], parent: str
+) -> None:
+    from ipykernel.kernelapp import launch_new_instance
+
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.close(0)
+    os.open(os.devnull, os.O_RDONLY)
+    os.dup2(2, 1)
+    os.environ.clear()
+    os.environ.update({**environment, "JPY_PARENT_PID": parent})
+    os.chdir(cwd or os.getcwd())
+    launch_new_instance(argv=arguments)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,130 @@
+"""Forked kernels: what they are forked from has touched nothing, and each is a kernel like others."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from icl_helpers import kernels
+from icl_helpers.run import stages
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
+
+
+def notebook(folder: Path, name: str, code: str) -> stages.Job:
+    path = folder / f"{name}.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), path)
+    return path, folder / "out" / path.name, {}
+
+
+def printed(target: Path) -> str:
+    (cell,) = (
+        cell for cell in nbformat.read(target, as_version=4).cells
+        if "injected-parameters" not in cell.metadata.get("tags", [])
+    )  # fmt: skip
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(kernels, "_GPUS", ())
+
+
+@pytest.mark.slow
+def test_what_is_imported_before_draws_nothing():
+    """As pyplot is imported it looks in which kernel it is, and what would draw there."""
+    code = f"import importlib, sys; [importlib.import_module(name) for name in {kernels._IMPORTED}]"
+    code += "; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.slow
+def test_nothing_is_forked_beside_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_GPUS", (str(tmp_path),))
+    monkeypatch.setenv("OF_TEST", "value")
+    (tmp_path / "out").mkdir()
+    (target,) = stages.execute_notebooks([notebook(tmp_path, "one", SAYS)], progress=False)
+    assert printed(target).split()[2:4] == [str(os.getpid()), "False"]
+
+
+SAYS = """
+import os, subprocess, sys, random, numpy
+print(os.getcwd(), os.environ["OF_TEST"], os.getppid(), "torch" in sys.modules, sys.path[0])
+print(subprocess.run(["false"]).returncode, os.getpgid(0) == os.getpid())
+"""
+
+
+@pytest.mark.slow
+def test_kernels_are_forked_from_one_process_which_ends_with_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("OF_TEST", "a value")
+    (tmp_path / "out").mkdir()
+    jobs = [notebook(tmp_path, name, SAYS) for name in ("one", "two")]
+    targets = stages.execute_notebooks(jobs, progress=False)
+    said = [printed(target).split() for target in targets]
+    assert said[0] == said[1]
+    folder, *value, parent, imported, first, status, own_group = said[0]
+    assert (folder, value, imported) == (str(tmp_path), ["a", "value"], "True")
+    assert first != os.getcwd()
+    assert (status, own_group) == ("1", "True")
+    assert int(parent) not in (os.getpid(), 1)
+    assert not psutil.pid_exists(int(parent))
+
+
+@pytest.mark.slow
+def test_figures_are_those_of_other_kernels(tmp_path):
+    (tmp_path / "out").mkdir()
+    code = "import matplotlib.pyplot as plt\nplt.plot([1, 2]);"
+    (job,) = [notebook(tmp_path, "drawing", code)]
+    forked = stages.execute_notebooks([job], progress=False)[0]
+    with_figure = nbformat.read(forked, as_version=4).cells[-1].outputs
+    stages.execute_notebook(*job)
+    own = nbformat.read(job[1], as_version=4).cells[-1].outputs
+    assert [output["data"]["image/png"] for output in with_figure] == [
+        output["data"]["image/png"] for output in own
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["raise SystemExit(3)", "print('no number')"])
+def test_where_nothing_can_be_forked_kernels_start_as_others_do(tmp_path, monkeypatch, broken):
+    begin = subprocess.Popen
+
+    def instead(command, **options):
+        forks = command[1:] == ["-m", kernels.__name__]
+        return begin([sys.executable, "-c", broken] if forks else command, **options)
+
+    monkeypatch.setattr(kernels.subprocess, "Popen", instead)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setenv("OF_TEST", "value")
+    (target,) = stages.execute_notebooks([notebook(tmp_path, "one", SAYS)], progress=False)
+    assert printed(target).split()[2:4] == [str(os.getpid()), "False"]
+
+
+@pytest.mark.slow
+def test_kernels_end_with_what_they_are_forked_from(tmp_path):
+    """Nothing is left where the program is killed and can end nothing itself."""
+    program = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from icl_helpers.run import stages
+from tests.test_kernels import notebook
+job = notebook(Path({str(tmp_path)!r}), "long", "import os, time, pathlib\\n"
+    "pathlib.Path('pid').write_text(str(os.getpid()))\\ntime.sleep(600)")
+stages.execute_notebooks([job], progress=False)
+"""
+    begun = subprocess.Popen([sys.executable, "-c", program])
+    written, deadline = tmp_path / "pid", time.time() + 120
+    while not (written.is_file() and written.read_text()) and time.time() < deadline:
+        time.sleep(0.2)
+    kernel = psutil.Process(int(written.read_text()))
+    begun.kill()
+    begun.wait()
+    kernel.wait(timeout=30)

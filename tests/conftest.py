@@ -12,8 +12,6 @@ from pathlib import Path
 
 # Before torch is imported, and for every process that a test starts: the tests share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What is imported here is never given back: no collection, and there are many, need look at it.
-gc.disable()
 
 import pytest
 import torch
@@ -25,8 +23,8 @@ import icl_helpers as icl
 from icl_helpers.book.build import build_book
 
 torch.set_num_threads(1)
+# What has been imported is never given back: no collection, and there are many, need look at it.
 gc.freeze()
-gc.enable()
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -20,10 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import psutil
-from jupyter_client.manager import AsyncKernelManager
-from jupyter_client.provisioning.local_provisioner import LocalProvisioner
-
 __all__ = ["forked_kernels"]
 
 # What is drawn with is not among them: pyplot asks, as it is imported, in which kernel it is.
@@ -33,13 +29,51 @@ _GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel", "/dev/dri")
 _KERNEL = [sys.executable, "-m", "ipykernel_launcher"]
 
 
-class _Kernel(psutil.Process):
-    """A forked kernel, as the provisioner expects of a child process of its own."""
+@contextmanager
+def forked_kernels() -> Iterator[type]:
+    """Give a class of managers whose kernels are forked from one process, which ends with this.
 
-    stdin = stdout = stderr = None
+    So must the kernels: they watch whether it lives. The class is for
+    ``NotebookClient.kernel_manager_class`` of nbclient.
+    """
+    # Of the extra 'book', which whoever has notebooks executed has.
+    import psutil
+    from jupyter_client.manager import AsyncKernelManager
+    from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
-    def poll(self) -> int | None:
-        return None if self.is_running() else 0
+    forking = _Forking()
+
+    class Kernel(psutil.Process):
+        """A forked kernel, as the provisioner expects of a child process of its own."""
+
+        stdin = stdout = stderr = None
+
+        def poll(self) -> int | None:
+            return None if self.is_running() else 0
+
+    class Provisioner(LocalProvisioner):
+        async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
+            options = cmd[len(_KERNEL) :]
+            is_usual = cmd[: len(_KERNEL)] == _KERNEL
+            kernel = forking.fork(options, kwargs["cwd"], kwargs["env"]) if is_usual else None
+            if kernel is None:
+                return await super().launch_kernel(cmd, **kwargs)
+            self.process = Kernel(kernel)
+            self.pid = self.pgid = kernel
+            return self.connection_info
+
+    class Manager(AsyncKernelManager):
+        async def _async_pre_start_kernel(self, **kwargs: Any) -> Any:
+            self.provisioner = Provisioner(
+                kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self
+            )
+            return await super()._async_pre_start_kernel(**kwargs)
+
+    try:
+        can_fork = sys.platform == "linux" and not any(map(os.path.exists, _GPUS))
+        yield Manager if can_fork else AsyncKernelManager
+    finally:
+        forking.end()
 
 
 class _Forking:
@@ -49,8 +83,11 @@ class _Forking:
         self._one_at_a_time = threading.Lock()
         self._process: Any = None
 
-    def fork(self, **order: Any) -> int | None:
-        """Have a kernel forked and return its process id; None where that cannot be done."""
+    def fork(self, *order: Any) -> int | None:
+        """Have a kernel forked and return its process id; None where that cannot be done.
+
+        ``order`` is a kernel's options, directory and environment.
+        """
         with self._one_at_a_time:
             # A session of its own: what interrupts this program in a terminal reaches no kernel.
             self._process = self._process or subprocess.Popen(
@@ -69,45 +106,6 @@ class _Forking:
                 self._process.stdin.close()
             self._process.stdout.close()
             self._process.wait()
-
-
-class _ForkingProvisioner(LocalProvisioner):
-    forking: _Forking
-
-    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
-        kernel = None
-        if cmd[: len(_KERNEL)] == _KERNEL:
-            kernel = self.forking.fork(
-                arguments=cmd[len(_KERNEL) :], cwd=kwargs.get("cwd"), environment=kwargs["env"]
-            )
-        if kernel is None:
-            return await super().launch_kernel(cmd, **kwargs)
-        self.process = _Kernel(kernel)
-        self.pid = self.pgid = kernel
-        return self.connection_info
-
-
-@contextmanager
-def forked_kernels() -> Iterator[type[AsyncKernelManager]]:
-    """Give a class of managers whose kernels are forked from one process, which ends with this.
-
-    So must the kernels: they watch whether it lives.
-    """
-    forking = _Forking()
-
-    class Manager(AsyncKernelManager):
-        async def _async_pre_start_kernel(self, **kwargs: Any) -> Any:
-            self.provisioner = _ForkingProvisioner(
-                kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self
-            )
-            self.provisioner.forking = forking
-            return await super()._async_pre_start_kernel(**kwargs)
-
-    try:
-        can_fork = sys.platform == "linux" and not any(map(os.path.exists, _GPUS))
-        yield Manager if can_fork else AsyncKernelManager
-    finally:
-        forking.end()
 
 
 def _serve() -> None:
@@ -130,25 +128,24 @@ def _serve() -> None:
     for line in sys.stdin:
         kernel = os.fork()
         if not kernel:
-            _become_kernel(**json.loads(line), parent=parent)
+            options, directory, environment = json.loads(line)
+            _become_kernel(options, directory, {**environment, "JPY_PARENT_PID": parent})
             return
         print(kernel, flush=True)
 
 
-def _become_kernel(
-    arguments: list[str], cwd: str | None, environment: dict[str, str], parent: str
-) -> None:
+def _become_kernel(options: list[str], directory: str | None, environment: dict[str, str]) -> None:
     from ipykernel.kernelapp import launch_new_instance
 
     os.setpgid(0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.close(0)
-    os.open(os.devnull, os.O_RDONLY)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    sys.argv[1:] = options
     os.environ.clear()
-    os.environ.update({**environment, "JPY_PARENT_PID": parent})
-    os.chdir(cwd or os.getcwd())
-    launch_new_instance(argv=arguments)
+    os.environ.update(environment)
+    os.chdir(directory or os.getcwd())
+    launch_new_instance(argv=options)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ import icl_helpers as icl
 from icl_helpers.book.build import build_book
 
 torch.set_num_threads(1)
-# What has been imported is never given back: no collection, and there are many, need look at it.
-gc.freeze()
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -72,11 +70,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         modules.setdefault(item.path, []).append(item)
     shared, slow, fast = [], [], []
     for tests in modules.values():
-        of_run = any("offline_run" in getattr(test, "fixturenames", ()) for test in tests)
+        of_run = any(
+            test.get_closest_marker("of_run") or "offline_run" in getattr(test, "fixturenames", ())
+            for test in tests
+        )
         is_slow = any(test.get_closest_marker("slow") for test in tests)
         (shared if of_run else slow if is_slow else fast).extend(tests)
     rest_of_half = max(0, len(items) // 2 - len(shared))
     items[:] = [*shared, *fast[:rest_of_half], *slow, *fast[rest_of_half:]]
+    # What is there by now is never given back: no collection, and there are many, need look at it.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -233,22 +233,17 @@ def merge_into_run_tables(run_dir: str | os.PathLike[str], documents: pd.DataFra
     # Whoever adds a part later sees this one; what was added meanwhile is not in these tables.
     while (newest := sorted(folder.glob("*.parquet"), reverse=True)) != parts:
         parts = newest
-        frames: list[pd.DataFrame] = []
         # These rows count as the oldest: another writer may replace their part while it is read.
-        for frame in [*map(_read_parquet, parts), documents]:
-            if frame is not None and frames:
-                frame = frame[~_keys(frame).isin(_keys(pd.concat(frames)))]
-            if frame is not None:
-                frames.append(frame)
-        whole = pd.concat([rows for rows in reversed(frames) if len(rows)], ignore_index=True)
+        frames = [documents, *map(_read_parquet, reversed(parts))]
+        filled = [keyed(frame) for frame in frames if frame is not None and len(frame)]
+        rows = pd.concat(filled, ignore_index=True)
+        part = pd.Series(np.repeat(range(len(filled)), list(map(len, filled))))
+        newest_of_key = part.groupby([rows[key] for key in KEYS], dropna=False).transform("max")
+        whole = rows[part == newest_of_key].reset_index(drop=True)
         results = accuracies(whole)
         write_parquet(directory / "documents.parquet", whole)
         write_parquet(directory / "results.parquet", results)
     return results
-
-
-def _keys(frame: pd.DataFrame) -> pd.MultiIndex:
-    return pd.MultiIndex.from_frame(keyed(frame)[KEYS])
 
 
 def write_parquet(path: Path, frame: pd.DataFrame) -> None:

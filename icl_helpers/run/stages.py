@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.files import atomic_path, imported_dir, notebooks_dir, user_path
+from icl_helpers.kernels import forked_kernels
 from icl_helpers.parameters import StageParameters, about, stage_parameters
 from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
@@ -129,9 +130,6 @@ def execute_notebooks(
     The first ``in_order`` go one after another, the others beside them, as many at a time as there
     are processors left. Raises as that does, once those that have begun are through.
     """
-    # Of the extra 'book', which whoever has notebooks executed has.
-    from icl_helpers.kernels import forked_kernels
-
     bar = tqdm(total=len(jobs), desc="stages", unit="notebook", disable=not progress)
     workers = max(1, (os.cpu_count() or 1) - bool(in_order))
     with (

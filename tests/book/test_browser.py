@@ -24,7 +24,7 @@ MAIN_PAGES = (
     "bibliography", "search", "genindex", "print",
 )  # fmt: skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.of_run, pytest.mark.timeout(1800)]
 
 
 def missing_tool() -> str | None:

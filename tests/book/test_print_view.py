@@ -54,6 +54,7 @@ def test_one_page_has_styles_formulas_and_images_but_no_other_script(printed):
 
 
 @pytest.mark.slow
+@pytest.mark.of_run
 def test_book_prints_to_a_pdf_of_as_many_pages_as_a_book_has(request, tmp_path):
     browser = chromium()
     if browser is None:

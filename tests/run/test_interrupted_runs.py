@@ -45,10 +45,11 @@ def finish(run: Path) -> None:
 
 
 def kernels(pid: int) -> list[int]:
-    """Processes below this one that are notebooks' kernels."""
+    """Processes below this one that are notebooks' kernels: forked ones have a parent like them."""
     found = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if b"ipykernel" in Path(f"/proc/{child}/cmdline").read_bytes():
+        command = Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"ipykernel" in command or command == Path(f"/proc/{pid}/cmdline").read_bytes():
             found.append(int(child))
         found += kernels(int(child))
     return found

@@ -17,14 +17,14 @@ from tests.conftest import make_llama
 
 SMALL = {
     "tasks": ["repetition"], "nlp_tasks": [], "shots": [0], "seeds": [42], "limit": 3,
-    "fractions": [0.1], "ablation_seeds": [42],
+    "fractions": [0.1], "ablation_seeds": [42], "positions": 120,
 }  # fmt: skip
 # Another value of every parameter that decides results or which there are. Stages on data that are
 # not here, other weights and remote code have tests of their own.
 CHANGES = {
     "tasks": ["recursion"], "shots": [1], "seeds": [43], "limit": 2, "fractions": [0.2],
     "ablation_seeds": [43], "control": "strict", "sampling": "first", "categories": ["labels"],
-    "average": "head_output", "positions": 300, "dtype": "bfloat16", "demonstrations": "fewer",
+    "average": "head_output", "positions": 100, "dtype": "bfloat16", "demonstrations": "fewer",
 }  # fmt: skip
 ELSEWHERE = {
     "model", "revision", "quantization", "trust_remote_code", "nlp_tasks", "labels", "data",

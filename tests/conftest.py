@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import shutil
 import subprocess
@@ -60,10 +61,10 @@ def make_llama(**changes: object) -> LlamaForCausalLM:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order tests for two processes, which begin with half of them each, and share the rest out.
+    """Order tests for processes that begin with an equal share each, and take from others then.
 
-    What needs the run of all stages comes first, in one of the processes, so that none waits for
-    the other to make it; the other begins with what is slow by itself.
+    What needs the run of all stages comes first in one share, so that no process waits for another
+    to make it; the other shares begin with what is slow by itself.
     """
     modules: dict[Path, list[pytest.Item]] = {}
     for item in items:
@@ -76,8 +77,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
         is_slow = any(test.get_closest_marker("slow") for test in tests)
         (shared if of_run else slow if is_slow else fast).extend(tests)
-    rest_of_half = max(0, len(items) // 2 - len(shared))
-    items[:] = [*shared, *fast[:rest_of_half], *slow, *fast[rest_of_half:]]
+    others = max(1, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) - 1)
+    of_each = -(-len(slow) // others)
+    shares = [shared, *(slow[i * of_each : (i + 1) * of_each] for i in range(others))]
+    for share in shares:
+        rest = max(0, len(items) // len(shares) - len(share))
+        share += fast[:rest]
+        del fast[:rest]
+    items[:] = [*itertools.chain(*shares), *fast]
     # What is there by now is never given back: no collection, and there are many, need look at it.
     gc.collect()
     gc.freeze()

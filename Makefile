@@ -16,9 +16,9 @@ RUN_OPTIONS = $(if $(PARAMETERS),-f $(PARAMETERS)) --model $(MODEL) --run-dir $(
 # Shipped runs: imported, executed from there, and checked by a sample.
 BUNDLES ?= $(if $(wildcard book/runs/*/manifest.json),--bundles book/runs)
 
-# Processes that share the tests out between them; each takes about 1 GB, and often waits for others
-# that it has started.
-JOBS   ?= 3
+# Processes that share the tests out between them; each takes about 1 GB. More than there are processors
+# take longer.
+JOBS   ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

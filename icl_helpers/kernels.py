@@ -119,10 +119,12 @@ def _serve() -> None:
     # Kernels watch whether this process lives; their figures are drawn by the inline backend.
     os.environ["JPY_PARENT_PID"] = parent = str(os.getpid())
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    # What is imported stays: no collection, now or in a kernel, need look at it.
+    gc.disable()
     for name in _IMPORTED:
         importlib.import_module(name)
-    # What has been imported stays: no collection in a kernel need look at it.
     gc.freeze()
+    gc.enable()
     # The system takes the ended kernels away.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:

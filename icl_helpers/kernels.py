@@ -49,13 +49,20 @@ def forked_kernels() -> Iterator[type]:
         stdin = stdout = stderr = None
 
         def poll(self) -> int | None:
-            return None if self.is_running() else 0
+            # Of a zombie nobody may be left to take it away.
+            with suppress(psutil.NoSuchProcess):
+                if self.is_running() and self.status() != psutil.STATUS_ZOMBIE:
+                    return None
+            return 0
+
+        def wait(self, timeout: float | None = None) -> int | None:
+            return self.poll()
 
     class Provisioner(LocalProvisioner):
         async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
             options = cmd[len(_KERNEL) :]
             is_usual = cmd[: len(_KERNEL)] == _KERNEL
-            kernel = forking.fork(options, kwargs["cwd"], kwargs["env"]) if is_usual else None
+            kernel = forking.fork(options, kwargs.get("cwd"), kwargs["env"]) if is_usual else None
             if kernel is None:
                 return await super().launch_kernel(cmd, **kwargs)
             self.process = Kernel(kernel)
@@ -98,14 +105,15 @@ class _Forking:
                 print(json.dumps(order), file=self._process.stdin, flush=True)
                 return int(self._process.stdout.readline())
             except (BrokenPipeError, ValueError):
+                # What it may have forked ends with it.
+                self.end()
                 return None
 
     def end(self) -> None:
         if self._process is not None:
-            with suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._process.stdout.close()
-            self._process.wait()
+            self._process.kill()
+            with suppress(BrokenPipeError), self._process:
+                pass
 
 
 def _serve() -> None:
@@ -119,6 +127,9 @@ def _serve() -> None:
     # Kernels watch whether this process lives; their figures are drawn by the inline backend.
     os.environ["JPY_PARENT_PID"] = parent = str(os.getpid())
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    # What is printed meanwhile is no answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     # What is imported stays: no collection, now or in a kernel, need look at it.
     gc.disable()
     for name in _IMPORTED:
@@ -130,10 +141,11 @@ def _serve() -> None:
     for line in sys.stdin:
         kernel = os.fork()
         if not kernel:
+            answers.close()
             options, directory, environment = json.loads(line)
             _become_kernel(options, directory, {**environment, "JPY_PARENT_PID": parent})
             return
-        print(kernel, flush=True)
+        print(kernel, file=answers, flush=True)
 
 
 def _become_kernel(options: list[str], directory: str | None, environment: dict[str, str]) -> None:
@@ -142,7 +154,6 @@ def _become_kernel(options: list[str], directory: str | None, environment: dict[
     os.setpgid(0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)
     sys.argv[1:] = options
     os.environ.clear()
     os.environ.update(environment)

@@ -100,7 +100,7 @@ def test_figures_and_modules_are_those_of_other_kernels(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", ["raise SystemExit(3)", "print('no number')"])
+@pytest.mark.parametrize("broken", ["raise SystemExit(3)", "print('no number'); input()"])
 def test_where_nothing_can_be_forked_kernels_start_as_others_do(tmp_path, monkeypatch, broken):
     begin = subprocess.Popen
 

@@ -12,7 +12,6 @@ Example
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +37,12 @@ from icl_helpers.results.outcomes import (
     task_name,
     tasks_under,
 )
-from icl_helpers.results.tables import published_gaps, published_rows, range_of_gaps
+from icl_helpers.results.tables import (
+    published_gaps,
+    published_rows,
+    range_of_gaps,
+    unsigned_zeros,
+)
 from icl_helpers.results.viewer import PromptView, looks_in_words, query_followers, query_word
 from icl_helpers.run.plan import GROUPS
 from icl_helpers.tasks.specs import get_task_spec
@@ -109,8 +113,7 @@ def section(
         for title, lines in parts.items()
         if lines
     ]
-    # What rounds to nothing has no sign.
-    return re.sub(r"(?<![\d.])-(0\.0+)(?!\d)", r"+\1", "\n\n".join(blocks))
+    return unsigned_zeros("\n\n".join(blocks))
 
 
 def measured_section(

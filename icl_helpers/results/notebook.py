@@ -31,6 +31,7 @@ from icl_helpers.results.tables import (
     annotated_table,
     bounds_in_words,
     name_heads,
+    unsigned_zeros,
     write_table,
 )
 from icl_helpers.tasks.data import load_splits
@@ -139,7 +140,7 @@ def show_table(
         f'<div class="icl-table" role="region" aria-label="{title}" tabindex="0" '
         f'style="overflow-x: auto{height}">{table}</div>'
     )
-    display(HTML(region))  # type: ignore[no-untyped-call]
+    display(HTML(unsigned_zeros(region)))  # type: ignore[no-untyped-call]
     if directory is not None:
         _offer(frame if written is None else written, label, directory, name)
 

@@ -8,6 +8,7 @@ second table compares induction heads with each control on the same documents.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ __all__ = [
     "CONDITION_TITLES", "LEGEND", "MARK", "AnnotatedTable", "abstract_results", "annotated_table",
     "bounds_in_words", "cell_frame", "markdown_table", "name_heads", "published_accuracy",
     "published_gaps", "published_more", "published_ranges", "published_rows", "range_of_gaps",
-    "read_published", "table_rows", "write_table",
+    "read_published", "table_rows", "unsigned_zeros", "write_table",
 ]  # fmt: skip
 
 # In the paper's order of columns.
@@ -75,6 +76,11 @@ def _latex(frame: pd.DataFrame) -> str:
     return style.format_index(escape="latex", axis="columns").to_latex(hrules=True)
 
 
+def unsigned_zeros(text: str) -> str:
+    """Give what rounds to nothing no minus: ``-0.0`` is ``+0.0``."""
+    return re.sub(r"(?<![\w.-])-(0(?:\.0+)?)(?!\w|\.\d)", r"+\1", text)
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Write a Markdown table; bars in cells are escaped, missing values left empty."""
 
@@ -82,7 +88,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         texts = ("" if cell is None else str(cell).replace("|", r"\|") for cell in cells)
         return f"| {' | '.join(texts)} |"
 
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+    lines = [line(header), line(["---"] * len(header)), *map(line, rows)]
+    return unsigned_zeros("\n".join(lines))
 
 
 MARK = "*"

@@ -235,3 +235,8 @@ def test_margins_are_drawn_with_median_and_quartiles_and_said():
 def test_bars_without_results_say_so_in_place_of_empty_axes(shown):
     reporting.show_bars(pd.DataFrame(), ablations=["mean"], n_heads=64, caption="Text tasks.")
     assert shown == ["*Nothing to show. Text tasks.*"]
+
+
+def test_a_shown_table_has_no_minus_before_what_rounds_to_nothing(shown):
+    reporting.show_table(pd.DataFrame({"change": ["-0.0 [-0.0, +0.1]"]}), label="Changes")
+    assert "+0.0<br>[+0.0, +0.1]" in shown[0]

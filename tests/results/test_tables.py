@@ -9,7 +9,7 @@ import pytest
 
 import icl_helpers as icl
 from icl_helpers.results.comparison import published_table
-from icl_helpers.results.tables import table_rows, write_table
+from icl_helpers.results.tables import markdown_table, table_rows, unsigned_zeros, write_table
 
 NUMBERS = (1, 3, 4, 5)
 # How many heads the paper removes: one and three percent of 32 x 32 and of 48 x 48, rounded up.
@@ -88,3 +88,10 @@ def test_a_table_is_written_as_csv_and_latex(tmp_path):
     assert latex.count(" \\\\\n") == len(table) + 1
     assert "centre\\_embedding" in latex
     assert "31 of 1,024 heads (3.0 \\%)" in latex
+
+
+def test_what_rounds_to_nothing_has_no_minus():
+    said = "lost -0.0, -0 to +3, -0.05, -0.00. layer 3-0.00, 2026-0, [-0.0, 1], top -0.4"
+    right = "lost +0.0, +0 to +3, -0.05, +0.00. layer 3-0.00, 2026-0, [+0.0, 1], top -0.4"
+    assert unsigned_zeros(said) == right
+    assert "| +0.0 |" in markdown_table(["change"], [["-0.0"]])

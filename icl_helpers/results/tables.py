@@ -88,8 +88,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         texts = ("" if cell is None else str(cell).replace("|", r"\|") for cell in cells)
         return f"| {' | '.join(texts)} |"
 
-    lines = [line(header), line(["---"] * len(header)), *map(line, rows)]
-    return unsigned_zeros("\n".join(lines))
+    return unsigned_zeros("\n".join(map(line, [header, ["---"] * len(header), *rows])))
 
 
 MARK = "*"

@@ -60,10 +60,9 @@ def forked_kernels() -> Iterator[type]:
 
     class Provisioner(LocalProvisioner):
         async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
-            options = cmd[len(_KERNEL) :]
-            is_usual = cmd[: len(_KERNEL)] == _KERNEL
-            kernel = forking.fork(options, kwargs.get("cwd"), kwargs["env"]) if is_usual else None
-            if kernel is None:
+            program, options = cmd[: len(_KERNEL)], cmd[len(_KERNEL) :]
+            order = options, kwargs.get("cwd"), kwargs["env"]
+            if program != _KERNEL or (kernel := forking.fork(*order)) is None:
                 return await super().launch_kernel(cmd, **kwargs)
             self.process = Kernel(kernel)
             self.pid = self.pgid = kernel
@@ -111,9 +110,8 @@ class _Forking:
 
     def end(self) -> None:
         if self._process is not None:
-            self._process.kill()
             with suppress(BrokenPipeError), self._process:
-                pass
+                self._process.kill()
 
 
 def _serve() -> None:

@@ -55,7 +55,7 @@ def test_nothing_is_forked_beside_a_gpu(tmp_path, monkeypatch):
 
 
 SAYS = """
-import os, subprocess, sys, random, numpy
+import os, subprocess, sys
 print(os.getcwd(), os.environ["OF_TEST"], os.getppid(), "torch" in sys.modules)
 print(subprocess.run(["false"]).returncode, os.getpgid(0) == os.getpid())
 """
@@ -119,7 +119,7 @@ def test_where_nothing_can_be_forked_kernels_start_as_others_do(tmp_path, monkey
 def test_kernels_end_with_what_they_are_forked_from(tmp_path):
     """Nothing is left where the program is killed and can end nothing itself."""
     program = f"""
-import os, sys
+import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from icl_helpers.run import stages

@@ -35,7 +35,9 @@ __all__ = [
 RESULTS, TEXT = "08_results", "06_nlp_tasks"
 
 # What the extra 'book' installs and this package imports or starts.
-_BOOK_EXTRA = ("ipykernel", "jupyter_book", "nbclient", "nbformat", "papermill")
+_BOOK_EXTRA = (
+    "ipykernel", "jupyter_book", "jupyter_client", "nbclient", "nbformat", "papermill", "psutil",
+)  # fmt: skip
 
 # A socket's path, which ends in the number of a port, is at most 108 bytes long; on macOS 104.
 _LONGEST_SOCKET = 100

@@ -50,7 +50,7 @@ from icl_helpers.results.outcomes import (
     task_kind,
     task_name,
 )
-from icl_helpers.results.tables import abstract_results, markdown_table
+from icl_helpers.results.tables import abstract_results, markdown_table, unsigned_zeros
 from icl_helpers.run.costs import PAPER_CONFIGS, estimate_cost, stage_tokens
 from icl_helpers.run.plan import GROUPS, Plan, run_heads, run_info, run_table, shown_name
 from icl_helpers.run.stages import RESULTS, TEXT, stage_notebooks
@@ -103,7 +103,7 @@ def shown_stages(run: Path) -> list[Path]:
 
 def _page(name: str, **values: Any) -> str:
     """Fill the page template of that name."""
-    return _PAGES.get_template(f"{name}.md").render(values).strip()
+    return unsigned_zeros(_PAGES.get_template(f"{name}.md").render(values).strip())
 
 
 def run_titles(runs: Sequence[Path]) -> dict[Path, str]:

@@ -49,7 +49,7 @@ DESCRIPTION = "icl_description"
 
 def show_figure(figure: Figure, *, alt: str, caption: str, narrow: Figure | None = None) -> None:
     """Display a figure with its alternative text, caption, and drawing for narrow screens."""
-    description = {"alt": alt, "caption": caption}
+    description = {"alt": unsigned_zeros(alt), "caption": unsigned_zeros(caption)}
     if narrow is not None:
         drawn = io.BytesIO()
         narrow.savefig(drawn, format="png", dpi=180)

@@ -9,6 +9,7 @@ import re
 import pandas as pd
 import pytest
 from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
 
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.store import accuracies, document_results
@@ -240,3 +241,11 @@ def test_bars_without_results_say_so_in_place_of_empty_axes(shown):
 def test_a_shown_table_has_no_minus_before_what_rounds_to_nothing(shown):
     reporting.show_table(pd.DataFrame({"change": ["-0.0 [-0.0, +0.1]"]}), label="Changes")
     assert "+0.0<br>[+0.0, +0.1]" in shown[0]
+
+
+def test_what_is_said_of_a_figure_has_no_minus_before_what_rounds_to_nothing(monkeypatch):
+    said = {}
+    monkeypatch.setattr(reporting, "display", lambda thing, metadata: said.update(metadata))
+    reporting.show_figure(Figure(), alt="removed -0.0; blocked -1.0", caption="By -0 points.")
+    (described,) = said.values()
+    assert described == {"alt": "removed +0.0; blocked -1.0", "caption": "By +0 points."}

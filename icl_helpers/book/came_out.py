@@ -21,6 +21,7 @@ import torch
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, heads_in_words, top_heads
 from icl_helpers.book.claims import Evidence, judged_lines
 from icl_helpers.errors import NotMeasuredError
+from icl_helpers.results import tables
 from icl_helpers.results.outcomes import (
     KindOutcome,
     Said,
@@ -36,12 +37,6 @@ from icl_helpers.results.outcomes import (
     task_kind,
     task_name,
     tasks_under,
-)
-from icl_helpers.results.tables import (
-    published_gaps,
-    published_rows,
-    range_of_gaps,
-    unsigned_zeros,
 )
 from icl_helpers.results.viewer import PromptView, looks_in_words, query_followers, query_word
 from icl_helpers.run.plan import GROUPS
@@ -113,7 +108,7 @@ def section(
         for title, lines in parts.items()
         if lines
     ]
-    return unsigned_zeros("\n\n".join(blocks))
+    return tables.unsigned_zeros("\n\n".join(blocks))
 
 
 def measured_section(
@@ -163,8 +158,8 @@ def _published(number: int, conditions: Mapping[str, str]) -> list[str]:
     """Word the paper's changes on Llama-3-8B at the most examples and 3 % of the heads, by kind."""
     said = []
     for condition, name in conditions.items():
-        gaps = published_gaps(number, condition).query("model == 'Llama-3-8B'")
-        ranges = range_of_gaps(gaps["gap"], _kinds(gaps)).items()
+        gaps = tables.published_gaps(number, condition).query("model == 'Llama-3-8B'")
+        ranges = tables.range_of_gaps(gaps["gap"], _kinds(gaps)).items()
         said.append(f"{name}: {'; '.join(f'{kind} {of}' for kind, of in ranges)} points")
     return [
         f"Llama-3-8B with the most examples, change to the full model with 3 % of the heads "
@@ -182,7 +177,7 @@ def _published_levels(number: int) -> list[str]:
     without, most = (
         rows.groupby(_kinds(rows), sort=False)["accuracy"].agg(list)
         for rows in (
-            published_rows(number, "full", shots=shots).query("model == 'Llama-3-8B'")
+            tables.published_rows(number, "full", shots=shots).query("model == 'Llama-3-8B'")
             for shots in ("none", "most")
         )
     )

@@ -77,6 +77,7 @@ class Workers:
 
     At most ``max_in_flight`` jobs are handed over at a time (None: all at once), each cell at most
     ``attempts`` times, and nothing more when ``max_deaths`` workers died without any success.
+    Jobs under way when ``is_alive`` gives False, and that ended in no way, have been forgotten.
     """
 
     submit: Callable[..., Future[Any]]
@@ -84,6 +85,7 @@ class Workers:
     max_in_flight: int | None = None
     attempts: int = _ATTEMPTS
     max_deaths: float = math.inf
+    is_alive: Callable[[], bool] = lambda: True
 
 
 @contextmanager
@@ -116,7 +118,8 @@ def process_workers(count: int) -> Iterator[Workers]:
         return pool.schedule(_call, (function, job))
 
     try:
-        yield Workers(submit, count, count, max_deaths=_ATTEMPTS * max(4, count))
+        deaths = _ATTEMPTS * max(4, count)
+        yield Workers(submit, count, count, max_deaths=deaths, is_alive=lambda: pool.active)
     finally:
         left = True
         pool.stop()
@@ -253,9 +256,11 @@ def run_jobs(
                 raise FailedCellsError(
                     "a worker died and this executor cannot be replaced; run again to go on"
                 ) from broke
-        ended = wait(running, return_when=FIRST_COMPLETED).done
+        ended = wait(running, timeout=1, return_when=FIRST_COMPLETED).done
         broken = next((e for f in ended if isinstance(e := f.exception(), BrokenExecutor)), None)
         # A pool that breaks forgets the jobs that no worker has asked for: their futures never end.
+        if not (ended or workers.is_alive()):
+            broken = BrokenExecutor()
         for future in list(running) if broken else ended:
             job, attempt = running.pop(future)
             error = future.exception() if future.done() else broken

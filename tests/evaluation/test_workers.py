@@ -341,3 +341,22 @@ def test_dask_cluster_that_loses_a_worker_gives_the_same_tables(tmp_path, cluste
     assert here.wait(timeout=400) == 0
     frames = [pd.read_parquet(tmp_path / run / "documents.parquet") for run in ("dask-run", "here")]
     pd.testing.assert_frame_equal(*frames, check_exact=True)
+
+
+def test_jobs_that_a_broken_pool_forgot_are_handed_over_again():
+    """It broke while they were on their way: none of their futures ends, and no error says so."""
+    forgotten: list[Future] = [Future(), Future()]
+
+    def submit(function, job):
+        if forgotten:
+            return forgotten.pop()
+        future: Future = Future()
+        future.set_result(function(job))
+        return future
+
+    found: list[int] = []
+    failures = run_jobs(
+        [job(0, 1), job(1, 1), job(2, 1)], Workers(submit, 2, 2, is_alive=lambda: False),
+        function=lambda job: job.cell_indices, on_cells=lambda _, cells: found.extend(cells),
+    )  # fmt: skip
+    assert (sorted(found), failures) == ([0, 1, 2], [])

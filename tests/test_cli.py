@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,13 +12,9 @@ from pathlib import Path
 import pytest
 
 from icl_helpers.cli import main
+from tests.commands import Command
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def icl(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "icl_helpers.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **kwargs)
 
 
 def test_import_and_help_load_nothing_heavy():
@@ -95,13 +90,13 @@ def test_parameter_file_and_options_reach_the_run(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_lm_eval_command_line_agrees_with_evaluate(tmp_path):
-    done = icl(
+    done = Command(
         "lm-eval", "--model", "hf-icl", "--model_args",
         "pretrained=icl-tiny,ablate=induction,ablation=zero,fraction=0.05",
         "--tasks", "repetition_seed42", "--num_fewshot", "5", "--limit", "20",
-        "--output_path", str(tmp_path / "out"),
+        "--output_path", str(tmp_path / "out"), errors=tmp_path / "errors",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.wait() == 0, done.errors[-2000:]
     (path,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(path.read_text())["results"]["repetition_seed42"]["acc,none"]
     import icl_helpers
@@ -136,19 +131,14 @@ def clean(tmp_path_factory) -> Path:
 def test_killed_evaluation_goes_on_where_it_stopped(tmp_path, how, clean):
     run = tmp_path / "run"
     arguments = [*STOPPED, str(run)]
-    # A shell's background job starts with SIGINT ignored, and its children inherit that.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "icl_helpers.cli", *arguments], cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = Command(*arguments, errors=tmp_path / "errors")
     deadline = time.monotonic() + 300
     while len(list(run.glob("cells/*.json"))) < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(how)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(60) != 0
     kept = {path: path.stat().st_mtime_ns for path in run.glob("cells/*.json")}
     assert 2 <= len(kept) < 27
     assert main(arguments) == 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -211,6 +212,11 @@ def test_wheel_with_the_extra_runs_a_stage_and_builds_a_book(wheel, run_dir, tmp
     shutil.copytree(run_dir, work / "runs" / "icl-tiny")
     stage = work / "runs" / "icl-tiny" / "notebooks" / "01_prefix_matching_scores.ipynb"
     stage.unlink()
+    # The chapters are executed as they stand where the checkout's book is built; here some documents do.
+    (chapters,) = commands.parent.glob("lib/python*/site-packages/icl_helpers/_bundle/notebooks")
+    for chapter in chapters.glob("*.ipynb"):
+        text = chapter.read_text()
+        chapter.write_text(re.sub(r'"limit = \d+', '"limit = 4', text))
     again = json.loads((run_dir / "run.json").read_text())["parameters"]
     again["run_dir"] = "runs/icl-tiny"
     (work / "parameters.yaml").write_text(json.dumps(again))

@@ -59,6 +59,7 @@ def report(request, tmp_path_factory):
         "profile": str(tmp_path_factory.mktemp("profile")),
         "root": str(book),
         "pages": pages,
+        "printed": "print.html",
         "widths": [1300, 390],
         "viewer": f"run/{run}/07_attention_patterns.html",
     }

@@ -1,6 +1,6 @@
 // What the checks in a browser share: Chromium, a page in it whose complaints are noted, and axe.
-// `settings` has `chromium`, `profile` and `root`, the folder of the pages; a report has the lists
-// `console`, `foreign`, `wide` and `violations`.
+// `settings` has `chromium`, `profile`, `root`, the folder of the pages, and perhaps `printed`, one of
+// them; a report has the lists `console`, `foreign`, `wide` and `violations`.
 "use strict";
 const path = require("path");
 const { pathToFileURL } = require("url");
@@ -31,6 +31,8 @@ module.exports = (settings) => {
     return tab;
   }
 
+  // The page for paper (`printed`) is all others in one: axe, which takes nearly as long for it as
+  // for all of them, looks at it once, as it is printed.
   async function checked(browser, page, width, report) {
     const tab = await opened(browser, page, { width }, report);
     // Colours fade from one theme to the other: here they change at once.
@@ -43,6 +45,7 @@ module.exports = (settings) => {
       }, theme);
       const size = await tab.evaluate(() => [document.documentElement.scrollWidth, window.innerWidth]);
       if (size[0] > size[1]) report.wide.push(`${page} at ${width}: ${size[0]}`);
+      if (page === settings.printed && (theme === "dark" || width < Math.max(...settings.widths))) continue;
       const found = await tab.evaluate(() => axe.run({ resultTypes: ["violations"], preload: false }));
       for (const violation of found.violations) {
         if (!["serious", "critical"].includes(violation.impact)) continue;

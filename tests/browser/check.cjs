@@ -1,7 +1,7 @@
 // Opens pages of the built book in Chromium and prints, as JSON, what went wrong and what the
 // attention viewer showed. Usage: node check.cjs '{"chromium": ..., "profile": ..., "root": ...,
-// "pages": [...], "widths": [...], "viewer": ...}'; puppeteer-core and axe-core are those of
-// package.json beside it.
+// "pages": [...], "printed": ..., "widths": [...], "viewer": ...}'; puppeteer-core and axe-core are
+// those of package.json beside it.
 "use strict";
 const settings = JSON.parse(process.argv[2]);
 const { address, opened, reported } = require("./browser.cjs")(settings);

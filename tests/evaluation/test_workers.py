@@ -30,6 +30,7 @@ from icl_helpers.evaluation.workers import (
     dask_workers,
     run_jobs,
 )
+from tests.commands import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -269,19 +270,14 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-def start(run: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "icl_helpers.cli", *ARGUMENTS, "--run-dir", str(run), *more]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+def start(run: Path, *more: str) -> Command:
+    return Command(*ARGUMENTS, "--run-dir", str(run), *more, errors=run.with_name("errors"))
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 400) -> None:
+def wait_for(condition, process: Command | subprocess.Popen, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert process.poll() is None, getattr(process, "errors", "")[-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -290,17 +286,18 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 400) -> None
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_command_leaves_no_worker_and_keeps_what_is_finished(tmp_path, how):
-    process = start(tmp_path, "--workers", "2")
-    wait_for(lambda: list(tmp_path.glob("cells/*.json")), process)
+    run = tmp_path / "run"
+    process = start(run, "--workers", "2")
+    wait_for(lambda: list(run.glob("cells/*.json")), process)
     workers = children(process.pid)
     assert len(workers) >= 2
     process.send_signal(how)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(60) != 0
     deadline = time.monotonic() + 30
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in workers if alive(pid)]
-    assert list(tmp_path.glob("cells/*.json"))
+    assert list(run.glob("cells/*.json"))
 
 
 @pytest.fixture
@@ -336,9 +333,9 @@ def test_dask_cluster_that_loses_a_worker_gives_the_same_tables(tmp_path, cluste
     process = start(tmp_path / "dask-run", "--scheduler", str(file))
     wait_for(lambda: list((tmp_path / "dask-run").glob("cells/*.json")), process)
     workers[0].kill()
-    assert process.wait(timeout=400) == 0, process.stderr.read()[-2000:]
+    assert process.wait() == 0, process.errors[-2000:]
     here = start(tmp_path / "here")
-    assert here.wait(timeout=400) == 0
+    assert here.wait() == 0
     frames = [pd.read_parquet(tmp_path / run / "documents.parquet") for run in ("dask-run", "here")]
     pd.testing.assert_frame_equal(*frames, check_exact=True)
 

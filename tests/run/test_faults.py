@@ -6,8 +6,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +20,7 @@ from icl_helpers.evaluation.store import CellStore, merge_into_run_tables
 from icl_helpers.files import StorageError, write_json
 from icl_helpers.redaction import LeakError, check_leaks
 from icl_helpers.run.stages import StageError, execute_notebook, execute_stages
+from tests.commands import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_" + "aB3" * 9
@@ -63,18 +62,20 @@ def test_read_only_directory_is_named_and_what_was_there_is_intact():
 
 @pytest.mark.slow
 def test_two_processes_filling_one_directory_leave_one_valid_file_per_cell(tmp_path):
-    command = [
-        sys.executable, "-m", "icl_helpers.cli", "evaluate", "--tasks", "repetition",
-        "--shots", "2", "--seeds", "42,43", "--limit", "5", "--conditions", "full,zero",
-        "--run-dir", str(tmp_path),
+    run = tmp_path / "run"
+    both = [
+        Command(
+            "evaluate", "--tasks", "repetition", "--shots", "2", "--seeds", "42,43", "--limit", "5",
+            "--conditions", "full,zero", "--run-dir", str(run), errors=tmp_path / name,
+        )
+        for name in ("first", "second")
     ]  # fmt: skip
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(timeout=500) for process in both] == [0, 0]
-    cells = list(CellStore(tmp_path / "cells").cells())
+    assert [process.wait(500) for process in both] == [0, 0]
+    cells = list(CellStore(run / "cells").cells())
     keys = {str(sorted(spec.items())) for spec, _ in cells}
     assert len(cells) == len(keys) == 2 * (1 + 2 * (1 + 2 * 3))
-    assert len(list((tmp_path / "cells").iterdir())) == len(cells)
-    assert len(pd.read_parquet(tmp_path / "results.parquet")) == len(cells)
+    assert len(list((run / "cells").iterdir())) == len(cells)
+    assert len(pd.read_parquet(run / "results.parquet")) == len(cells)
 
 
 def rows(task: str, *, seed: int = 42, correct: bool = True) -> pd.DataFrame:

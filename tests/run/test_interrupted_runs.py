@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from icl_helpers.cli import main
+from tests.commands import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = "03_full_model.ipynb"
@@ -30,13 +31,8 @@ pytestmark = [
 ]
 
 
-def start(run: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "icl_helpers.cli", *ARGUMENTS, "--run-dir", str(run)], cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+def start(run: Path) -> Command:
+    return Command(*ARGUMENTS, "--run-dir", str(run), errors=run.with_name("errors"))
 
 
 def finish(run: Path) -> None:
@@ -69,7 +65,7 @@ def wait_until(condition, seconds: float) -> bool:
     return bool(condition())
 
 
-def kernel_in_mid_stage(process: subprocess.Popen, run: Path) -> int:
+def kernel_in_mid_stage(process: Command, run: Path) -> int:
     assert wait_until(lambda: list(run.glob("cells/*.json")) or process.poll() is not None, 300)
     (kernel,) = kernels(process.pid)
     return kernel
@@ -98,17 +94,17 @@ def clean(tmp_path_factory):
 
 
 def test_killed_kernel_costs_only_what_it_had_not_finished(clean, tmp_path):
-    process = start(tmp_path)
-    os.kill(kernel_in_mid_stage(process, tmp_path), signal.SIGKILL)
-    error = process.communicate(timeout=120)[1]
-    assert process.returncode == 2
-    assert "its kernel died" in error
-    kept = times(tmp_path)
+    run = tmp_path / "run"
+    process = start(run)
+    os.kill(kernel_in_mid_stage(process, run), signal.SIGKILL)
+    assert process.wait(120) == 2
+    assert "its kernel died" in process.errors
+    kept = times(run)
     assert 0 < len(kept) < CELLS
-    assert not list(tmp_path.glob("notebooks/*"))
-    finish(tmp_path)
-    assert {name: times(tmp_path)[name] for name in kept} == kept
-    assert_same_tables(tmp_path, clean)
+    assert not list(run.glob("notebooks/*"))
+    finish(run)
+    assert {name: times(run)[name] for name in kept} == kept
+    assert_same_tables(run, clean)
 
 
 def test_executed_notebook_is_no_proof_that_its_cells_are_there(clean, tmp_path):
@@ -129,18 +125,18 @@ def test_executed_notebook_is_no_proof_that_its_cells_are_there(clean, tmp_path)
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_run_leaves_no_kernel_and_keeps_what_is_finished(tmp_path, how):
-    process = start(tmp_path)
-    kernel = kernel_in_mid_stage(process, tmp_path)
+    run = tmp_path / "run"
+    process = start(run)
+    kernel = kernel_in_mid_stage(process, run)
     process.send_signal(how)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.wait(60) != 0
     assert wait_until(lambda: not alive(kernel), 30)
-    kept = list(tmp_path.glob("cells/*.json"))
+    kept = list(run.glob("cells/*.json"))
     assert kept
-    assert not list(tmp_path.glob("notebooks/*.ipynb"))
+    assert not list(run.glob("notebooks/*.ipynb"))
     for path in kept:
         assert json.loads(path.read_bytes())["checksum"]
-    assert not list(tmp_path.glob("cells/.*.tmp")) or how == signal.SIGKILL
+    assert not list(run.glob("cells/.*.tmp")) or how == signal.SIGKILL
 
 
 # A file system of its own, in a name space of its own, that is as large as the test wants it.

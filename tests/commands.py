@@ -1,0 +1,59 @@
+"""The ``icl`` command in a process of its own, which need not wait for its imports.
+
+It is forked from a process that has imported what commands import, and done nothing else. What
+reads its environment as it is imported, or starts where nothing is installed, starts Python itself.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+from icl_helpers.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+_FORKING = multiprocessing.get_context("forkserver")
+_FORKING.set_forkserver_preload(["icl_helpers.run.run", "icl_helpers.cli", "tests.commands"])
+
+
+class Command:
+    """A command that has begun; what it prints as errors is in a file."""
+
+    def __init__(self, *arguments: str, errors: Path, **environment: str) -> None:
+        self._errors = errors
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self._process = _FORKING.Process(target=_run, args=(arguments, variables, str(errors)))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text() if self._errors.is_file() else ""
+
+    def poll(self) -> int | None:
+        """Its exit code, minus the number of the signal that ended it; None while it goes on."""
+        return self._process.exitcode
+
+    def wait(self, seconds: float = 400) -> int:
+        self._process.join(seconds)
+        assert self.poll() is not None, f"not ended in {seconds} s"
+        return self.poll()
+
+    def send_signal(self, which: int) -> None:
+        os.kill(self.pid, which)
+
+
+def _run(arguments: tuple[str, ...], variables: dict[str, str], errors: str) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    for stream, file in ((1, os.devnull), (2, errors)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main(arguments))

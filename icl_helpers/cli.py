@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from icl_helpers.errors import ICLError, InputError
+from icl_helpers.kernels import preload
 from icl_helpers.redaction import redact
 
 __all__ = ["guarded", "main"]
@@ -227,9 +228,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, function: Callable[[argparse.Namespace], int | None], text: str) -> Any:
+    def add(
+        name: str, function: Callable[[argparse.Namespace], int | None], text: str,
+        module: str = "run.run",
+    ) -> Any:  # fmt: skip
         command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, module=f"icl_helpers.{module}")
         return command
 
     run = add("run", _run, "run all stages (notebooks) in order")
@@ -264,7 +268,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     check.add_argument("--quantization", help="4bit or 8bit weights (needs bitsandbytes)")
     check.add_argument("--revision", help="revision of a hub model")
-    compare = add("compare", _compare, "compare two lm-eval sample logs or runs, task by task")
+    compare = add(
+        "compare", _compare, "compare two lm-eval sample logs or runs, task by task",
+        "results.comparison",
+    )  # fmt: skip
     compare.add_argument("first", metavar="A", help="samples_*.jsonl, their folder, or a run")
     compare.add_argument("second", metavar="B", help="another of the same kind")
     compare.add_argument("--metric", help="of the logs, NAME or NAME,FILTER (default: their first)")
@@ -292,10 +299,10 @@ def _parser() -> argparse.ArgumentParser:
         "--bundles", metavar="DIR",
         help="directory of bundles whose runs are imported, executed and verified before",
     )  # fmt: skip
-    data = add("data", _data, "fetch the published repository's data files")
+    data = add("data", _data, "fetch the published repository's data files", "tasks.data")
     data.add_argument("what", choices=["original"])
     data.add_argument("--from", dest="source", metavar="DIR", help="copy from a local clone")
-    bench = add("bench", _bench, "measure what interventions and evaluation cost")
+    bench = add("bench", _bench, "measure what interventions and evaluation cost", "files")
     bench.add_argument("--rounds", type=int, default=5, help="alternating runs (default 5)")
     commands.add_parser(
         "lm-eval", help="lm-eval's command line with hf-icl and our tasks", add_help=False
@@ -327,10 +334,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         if words[:1] == ["lm-eval"]:
+            preload("icl_helpers.evaluation.scorer")
             from icl_helpers.lm_eval_command import run_lm_eval
 
             return run_lm_eval(words[1:])
         args = _parser().parse_args(words)
+        preload(args.module)
         function: Callable[[argparse.Namespace], int | None] = args.function
         return function(args) or 0
 

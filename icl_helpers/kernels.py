@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-__all__ = ["forked_kernels"]
+__all__ = ["forked_kernels", "preload"]
 
 # What is drawn with is not among them: pyplot asks, as it is imported, in which kernel it is.
 _IMPORTED = ("icl_helpers.run.run", "icl_helpers.book.came_out", "IPython", "ipykernel.kernelapp")
@@ -82,6 +82,19 @@ def forked_kernels() -> Iterator[type]:
         forking.end()
 
 
+def preload(*modules: str) -> None:
+    """Import modules faster: what they bring stays, so no collection, now or later, looks at it."""
+    if set(modules) <= set(sys.modules):
+        return
+    gc.disable()
+    try:
+        for name in modules:
+            importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 class _Forking:
     """The process that kernels are forked from, begun when the first is asked for."""
 
@@ -128,12 +141,7 @@ def _serve() -> None:
     # What is printed meanwhile is no answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # What is imported stays: no collection, now or in a kernel, need look at it.
-    gc.disable()
-    for name in _IMPORTED:
-        importlib.import_module(name)
-    gc.freeze()
-    gc.enable()
+    preload(*_IMPORTED)
     # The system takes the ended kernels away.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:

@@ -33,6 +33,14 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_samples():
+    """Of how many texts the means are is nothing that a parameter, a file or a model decides."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("icl_helpers.run.run.PAPER_SAMPLES", 20)
+        yield
+
+
 def run(directory, **changes) -> icl.Run:
     return icl.Run(icl.stage_parameters(**{**SMALL, **changes, "run_dir": str(directory)}))
 

@@ -21,7 +21,6 @@ import random
 import string
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -32,22 +31,20 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from icl_helpers.attention.heads import Head, top_heads
 from icl_helpers.attention.induction_pattern import (
     Element,
     elements_pattern,
-    induction_patterns,
     prompt_elements,
     word_categories,
 )
-from icl_helpers.attention.interventions import intervene
 from icl_helpers.attention.passes import measuring
 from icl_helpers.attention.scores import prefix_matching_scores
 from icl_helpers.errors import InputError
 from icl_helpers.evaluation.conditions import FULL, Condition
+from icl_helpers.evaluation.scorer import InterventionLM
 from icl_helpers.results.comparison import read_published
 from icl_helpers.results.outcomes import Span, range_in_words
 from icl_helpers.tasks.data import load_rows, original_data_dir
@@ -91,7 +88,7 @@ def answers(
     patterns: Sequence[Bool[torch.Tensor, "tokens tokens"]] | None = None,
     bos: int = 0, batch_size: int = 25,
 ) -> Answers:  # fmt: skip
-    """Ask for answers to prompts under one condition, by the first token of each label.
+    """Ask for answers to prompts under one condition.
 
     Parameters
     ----------
@@ -106,33 +103,30 @@ def answers(
     Raises
     ------
     InputError
-        No prompts, labels that begin with the same token, or a model without such a token.
+        No prompts, labels of the same tokens, or a model without such a token.
     """
     if not prompts:
         raise InputError("prompts must hold at least one prompt")
-    first = _bos(model) * bos if bos else []
-    contexts = [prompt.context for prompt in prompts]
-    ids = [first + tokens for tokens in tokenizer(contexts, add_special_tokens=False).input_ids]
-    if condition.ablation == "knockout" and patterns is None:
-        patterns = induction_patterns(contexts, tokenizer, categories=condition.categories)
-    # Prompts of about the same length meet in a batch: less padding to compute.
-    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    scores: dict[int, torch.Tensor] = {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        blocked = None if patterns is None else [patterns[index] for index in batch]
-        last = _last_logits(model, [ids[index] for index in batch], condition, blocked, len(first))
-        for index, logits in zip(batch, last, strict=True):
-            labels = _label_tokens(tokenizer, prompts[index], len(ids[index]) - len(first))
-            scores[index] = logits.log_softmax(-1)[labels]
+    lm = InterventionLM(model, tokenizer, batch_size=batch_size)
+    lm.n_bos, first = int(bos), _bos(model) * bos if bos else []
+    if patterns is not None:
+        contexts = [prompt.context for prompt in prompts]
+        lm.block(dict(zip(contexts, patterns, strict=True)), condition.categories)
+    pairs = [(prompt.context, choice) for prompt in prompts for choice in prompt.choices]
+    encoded = [(pair, first + ids, label) for pair, ids, label in lm.encode(pairs)]
+    with lm.under(condition):
+        scored = iter(lm._loglikelihood_tokens(encoded, disable_tqdm=True))
+    scores = [torch.tensor([next(scored)[0] for _ in prompt.choices]) for prompt in prompts]
     targets = [prompt.target for prompt in prompts]
-    chosen = torch.stack([scores[index].argmax() for index in range(len(prompts))])
-    right = torch.stack([scores[index][target] for index, target in enumerate(targets)])
-    wrong = [
-        scores[index][torch.arange(len(scores[index])) != target].max()
-        for index, target in enumerate(targets)
-    ]
-    return Answers(chosen, chosen == torch.tensor(targets), right - torch.stack(wrong), right)
+    chosen = torch.stack([values.argmax() for values in scores])
+    right = torch.stack([values[target] for values, target in zip(scores, targets, strict=True)])
+    wrong = torch.stack(
+        [
+            values[torch.arange(len(values)) != target].max()
+            for values, target in zip(scores, targets, strict=True)
+        ]
+    )
+    return Answers(chosen, chosen == torch.tensor(targets), right - wrong, right)
 
 
 def _bos(model: PreTrainedModel) -> list[int]:
@@ -140,37 +134,6 @@ def _bos(model: PreTrainedModel) -> list[int]:
     if token is None:
         raise InputError("bos needs a model whose configuration names a BOS token")
     return [token[0] if isinstance(token, (list, tuple)) else token]
-
-
-def _label_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, n_context: int) -> list[int]:
-    texts = [prompt.context + choice for choice in prompt.choices]
-    tokens = [ids[n_context] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
-    if len(set(tokens)) < len(tokens):
-        raise InputError(
-            f"the labels {', '.join(prompt.choices)} begin with the same token in this tokenizer; "
-            f"use evaluate(), which scores whole labels"
-        )
-    return tokens
-
-
-def _last_logits(
-    model: PreTrainedModel, ids: Sequence[list[int]], condition: Condition,
-    patterns: Sequence[torch.Tensor] | None, shift: int,
-) -> Float[torch.Tensor, "batch vocabulary"]:  # fmt: skip
-    """Return logits after the last token of each sequence; padding lies to the right, unseen."""
-    batch = pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
-    blocked = torch.zeros(*batch.shape, batch.shape[1], dtype=torch.bool)
-    for row, pattern in enumerate(patterns or ()):
-        blocked[row, shift : len(ids[row]), shift : len(ids[row])] = pattern
-    ends = [len(tokens) - 1 for tokens in ids]
-    positions = sorted(set(ends))
-    interventions = condition.interventions(blocked.to(model.device))
-    with intervene(model, *interventions) if interventions else nullcontext():
-        logits = model(
-            input_ids=batch.to(model.device), use_cache=False,
-            logits_to_keep=torch.tensor(positions, device=model.device),
-        ).logits  # fmt: skip
-    return logits[range(len(ids)), [positions.index(end) for end in ends]].float().cpu()
 
 
 def compare(

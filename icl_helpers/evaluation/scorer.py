@@ -11,7 +11,7 @@ condition too, or is refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,6 +128,8 @@ class InterventionLM(HFLM):
         finally:
             logger.setLevel(level)
         self.condition: Condition = FULL
+        # How many BOS stand before a prompt, and shift its induction pattern.
+        self.n_bos = int(add_bos_token)
         self._batch_size_wanted = batch_size
         self._patterns: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}
         self._reuse = LayerReuse(model)
@@ -261,17 +263,19 @@ class InterventionLM(HFLM):
         self._patterns |= {(c, of): p for c, p in zip(new, patterns, strict=True)}
         return [int(self._patterns[context, of].sum()) for context in contexts]
 
+    def block(self, patterns: Mapping[str, torch.Tensor], of: tuple[str, ...]) -> None:
+        """Have a knockout of these categories block these pairs of prompts, in place of theirs."""
+        self._patterns |= {(context.rstrip(), of): pairs for context, pairs in patterns.items()}
+
     def _pattern(self, row: _Row) -> torch.Tensor:
-        """The blocked pairs of a row's context, behind a BOS if it has one."""
+        """The blocked pairs of a row's context, behind its BOS."""
         pattern = self._patterns[row.context, self.condition.categories]
-        if (more := row.n_context - len(pattern)) == 0:
-            return pattern
-        if more != 1 or not self.add_bos_token:
+        if (more := row.n_context - len(pattern)) not in (0, self.n_bos):
             raise InterventionError(
                 f"the prompt has {row.n_context} tokens, its induction pattern {len(pattern)}; it "
                 f"cannot be blocked with this tokenizer"
             )
-        return torch.nn.functional.pad(pattern, (1, 0, 1, 0))
+        return torch.nn.functional.pad(pattern, (more, 0, more, 0))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

@@ -55,7 +55,7 @@ def few_prompts():
 
 def test_answers_equal_one_plain_forward_pass_per_prompt(llama, tokenizer, few_prompts):
     found = deviations.answers(llama, tokenizer, few_prompts, batch_size=4)
-    with_bos = deviations.answers(llama, tokenizer, few_prompts, batch_size=4, bos=True)
+    with_bos = deviations.answers(llama, tokenizer, few_prompts, batch_size=4, bos=1)
     for index, prompt in enumerate(few_prompts):
         ids = tokenizer(prompt.context, add_special_tokens=False).input_ids
         labels = [
@@ -87,11 +87,19 @@ def test_answers_under_a_condition_equal_evaluate(llama, tokenizer):
         assert found.margin.numpy() == pytest.approx(expected.documents["margin"], abs=1e-3)
 
 
-def test_labels_that_begin_alike_are_refused(llama, tokenizer, few_prompts):
-    prompt = few_prompts[0]
-    alike = icl.Prompt(prompt.context, ("Foo", "Foo"), 0, 0)
-    with pytest.raises(icl.InputError, match="evaluate"):
-        deviations.answers(llama, tokenizer, [alike])
+def test_labels_that_begin_alike_are_told_apart_by_the_rest(llama, tokenizer, few_prompts):
+    prompt = icl.Prompt(few_prompts[0].context, ("FooFoo", "FooBar"), 1, 0)
+    found = deviations.answers(llama, tokenizer, [prompt])
+    before = len(tokenizer(prompt.context, add_special_tokens=False).input_ids)
+    sums = []
+    for choice in prompt.choices:
+        ids = torch.tensor([tokenizer(prompt.context + choice, add_special_tokens=False).input_ids])
+        with torch.no_grad():
+            logs = llama(ids).logits[0, before - 1 : -1].log_softmax(-1)
+        sums.append(logs.gather(1, ids[0, before:, None]).sum().item())
+    assert len(ids[0]) > before + 1
+    assert found.log_probability.item() == pytest.approx(sums[1], abs=1e-4)
+    assert found.margin.item() == pytest.approx(sums[1] - sums[0], abs=1e-4)
 
 
 def test_comparison_counts_changed_answers_and_averages_seeds():

@@ -33,7 +33,7 @@ __all__ = [
     "book_dir", "cache_dir", "cached_json", "cached_tensor", "check_run_dir", "content_key",
     "embedded_dir", "embedded_models", "file_name", "file_state", "files_digest", "imported_dir",
     "locked", "notebooks_dir", "project_root", "quarantine", "read_text", "smollm2_dir",
-    "synthetic_dir", "tasks_dir", "user_path", "write_json",
+    "stage_notebooks", "synthetic_dir", "tasks_dir", "user_path", "write_json",
 ]  # fmt: skip
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -127,6 +127,11 @@ tasks_dir = functools.partial(_folder, "tasks")
 synthetic_dir = functools.partial(_folder, "synthetic")
 notebooks_dir = functools.partial(_folder, "notebooks")
 book_dir = functools.partial(_folder, "book")
+
+
+def stage_notebooks() -> list[Path]:
+    """The stage notebooks, in order."""
+    return sorted(notebooks_dir().glob("[0-9]*.ipynb"))
 
 
 def cache_dir() -> Path:

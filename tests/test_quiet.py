@@ -12,7 +12,8 @@ import nbformat
 import pytest
 
 from icl_helpers.evaluation.scorer import InterventionLM
-from icl_helpers.run.stages import execute_notebook, stage_notebooks
+from icl_helpers.files import stage_notebooks
+from icl_helpers.run.stages import execute_notebook
 
 
 @pytest.mark.slow

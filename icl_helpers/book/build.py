@@ -15,40 +15,40 @@ from __future__ import annotations
 import base64
 import json
 import os
-import posixpath
 import re
 import shutil
-import string
 import subprocess
 import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from icl_helpers.book import pages
-from icl_helpers.book.pages import (
-    architecture_table,
-    front_page,
-    recipe_table,
+from icl_helpers.book.html import NARROW, finish_pages, write_print_view
+from icl_helpers.book.pages import front, guide
+from icl_helpers.book.pages import runs as run_pages
+from icl_helpers.book.pages.names import (
+    RESULTS,
+    chapter_notebooks,
     run_slug,
-    stage_table,
+    run_titles,
+    shown_stages,
 )
 from icl_helpers.book.playground import write_playground
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.files import (
-    assets_dir,
     book_dir,
     check_run_dir,
     embedded_models,
     imported_dir,
     notebooks_dir,
     project_root,
+    stage_notebooks,
     user_path,
     write_json,
 )
@@ -58,15 +58,7 @@ from icl_helpers.results.notebook import DESCRIPTION
 from icl_helpers.run.bundle import import_bundle
 from icl_helpers.run.costs import estimate_cost
 from icl_helpers.run.plan import run_info, shown_name, stated_parameters
-from icl_helpers.run.stages import (
-    RESULTS,
-    Job,
-    StageError,
-    check_book_extra,
-    execute_notebooks,
-    stage_jobs,
-    stage_notebooks,
-)
+from icl_helpers.run.stages import Job, StageError, check_book_extra, execute_notebooks, stage_jobs
 
 __all__ = ["BookError", "build_book", "find_runs", "prepare_shipped"]
 
@@ -198,9 +190,7 @@ def build_book(
         shutil.rmtree(stale, ignore_errors=True)
     wanted = _stage(staged, found, chapters)
     _sphinx(staged, target)
-    _point_at_sources(target / "html")
-    _name_controls(target / "html")
-    _offer_narrow(target / "html")
+    finish_pages(target / "html")
     # Links in a notebook's outputs stay as they are: what they lead to has to lie there.
     for tables in staged.glob("run/*/tables"):
         shutil.copytree(tables, target / "html" / tables.relative_to(staged))
@@ -208,7 +198,7 @@ def build_book(
     missing = [page for page in wanted if not (target / "html" / f"{page}.html").is_file()]
     if missing:
         raise BookError(f"the built book lacks {', '.join(missing)}")
-    _write_print_view(target / "html", wanted)
+    write_print_view(target / "html", wanted)
     check_leaks(target / "html")
     return target / "html" / "index.html"
 
@@ -223,18 +213,18 @@ def _stage(staged: Path, runs: list[Path], executed: Path | None = None) -> list
     behind = parts["Behind the runs"]
     written = {page["file"] for page in behind}
     behind += [{"file": page} for page in _stage_chapters(staged, executed) if page not in written]
-    (staged / "model-card.md").write_text(pages.model_card("icl-tiny"))
-    claims, claims_in_short = pages.claims_page(runs)
+    (staged / "model-card.md").write_text(guide.model_card("icl-tiny"))
+    claims, claims_in_short = run_pages.claims_page(runs)
     (staged / "claims.md").write_text(claims)
-    (staged / "report.md").write_text(pages.report_page(runs, claims_in_short))
+    (staged / "report.md").write_text(run_pages.report_page(runs, claims_in_short))
     parts["The study"].insert(0, {"file": "claims"})
     for run in runs:
         bundle = imported_dir(run)
         if bundle is not None:
             _zip_bundle(bundle, staged / "bundles" / f"{run_slug(run)}.zip")
-    several = pages.comparison_page(runs, staged) if len(runs) > 1 else None
+    several = run_pages.comparison_page(runs, staged) if len(runs) > 1 else None
     for name, text in (
-        ("verification", pages.verification_page(runs)), ("comparison", several),
+        ("verification", run_pages.verification_page(runs)), ("comparison", several),
     ):  # fmt: skip
         if text is not None:
             (staged / f"{name}.md").write_text(text)
@@ -242,14 +232,14 @@ def _stage(staged: Path, runs: list[Path], executed: Path | None = None) -> list
     # What came out stands before how to make more of it.
     toc["parts"][1:1] = [
         {"caption": title, "chapters": [{"file": page} for page in _stage_run(staged, run)]}
-        for run, title in pages.run_titles(runs).items()
+        for run, title in run_titles(runs).items()
     ]
     _generated(staged, runs)
     url = config["repository"]["url"]
     config["parse"]["myst_substitutions"] = {
-        **front_page(staged, runs),
+        **front.front_page(staged, runs),
         **_costs(),
-        "drawing": pages.drawing(),
+        "drawing": front.drawing(),
         "claims_in_short": claims_in_short,
         "code": f" The code is at <{url}>." if url else "",
     }
@@ -264,10 +254,10 @@ def _costs() -> dict[str, str]:
     """What is inserted into the page on running one's own model: architectures and estimates."""
     example = stage_parameters(**read_parameters(notebooks_dir() / "parameters" / _EXAMPLE))
     return {
-        "architectures": architecture_table(),
-        "recipes": recipe_table(),
+        "architectures": guide.architecture_table(),
+        "recipes": guide.recipe_table(),
         "example_cost": f"```text\n{estimate_cost(example)}\n```",
-        "example_stages": stage_table(example),
+        "example_stages": guide.stage_table(example),
     }
 
 
@@ -275,15 +265,15 @@ def _generated(staged: Path, runs: list[Path]) -> None:
     """Write the pages about all runs, and put the clean notebooks where they are linked from."""
     clean = staged / "notebooks"
     clean.mkdir()
-    for path in [*stage_notebooks(), *pages.chapter_notebooks()]:
+    for path in [*stage_notebooks(), *chapter_notebooks()]:
         shutil.copyfile(path, clean / path.name)
-    (staged / "runs.md").write_text(pages.runs_page(runs))
-    (staged / "notebooks.md").write_text(pages.notebooks_page(staged, runs))
-    (staged / "cite.md").write_text(pages.citation_page(runs))
+    (staged / "runs.md").write_text(run_pages.runs_page(runs))
+    (staged / "notebooks.md").write_text(run_pages.notebooks_page(staged, runs))
+    (staged / "cite.md").write_text(run_pages.citation_page(runs))
 
 
 def _chapter_jobs(folder: Path) -> list[Job]:
-    return [(path, folder / path.name, {}) for path in pages.chapter_notebooks()]
+    return [(path, folder / path.name, {}) for path in chapter_notebooks()]
 
 
 def _stage_chapters(staged: Path, executed: Path | None = None) -> Iterator[str]:
@@ -324,7 +314,7 @@ def _stage_run(staged: Path, run: Path) -> Iterator[str]:
     places = dict.fromkeys((str(run.resolve()), info["parameters"]["run_dir"]), f"runs/{run.name}")
     places[info["model"]] = shown_name(info["model"])
     # The results come first, then how they were got.
-    for stage in sorted(pages.shown_stages(run), key=lambda path: path.stem != RESULTS):
+    for stage in sorted(shown_stages(run), key=lambda path: path.stem != RESULTS):
         text = (run / "notebooks" / stage.name).read_text(encoding="utf-8")
         for place, shown in places.items():
             text = text.replace(place, shown)
@@ -333,7 +323,7 @@ def _stage_run(staged: Path, run: Path) -> Iterator[str]:
         _make_static(notebook, f"-{slug}", staged)
         nbformat.write(notebook, folder / stage.name)
         yield f"run/{slug}/{stage.stem}"
-    published = pages.overlay_page(run, folder)
+    published = run_pages.overlay_page(run, folder)
     if published is not None:
         (folder / "overlay.md").write_text(published)
         yield f"run/{slug}/overlay"
@@ -387,33 +377,9 @@ def _describe_figure(cell: Any, suffix: str, staged: Path) -> None:
             figure["caption"] = described["caption"]
             cell.metadata["mystnb"]["image"]["alt"] = described["alt"]
             if "narrow" in described:
-                drawing = staged / _NARROW / f"{figure['name']}.png"
+                drawing = staged / NARROW / f"{figure['name']}.png"
                 drawing.parent.mkdir(parents=True, exist_ok=True)
                 drawing.write_bytes(base64.b64decode(described["narrow"]))
-
-
-# Drawings for narrow screens, by the names of their figures.
-_NARROW = Path("_static") / "narrow"
-
-
-def _offer_narrow(html: Path) -> None:
-    """Let a figure's image be its narrow drawing on a narrow screen, where it has one."""
-
-    def picture(found: re.Match[str]) -> str:
-        drawing = _NARROW / f"{found['name']}.png"
-        if not (html / drawing).is_file():
-            return found[0]
-        source = f'<source media="(max-width: 600px)" srcset="{up}{drawing.as_posix()}">'
-        return f"{found['before']}<picture>{source}{found['image']}</picture>"
-
-    figure = re.compile(
-        r'(?P<before><figure [^>]*id="(?P<name>[^"]+)"[^>]*>\s*(?:<a [^>]*>)?)'
-        r"(?P<image><img [^>]*>)"
-    )
-    for page in html.rglob("*.html"):
-        up = "../" * (len(page.relative_to(html).parts) - 1)
-        text = page.read_text(encoding="utf-8")
-        page.write_text(figure.sub(picture, text), encoding="utf-8")
 
 
 # The same for every file, so that equal bundles become equal files.
@@ -430,64 +396,6 @@ def _zip_bundle(bundle: Path, target: Path) -> None:
             archive.writestr(entry, path.read_bytes(), zipfile.ZIP_STORED)
 
 
-_NOT_ON_PAPER = re.compile(
-    r'<section class="icl-(?:viewer|playground)".*?</section>|<script.*?</script>', re.DOTALL
-)
-
-
-def _write_print_view(html: Path, names: Sequence[str]) -> None:
-    """Write ``print.html``: the articles of these pages on one page, for paper or a PDF.
-
-    Anchors get the name of their page in front, links between the pages lead to them. What needs
-    a reader's hand, the viewers and their like, is left out.
-    """
-    articles = []
-    for name in names:
-        text = (html / f"{name}.html").read_text(encoding="utf-8")
-        article = text[text.index('<article class="bd-article">') : text.rindex("</article>")]
-        article = _NOT_ON_PAPER.sub("", article)
-        articles.append(_as_part(article, name, names) + "</article>")
-    head = (html / "index.html").read_text(encoding="utf-8").partition("</head>")[0]
-    styles = re.findall(r'<link [^>]*rel="stylesheet"[^>]*>', head)
-    formulas = re.findall(
-        r"<script>window\.MathJax.*?</script>|<script[^>]*/mathjax/.*?</script>", head
-    )
-    template = string.Template((assets_dir() / "print.html").read_text(encoding="utf-8"))
-    title = re.findall(r"<title>(.*?)</title>", head, re.DOTALL)[0]
-    page = template.substitute(
-        title=title, head="\n".join([*styles, *formulas]), articles="\n".join(articles)
-    )
-    (html / "print.html").write_text(page, encoding="utf-8")
-
-
-def _as_part(article: str, name: str, names: Sequence[str]) -> str:
-    """Make a page's article fit for a page at the top of the book that holds others too."""
-
-    def anchor(page: str, fragment: str) -> str:
-        return "--".join(filter(None, (page.replace("/", "-"), fragment)))
-
-    def own(found: re.Match[str]) -> str:
-        return f'{found[1]}="{" ".join(anchor(name, it) for it in found[2].split())}"'
-
-    def place(found: re.Match[str]) -> str:
-        path, _, fragment = found[2].partition("#")
-        path = path or f"{posixpath.basename(name)}.html"
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(name), path))
-        page = path.removesuffix(".html")
-        if page in names:
-            return f'{found[1]}="#{anchor(page, fragment)}"'
-        return f'{found[1]}="{path}{fragment and "#"}{fragment}"'
-
-    article = article.replace("<article", f'<article id="{anchor(name, "")}"', 1)
-    start, end = article.split(">", 1)
-    end = re.sub(r'\b(id|for|aria-[a-z]+by|aria-controls)="([^"]+)"', own, end)
-    # The theme's script lets the keyboard scroll wide tables; here it does not run.
-    for scrolls in ('class="pst-scrollable-table-container"', 'class="output text_html"'):
-        end = end.replace(scrolls, f'{scrolls} tabindex="0"')
-    end = re.sub(r'\b(href|src|srcset)="(?![a-z]+:|//)([^"]+)"', place, end)
-    return f"{start}>{end}"
-
-
 def _repository_buttons(config: dict[str, Any]) -> None:
     """Show what needs the repository's address only where it is set."""
     url = config["repository"]["url"]
@@ -497,40 +405,6 @@ def _repository_buttons(config: dict[str, Any]) -> None:
     config["repository"]["path_to_book"] = "book"
     config["html"] |= {"use_repository_button": True, "use_edit_page_button": True}
     config["launch_buttons"]["colab_url"] = "https://colab.research.google.com"
-
-
-def _point_at_sources(html: Path) -> None:
-    """Lead the buttons of a run's pages to the notebooks as the repository keeps them.
-
-    The theme takes a page's place in the book for its place in the repository, where runs are not.
-    """
-    for page in html.glob("run/*/*.html"):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(
-            re.sub(r"(/(?:blob|edit|tree)/[^\"]*?)/book/run/[a-z0-9-]+/", r"\1/notebooks/", text),
-            encoding="utf-8",
-        )
-
-
-# The theme's controls whose names lack words that they show, and a role that does not fit. The
-# controls get their names from what they show; the icon of the colour mode, which says nothing of
-# its own, keeps the button's name.
-_MISNAMED = (
-    (r'(<summary) aria-label="Toggle hidden content"', r"\1"),
-    (r'(<button class="[^"]*search-button-field[^"]*"[^>]*?) aria-label="[^"]*"', r"\1"),
-    (r'(<i class="theme-switch [^>]*?) +title="[^"]*"', r"\1"),
-    # A list in name only: its entries have the role of a bibliography's, which no list takes.
-    (r'(<div) role="list"( class="citation-list">)', r"\1\2"),
-)
-
-
-def _name_controls(html: Path) -> None:
-    """Let the theme's controls be called by what they show, as voice control needs."""
-    for page in html.rglob("*.html"):
-        text = page.read_text(encoding="utf-8")
-        for pattern, replacement in _MISNAMED:
-            text = re.sub(pattern, replacement, text)
-        page.write_text(text, encoding="utf-8")
 
 
 def _sphinx(staged: Path, target: Path) -> None:

@@ -358,51 +358,28 @@ def _costs(task: TaskOutcome) -> bool:
     return task.to_full is not None and task.to_full.sign < 0
 
 
-def _where_one_costs(
-    evidence: Evidence, firsts: Sequence[TaskOutcome], seconds: Sequence[TaskOutcome],
-    **second: Any,
-) -> tuple[list[_Pair], str]:  # fmt: skip
-    """Pair two removals of the same tasks, of which the second differs in these keys.
+def _removals(
+    first: Mapping[str, str], second: Mapping[str, str]
+) -> Callable[[Evidence], tuple[list[_Pair], str]]:
+    """Pair two removals of the same tasks; where neither costs anything there is no telling."""
 
-    Where neither costs anything there is no telling.
-    """
-    costly = {it.row for it in (*firsts, *seconds) if _costs(it)}
-    both = {it.row for it in seconds}
-    firsts = [it for it in firsts if it.row in both]
-    left = [_name(it) for it in firsts if it.row not in costly]
-    pairs = [
-        (_name(it), evidence.cell(it), evidence.cell(it, **second))
-        for it in firsts
-        if it.row in costly
-    ]
-    return pairs, _left_out(left, "neither costs distinguishably")
+    def pairs(evidence: Evidence) -> tuple[list[_Pair], str]:
+        wanted: list[dict[str, Any]] = [
+            {"condition": "induction_heads", **side} for side in (first, second)
+        ]
+        firsts, seconds = ({it.row: it for it in _tasks(evidence, **side)} for side in wanted)
+        if not firsts or not seconds:
+            return [], _why_none(evidence, **wanted[1 if not seconds else 0])
+        both = [(it, seconds[row]) for row, it in firsts.items() if row in seconds]
+        left = [_name(pair[0]) for pair in both if not any(map(_costs, pair))]
+        cells = [
+            (_name(it), evidence.cell(it), evidence.cell(other))
+            for it, other in both
+            if _costs(it) or _costs(other)
+        ]
+        return cells, _left_out(left, "neither costs distinguishably")
 
-
-def _shares(evidence: Evidence) -> tuple[list[_Pair], str]:
-    """The larger share of heads removed, and the smaller."""
-    larger = _tasks(evidence, "induction_heads")
-    smaller = _tasks(evidence, "induction_heads", share="smaller")
-    if not smaller:
-        return [], _why_none(evidence, share="smaller")
-    return _where_one_costs(evidence, larger, smaller, fraction=evidence.fractions()[0])
-
-
-def _blocked_and_removed(evidence: Evidence) -> tuple[list[_Pair], str]:
-    blocked = _tasks(evidence, "induction_pattern")
-    removed = _tasks(evidence, "induction_heads")
-    if not blocked or not removed:
-        return [], _why_none(evidence, "induction_pattern" if removed else "induction_heads")
-    return _where_one_costs(
-        evidence, blocked, removed, condition="induction_heads", ablation="mean"
-    )
-
-
-def _zero_and_mean(evidence: Evidence) -> tuple[list[_Pair], str]:
-    zero = _tasks(evidence, "induction_heads", ablation="zero")
-    mean = _tasks(evidence, "induction_heads")
-    if not zero or not mean:
-        return [], _why_none(evidence, ablation="zero" if mean else "mean")
-    return _where_one_costs(evidence, zero, mean, ablation="mean")
+    return pairs
 
 
 def _more_examples(evidence: Evidence) -> tuple[list[_Pair], str]:
@@ -574,7 +551,9 @@ _JUDGES: Mapping[str, tuple[Callable[[Evidence], Finding], Callable[[], str] | N
     "one-percent": (_falls("full", share="smaller"), partial(published_ranges, 1, fraction=0.01)),
     "three-percent": (_falls("full"), partial(published_ranges, 1)),
     "more-heads": (
-        _pairs_claim(_shares, lambda it: it.sign < 0, lambda it: it.sign > 0),
+        _pairs_claim(
+            _removals({}, {"share": "smaller"}), lambda it: it.sign < 0, lambda it: it.sign > 0
+        ),
         lambda: f"1 %: {published_ranges(1, fraction=0.01)}; 3 %: {published_ranges(1)}",
     ),
     "random-control": (
@@ -591,12 +570,12 @@ _JUDGES: Mapping[str, tuple[Callable[[Evidence], Finding], Callable[[], str] | N
         partial(published_ranges, 1, "induction_pattern"),
     ),
     "knockout-as-removal": (
-        _pairs_claim(_blocked_and_removed, _is_small, _is_large),
+        _pairs_claim(_removals({"condition": "induction_pattern"}, {}), _is_small, _is_large),
         partial(published_ranges, 1, "induction_pattern", against="induction_heads", small=SMALL),
     ),
     "zero-ablation": (_falls("full", ablation="zero"), partial(published_ranges, 4)),
     "zero-as-mean": (
-        _pairs_claim(_zero_and_mean, _is_small, _is_large),
+        _pairs_claim(_removals({"ablation": "zero"}, {}), _is_small, _is_large),
         lambda: f"mean: {published_ranges(1)}; zero: {published_ranges(4)}",
     ),
     "text-removal": (

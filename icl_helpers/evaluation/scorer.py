@@ -200,12 +200,9 @@ class InterventionLM(HFLM):
             )
 
     def _loglikelihood_tokens(
-        self,
-        requests: Sequence[Encoded],
-        disable_tqdm: bool = False,
-        override_bs: int | None = None,
-        **kwargs: Any,
-    ) -> list[tuple[float, bool]]:
+        self, requests: Sequence[Encoded], disable_tqdm: bool = False,
+        override_bs: int | None = None, **kwargs: Any,
+    ) -> list[tuple[float, bool]]:  # fmt: skip
         """Log-probability and greediness of each label, in the order of the requests."""
         for pair, context, label in requests:
             self._check_length(pair[0] if pair else "", len(context) + len(label) - 1)
@@ -329,12 +326,9 @@ class InterventionLM(HFLM):
 
     @torch.inference_mode()
     def _score_batch(
-        self,
-        batch: Sequence[_Row],
-        requests: Sequence[Encoded],
-        scored: list[tuple[float, bool]],
-        shared: SharedStart | None,
-    ) -> None:
+        self, batch: Sequence[_Row], requests: Sequence[Encoded],
+        scored: list[tuple[float, bool]], shared: SharedStart | None,
+    ) -> None:  # fmt: skip
         pad = torch.nn.utils.rnn.pad_sequence
         ids = pad([torch.tensor(row.ids) for row in batch], batch_first=True)
         branches = None
@@ -367,12 +361,9 @@ class InterventionLM(HFLM):
         self._note(batch, requests, logits, scored)
 
     def _note(
-        self,
-        batch: Sequence[_Row],
-        requests: Sequence[Encoded],
-        logits: Float[torch.Tensor, "batch scored vocabulary"],
-        scored: list[tuple[float, bool]],
-    ) -> None:
+        self, batch: Sequence[_Row], requests: Sequence[Encoded],
+        logits: Float[torch.Tensor, "batch scored vocabulary"], scored: list[tuple[float, bool]],
+    ) -> None:  # fmt: skip
         """Write down the log-probability and greediness of the batch's labels."""
         log_probabilities = torch.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
         labels = [(index, request) for index, row in enumerate(batch) for request in row.requests]
@@ -409,13 +400,9 @@ def _branched(rows: Sequence[_Row]) -> bool:
 
 
 def reference_samples(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    *,
-    n_samples: int | None = None,
-    n_positions: int | None = None,
-) -> torch.Tensor:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *,
+    n_samples: int | None = None, n_positions: int | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Reference samples: 500 of 3,000 tokens, fewer positions where the context is shorter."""
     return reference_ids(
         tokenizer,

@@ -249,8 +249,10 @@ def published_gaps(
 def range_of_gaps(gaps: pd.Series, by: pd.Series) -> dict[str, str]:
     """Word the range of differences, in points, by a key in the order of its appearance."""
     bounds = gaps.groupby(by, sort=False).agg(["min", "max"]).round()
+    # A bound that rounds to minus zero is plus zero, and one value is no range.
     return {
-        str(name): f"{low or 0:+.0f} to {high or 0:+.0f}" for name, low, high in bounds.itertuples()
+        str(name): " to ".join(dict.fromkeys(f"{bound or 0:+.0f}" for bound in ends))
+        for name, *ends in bounds.itertuples()
     }
 
 
@@ -275,6 +277,7 @@ def published_ranges(
 def published_more() -> str:
     rows = published_accuracy().query("table == 1 and condition == 'full' and shots in (5, 10)")
     wide = rows.pivot(index=["model", "task"], columns="shots", values="accuracy").dropna()
-    gaps = (wide[10] - wide[5]).groupby("model").agg(["min", "max"]).round()
-    said = [f"{model} {low:+.0f} to {high:+.0f} points" for model, (low, high) in gaps.T.items()]
-    return f"{'; '.join(said)} from 5 to 10 examples (Table 1)"
+    gaps = wide[10] - wide[5]
+    ranges = range_of_gaps(gaps, gaps.index.get_level_values("model")).items()
+    said = "; ".join(f"{model} {of} points" for model, of in sorted(ranges))
+    return f"{said} from 5 to 10 examples (Table 1)"

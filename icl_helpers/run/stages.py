@@ -20,19 +20,16 @@ from typing import Any
 from tqdm import tqdm
 
 from icl_helpers.errors import ICLError, InputError
-from icl_helpers.files import atomic_path, imported_dir, notebooks_dir, user_path
+from icl_helpers.files import atomic_path, imported_dir, stage_notebooks, user_path
 from icl_helpers.kernels import forked_kernels
 from icl_helpers.parameters import StageParameters, about, stage_parameters
 from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
 
 __all__ = [
-    "RESULTS", "TEXT", "Job", "StageError", "check_book_extra", "execute_notebook",
-    "execute_notebooks", "execute_stages", "stage_jobs", "stage_notebooks",
+    "Job", "StageError", "check_book_extra", "execute_notebook", "execute_notebooks",
+    "execute_stages", "stage_jobs",
 ]  # fmt: skip
-
-# The stage that sums up the ones before it, and the one on text.
-RESULTS, TEXT = "08_results", "06_nlp_tasks"
 
 # What the extra 'book' installs and this package imports or starts.
 _BOOK_EXTRA = (
@@ -55,11 +52,6 @@ def check_book_extra() -> None:
             f"running the stages and building the book need the extra 'book' (missing here: "
             f"{', '.join(missing)}): pip install 'icl-helpers[book]'"
         )
-
-
-def stage_notebooks() -> list[Path]:
-    """The stage notebooks, in order."""
-    return sorted(notebooks_dir().glob("[0-9]*.ipynb"))
 
 
 # A notebook, what becomes of it, and its parameters.

@@ -14,17 +14,11 @@ import pytest
 
 import icl_helpers as icl
 from icl_helpers.book import build as book
-from icl_helpers.book import pages as book_front
+from icl_helpers.book.pages.names import RESULTS
 from icl_helpers.cli import main
-from icl_helpers.files import book_dir, notebooks_dir
+from icl_helpers.files import book_dir, notebooks_dir, stage_notebooks
 from icl_helpers.parameters import about, parameter_cell, read_parameters
-from icl_helpers.run.stages import (
-    RESULTS,
-    StageError,
-    execute_notebook,
-    execute_stages,
-    stage_notebooks,
-)
+from icl_helpers.run.stages import StageError, execute_notebook, execute_stages
 
 NOTEBOOKS = stage_notebooks()
 
@@ -176,7 +170,7 @@ def test_book_does_not_tell_where_the_run_lay(built, run_dir):
 @pytest.mark.slow
 def test_notebook_with_an_error_fails_the_build(run_dir, tmp_path, monkeypatch):
     # The chapters, which are executed before, have no part in it.
-    monkeypatch.setattr(book_front, "chapter_notebooks", list)
+    monkeypatch.setattr(book, "chapter_notebooks", list)
     runs = tmp_path / "runs"
     shutil.copytree(run_dir, runs / "icl-tiny")
     path = runs / "icl-tiny" / "notebooks" / NOTEBOOKS[2].name
@@ -220,40 +214,6 @@ def test_api_page_documents_every_public_name():
     page = (book_dir() / "api.md").read_text()
     names = [name for name in icl.__all__ if not name.startswith("__")]
     assert [name for name in names if not re.search(rf"\.{name}$", page, re.MULTILINE)] == []
-
-
-def test_buttons_of_a_run_lead_to_the_notebooks_in_the_repository(tmp_path):
-    page = tmp_path / "run" / "icl-tiny" / "01_x.html"
-    page.parent.mkdir(parents=True)
-    page.write_text(
-        '<a href="https://host/github/o/r/blob/main/book/run/icl-tiny/01_x.ipynb">'
-        '<a href="../other-run/01_x.html">'
-    )
-    book._point_at_sources(tmp_path)
-    assert Links(page.read_text()).links == [
-        "https://host/github/o/r/blob/main/notebooks/01_x.ipynb",
-        "../other-run/01_x.html",
-    ]
-
-
-def test_controls_are_named_by_what_they_show_and_icons_keep_their_names(tmp_path):
-    (tmp_path / "run").mkdir()
-    page = tmp_path / "run" / "a.html"
-    page.write_text(
-        '<summary aria-label="Toggle hidden content"><p>Show code</p></summary>'
-        '<button class="btn search-button-field" title="Search" aria-label="Search">Search</button>'
-        '<button class="btn search-button" title="Search" aria-label="Search"><i></i></button>'
-        '<button class="theme-switch-button" aria-label="Color mode">'
-        '<i class="theme-switch fa-moon" data-mode="dark"  title="Dark"></i></button>'
-    )
-    book._name_controls(tmp_path)
-    assert page.read_text() == (
-        "<summary><p>Show code</p></summary>"
-        '<button class="btn search-button-field" title="Search">Search</button>'
-        '<button class="btn search-button" title="Search" aria-label="Search"><i></i></button>'
-        '<button class="theme-switch-button" aria-label="Color mode">'
-        '<i class="theme-switch fa-moon" data-mode="dark"></i></button>'
-    )
 
 
 def test_jupyter_book_2_is_refused(monkeypatch, tmp_path):

@@ -12,11 +12,9 @@ import nbformat
 import pytest
 
 import icl_helpers as icl
-from icl_helpers.book import build as book
-from icl_helpers.files import notebooks_dir
+from icl_helpers.files import notebooks_dir, stage_notebooks
 from icl_helpers.parameters import install_cell
 from icl_helpers.run.costs import estimate_cost, stage_tokens
-from icl_helpers.run.stages import stage_notebooks
 
 NOTEBOOKS = sorted(notebooks_dir().glob("*.ipynb"))
 
@@ -102,18 +100,3 @@ def test_first_cell_tells_the_default_limit_and_what_it_takes(path):
         assert float(millions) == pytest.approx(tokens / 1e6, rel=0.15)
         assert int(minutes or 0) == pytest.approx(tokens / cost.rate / 60, abs=0.51)
         assert f"{cost.rate:,.0f} tokens a second" in text
-
-
-def test_a_page_takes_the_narrow_drawing_of_a_figure_that_has_one(tmp_path):
-    drawings = tmp_path / "_static" / "narrow"
-    drawings.mkdir(parents=True)
-    (drawings / "fig-a.png").touch()
-    page = tmp_path / "run" / "x" / "page.html"
-    page.parent.mkdir(parents=True)
-    figure = '<figure class="align-default" id="{}">\n<img alt="A" src="a.png" />\n</figure>'
-    page.write_text(figure.format("fig-a") + figure.format("fig-b"))
-    book._offer_narrow(tmp_path)
-    source = '<source media="(max-width: 600px)" srcset="../../_static/narrow/fig-a.png">'
-    image = '<img alt="A" src="a.png" />'
-    with_drawing = figure.format("fig-a").replace(image, f"<picture>{source}{image}</picture>")
-    assert page.read_text() == with_drawing + figure.format("fig-b")

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from icl_helpers.book import build as book
+from icl_helpers.book.html import write_print_view
 from tests.book.test_book import Links
 from tests.book.test_browser import chromium
 
@@ -31,7 +31,7 @@ def printed(tmp_path) -> str:
         '<a href="../../genindex.html#A">index</a><a href="https://x.org/#y">x</a><img src="../../_images/i.png" alt="i">'
         '<section class="icl-viewer" id="v"><script>1</script></section><script>2</script>'
     )  # fmt: skip
-    book._write_print_view(tmp_path, ["index", "run/a/02"])
+    write_print_view(tmp_path, ["index", "run/a/02"])
     return (tmp_path / "print.html").read_text()
 
 

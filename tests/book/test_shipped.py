@@ -11,7 +11,8 @@ import pytest
 
 import icl_helpers as icl
 from icl_helpers.book import build as book
-from icl_helpers.book import pages
+from icl_helpers.book.pages.names import chapter_notebooks
+from icl_helpers.book.pages.runs import verification_page
 from icl_helpers.run.bundle import open_bundle
 from icl_helpers.run.plan import run_info
 from tests.run.test_bundle import made, sign  # noqa: F401 - a fixture
@@ -49,7 +50,7 @@ def test_bundle_becomes_a_run_of_the_book_that_is_verified(bundles, tmp_path, ex
     assert book.find_runs(runs) == [found]
     report = json.loads((found / "verification.json").read_text())
     assert report["agrees"]
-    page = pages.verification_page([found])
+    page = verification_page([found])
     assert "## icl-tiny (a-model)" in page or "## icl-tiny" in page
     assert (
         "**The sample agrees with the bundle, as far as it could be drawn: some tasks are left "
@@ -71,14 +72,14 @@ def test_stages_of_a_live_run_come_first_and_in_order(tmp_path, executed):
     ) == []  # fmt: skip
     stages = ["in order"] * len(book.stage_notebooks())
     assert executed == [*stages, str(tmp_path / "live"), str(tmp_path / "scratch")]
-    assert [path.name for path in pages.chapter_notebooks()] == sorted(os.listdir(chapters))
+    assert [path.name for path in chapter_notebooks()] == sorted(os.listdir(chapters))
 
 
 def test_chapters_that_were_executed_before_are_not_executed_again(tmp_path, executed, monkeypatch):
     done, staged = tmp_path / "done", tmp_path / "staged"
     for folder in (done, staged):
         folder.mkdir()
-    for path in pages.chapter_notebooks():
+    for path in chapter_notebooks():
         content = json.loads(path.read_text())
         for cell in content["cells"]:
             if cell["cell_type"] == "code":
@@ -86,7 +87,7 @@ def test_chapters_that_were_executed_before_are_not_executed_again(tmp_path, exe
         (done / path.name).write_text(json.dumps(content))
     monkeypatch.setattr(book, "execute_notebooks", lambda jobs, progress: executed.extend(jobs))
     names = list(book._stage_chapters(staged, done))
-    assert names == [path.stem for path in pages.chapter_notebooks()]
+    assert names == [path.stem for path in chapter_notebooks()]
     assert executed == []
     assert {path.stem for path in staged.glob("*.ipynb")} == set(names)
 
@@ -100,7 +101,7 @@ def test_absent_model_is_said_and_stops_nothing(bundles, tmp_path, executed):
     sign(bundle)
     (found,) = book.prepare_shipped(bundles, tmp_path / "runs")
     assert list(json.loads((found / "verification.json").read_text())) == ["reason"]
-    page = pages.verification_page([found])
+    page = verification_page([found])
     assert "**Not verified when this book was built:** model 'no-such/model' is not" in page
     assert str(tmp_path) not in page
 
@@ -112,7 +113,7 @@ def test_run_that_was_computed_here_stays(bundles, tmp_path, executed):
     with pytest.warns(UserWarning, match="takes the place of"):
         assert book.prepare_shipped(bundles, tmp_path / "runs") == []
     assert executed == []
-    assert pages.verification_page([run]) is None
+    assert verification_page([run]) is None
 
 
 def test_disagreement_is_said_first(tmp_path):
@@ -126,7 +127,7 @@ def test_disagreement_is_said_first(tmp_path):
         "seconds": 1.0, "left_out": ["2 cells of sst2: no data"], "notes": [],
     }  # fmt: skip
     (run / "verification.json").write_text(json.dumps(report))
-    page = pages.verification_page([run])
+    page = verification_page([run])
     assert "## smollm2-135m (instruct, 4-bit weights)" in page
     assert "**The sample does not agree with the bundle: do not rely on this run.**" in page
     assert "one has a value, the other none" in page

@@ -12,7 +12,7 @@ import pytest
 
 import icl_helpers as icl
 from icl_helpers.cli import main
-from icl_helpers.run.stages import stage_notebooks
+from icl_helpers.files import stage_notebooks
 from tests.conftest import SHARED, offline
 
 ORIGINAL = SHARED / "original_data"

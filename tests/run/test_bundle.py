@@ -21,9 +21,9 @@ import icl_helpers as icl
 from icl_helpers.attention.scores import attention_patterns
 from icl_helpers.cli import main
 from icl_helpers.evaluation.store import KEYS
+from icl_helpers.files import stage_notebooks
 from icl_helpers.run.bundle import FORMAT, export_run, import_bundle, open_bundle
 from icl_helpers.run.run import run_at
-from icl_helpers.run.stages import stage_notebooks
 from icl_helpers.run.verify import verify_bundle
 from tests.conftest import ROOT, made_once
 

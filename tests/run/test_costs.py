@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import icl_helpers as icl
-from icl_helpers.book.pages import recipe_table, stage_table
+from icl_helpers.book.pages.guide import recipe_table, stage_table
 from icl_helpers.files import notebooks_dir
 from icl_helpers.models.loading import load_model
 from icl_helpers.parameters import read_parameters

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import icl_helpers as icl
-from icl_helpers.files import embedded_dir
-from icl_helpers.run.stages import execute_stages, stage_notebooks
+from icl_helpers.files import embedded_dir, stage_notebooks
+from icl_helpers.run.stages import execute_stages
 from tests.models.test_internlm2 import random_llama, write_checkpoint, write_sentencepiece
 
 # What the hub's configurations of the two generations say beyond the sizes.

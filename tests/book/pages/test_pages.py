@@ -13,7 +13,9 @@ import pytest
 from pybtex.database import parse_file, parse_string
 
 from icl_helpers.book import build as book
-from icl_helpers.book import pages as book_pages
+from icl_helpers.book.pages import front, guide
+from icl_helpers.book.pages import runs as run_pages
+from icl_helpers.book.pages.names import chapter_notebooks, shown_stages
 from icl_helpers.evaluation.store import KEYS
 from icl_helpers.files import assets_dir, book_dir, notebooks_dir, project_root
 from icl_helpers.results.outcomes import kind_outcomes
@@ -74,7 +76,7 @@ def test_markdown_table_escapes_bars_and_leaves_missing_values_empty():
 
 def test_page_on_runs_shows_versions_and_seconds_of_each(tmp_path):
     runs = [make_run(tmp_path, "one"), make_run(tmp_path, "two")]
-    rows = table_rows(book_pages.runs_page(runs))
+    rows = table_rows(run_pages.runs_page(runs))
     assert ["torch", "9.8.7", "9.8.7"] in rows
     assert ["zero ablation", "2.25", "2.25"] in rows
     assert ["**together**", "3.8", "3.8"] in rows
@@ -82,7 +84,7 @@ def test_page_on_runs_shows_versions_and_seconds_of_each(tmp_path):
 
 
 def test_page_on_runs_says_in_words_what_was_evaluated(tmp_path):
-    page = book_pages.runs_page([make_run(tmp_path, "one")])
+    page = run_pages.runs_page([make_run(tmp_path, "one")])
     assert (
         "- At most 7 documents of each task, drawn as evenly over the labels as there are documents (the paper: all)"
         in page
@@ -93,29 +95,29 @@ def test_page_on_runs_says_in_words_what_was_evaluated(tmp_path):
 
 
 def test_page_on_runs_does_not_tell_where_they_lay(tmp_path):
-    assert str(tmp_path) not in book_pages.runs_page([make_run(tmp_path, "one")])
+    assert str(tmp_path) not in run_pages.runs_page([make_run(tmp_path, "one")])
 
 
 def test_comparison_shows_each_runs_accuracy_and_its_change(tmp_path):
     runs = [make_run(tmp_path, "one"), make_run(tmp_path, "two", full=0.7)]
-    rows = table_rows(book_pages.comparison_page(runs, tmp_path))
+    rows = table_rows(run_pages.comparison_page(runs, tmp_path))
     assert ["repetition", "unrelated", "10", "90.0", "70.0"] in rows
     assert ["repetition", "unrelated", "10", "50.0 (-40.0)", "30.0 (-40.0)"] in rows
     assert len(pd.read_csv(tmp_path / "comparison.csv")) == 6
 
 
 def test_only_runs_of_the_papers_models_have_an_overlay(tmp_path):
-    assert book_pages.overlay_page(make_run(tmp_path, "one"), tmp_path) is None
+    assert run_pages.overlay_page(make_run(tmp_path, "one"), tmp_path) is None
 
 
 def test_chapters_are_the_notebooks_without_a_number():
     names = {path.name for path in notebooks_dir().glob("*.ipynb")}
-    chapters = {path.name for path in book_pages.chapter_notebooks()}
+    chapters = {path.name for path in chapter_notebooks()}
     assert chapters == {name for name in names if not name[0].isdigit()}
 
 
 def test_every_stage_can_be_downloaded_clean_and_executed(tmp_path):
-    text = book_pages.notebooks_page(tmp_path, [make_run(tmp_path, "My Run")])
+    text = run_pages.notebooks_page(tmp_path, [make_run(tmp_path, "My Run")])
     for name in {path.name for path in notebooks_dir().glob("[0-9]*.ipynb")}:
         assert f"`clean <notebooks/{name}>`" in text
         assert f"`executed <run/my-run/{name}>`" in text
@@ -123,7 +125,7 @@ def test_every_stage_can_be_downloaded_clean_and_executed(tmp_path):
 
 def test_stages_with_nothing_to_show_are_left_out(tmp_path):
     run = make_run(tmp_path, "one")
-    names = [path.stem for path in book_pages.shown_stages(run)]
+    names = [path.stem for path in shown_stages(run)]
     assert names == [path.stem for path in sorted(notebooks_dir().glob("[0-9]*.ipynb"))]
     info = json.loads((run / "run.json").read_text())
     info["parameters"]["nlp_tasks"] = []
@@ -132,19 +134,19 @@ def test_stages_with_nothing_to_show_are_left_out(tmp_path):
     for stage, missing in (("09_which_heads", 2), ("10_function_vectors", 3)):
         cells = "said_where_not_measured() " * 3 + "**Not measured.** " * missing
         (run / "notebooks" / f"{stage}.ipynb").write_text(cells)
-    shown = [path.stem for path in book_pages.shown_stages(run)]
+    shown = [path.stem for path in shown_stages(run)]
     assert [name for name in names if name not in shown] == ["06_nlp_tasks", "10_function_vectors"]
     link = "`executed <run/one/{}.ipynb>`"
-    page = book_pages.notebooks_page(tmp_path, [run])
+    page = run_pages.notebooks_page(tmp_path, [run])
     assert link.format("09_which_heads") in page
     assert link.format("10_function_vectors") not in page
-    claims, _ = book_pages.claims_page([run])
+    claims, _ = run_pages.claims_page([run])
     assert "(run/one/04_head_ablation)" in claims
     assert "(run/one/06_nlp_tasks)" not in claims
 
 
 def test_citation_holds_the_paper_and_the_software(tmp_path):
-    text = book_pages.citation_page([make_run(tmp_path, "one")])
+    text = run_pages.citation_page([make_run(tmp_path, "one")])
     assert "@inproceedings{crosbie2025induction" in text
     assert (project_root() / "CITATION.cff").read_text().strip() in text
     blocks = re.findall(r"```bibtex\n(.*?)\n```", text, re.DOTALL)
@@ -161,7 +163,7 @@ def test_each_run_is_cited_by_what_it_states_and_by_the_digest_of_its_bundle(tmp
         (tmp_path / bundle.name).mkdir()
         (tmp_path / bundle.name / "run.json").write_text(json.dumps(info))
         runs.append(tmp_path / bundle.name)
-    text = book_pages.citation_page(runs)
+    text = run_pages.citation_page(runs)
     blocks = re.findall(r"```bibtex\n(@misc.*?)\n```", text, re.DOTALL)
     entries = parse_string("\n".join(blocks), "bibtex").entries
     assert list(entries) == ["run-computed-here", *(f"run-{bundle.name}" for bundle in shipped)]
@@ -187,7 +189,7 @@ def test_a_revision_is_part_of_the_citation(tmp_path):
     info = json.loads((run / "run.json").read_text())
     info["parameters"]["revision"] = "main_2"
     (run / "run.json").write_text(json.dumps(info))
-    assert r"Model some/model (revision main\_2)" in book_pages.citation_page([run])
+    assert r"Model some/model (revision main\_2)" in run_pages.citation_page([run])
 
 
 def test_every_work_of_the_bibliography_is_cited_where_the_book_argues_with_it():
@@ -212,15 +214,15 @@ def test_front_page_quotes_what_became_of_the_predictions_on_the_highest_scores(
     (run / "notebooks" / "09_which_heads.ipynb").write_text(
         json.dumps({"cells": [{"cell_type": "code", "outputs": [output]}]})
     )
-    _, in_short = book_pages.claims_page([run])
+    _, in_short = run_pages.claims_page([run])
     assert lines[0].strip() in in_short
     assert "less able" not in in_short
     (run / "notebooks" / "09_which_heads.ipynb").unlink()
-    assert "which heads?" not in book_pages.claims_page([run])[1]
+    assert "which heads?" not in run_pages.claims_page([run])[1]
 
 
 def test_front_page_says_what_came_out_by_kind_and_counts_heads_first(tmp_path):
-    found = book_pages.front_page(tmp_path, [make_run(tmp_path, "one", model="some/model")])
+    found = front.front_page(tmp_path, [make_run(tmp_path, "one", model="some/model")])
     assert f"removed or blocked are {HEADS}" in found["answer"]
     assert "| repetition (chance 50) | 90" in found["answer"]
     # Neither was evaluated, so nothing is said about them.
@@ -259,7 +261,7 @@ def opposite_run(folder: Path, name: str, **options) -> Path:
 
 
 def test_front_page_caption_and_alternative_text_have_no_average_over_opposite_tasks(tmp_path):
-    found = book_pages.front_page(tmp_path, [opposite_run(tmp_path, "one", model="some/model")])
+    found = front.front_page(tmp_path, [opposite_run(tmp_path, "one", model="some/model")])
     alt = re.search(r":alt: (.*)", found["figure"]).group(1)
     caption = found["figure"].split("\n\n")[1]
     assert "1 to 6 %" in alt
@@ -284,7 +286,7 @@ def test_front_page_keeps_the_two_sets_of_labels_of_a_text_task_apart():
         for labels, full in (("semantic", 90), ("unrelated", 70))
     ]
     outcomes = kind_outcomes(pd.concat(parts, ignore_index=True))
-    rows = table_rows(book_pages._task_table(outcomes))
+    rows = table_rows(front._task_table(outcomes))
     assert [row[0] for row in rows[2:]] == [
         "SST-2 (semantic labels, chance 50)", "SST-2 (unrelated labels, chance 50)",
     ]  # fmt: skip
@@ -292,7 +294,7 @@ def test_front_page_keeps_the_two_sets_of_labels_of_a_text_task_apart():
 
 
 def test_front_page_says_first_where_training_seeds_disagree(tmp_path):
-    found = book_pages.front_page(tmp_path, [make_run(tmp_path, "one")])["doubts"]
+    found = front.front_page(tmp_path, [make_run(tmp_path, "one")])["doubts"]
     assert "Training seeds, on all documents, disagree on repetition (heads removed): 86" in found
     page = (book_dir() / "index.md").read_text()
     assert page.index("{{ doubts }}") < page.index("{{ claims_in_short }}")
@@ -301,7 +303,7 @@ def test_front_page_says_first_where_training_seeds_disagree(tmp_path):
 def test_real_model_leads_and_the_embedded_one_is_called_an_instrument(tmp_path):
     tiny = make_run(tmp_path, "icl-tiny")
     real = opposite_run(tmp_path, "smollm2-135m", model="smollm2-135m")
-    found = book_pages.front_page(tmp_path, [real, tiny])
+    found = front.front_page(tmp_path, [real, tiny])
     assert found["model_described"] == "smollm2-135m (instruct, 4-bit weights)"
     assert "smollm2-135m (instruct, 4-bit weights), with the most examples" in found["answer"]
     assert "Training seeds" not in found["doubts"]
@@ -313,13 +315,13 @@ def test_real_model_leads_and_the_embedded_one_is_called_an_instrument(tmp_path)
 
 
 def test_model_card_is_a_page_without_its_front_matter():
-    text = book_pages.model_card("icl-tiny")
+    text = guide.model_card("icl-tiny")
     assert text.startswith("# Model card of icl-tiny")
     assert "far below chance" in text
 
 
 def test_drawing_shows_the_pairs_that_are_read_off_the_prompt():
-    text = book_pages.drawing()
+    text = front.drawing()
     first, second = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     for svg in (first, second):
         tokens = re.findall(r'<text x="180" y="\d+">(.*?)</text>', svg)
@@ -353,7 +355,7 @@ def chapter(folder: Path, source: str) -> Path:
 @pytest.mark.slow
 def test_chapter_is_executed_afresh_and_takes_the_place_of_its_page(tmp_path, monkeypatch):
     path = chapter(tmp_path, "print(6 * 7)")
-    monkeypatch.setattr(book_pages, "chapter_notebooks", lambda: [path])
+    monkeypatch.setattr(book, "chapter_notebooks", lambda: [path])
     staged = tmp_path / "staged"
     staged.mkdir()
     (staged / "a_chapter.md").write_text("# Written")
@@ -367,7 +369,7 @@ def test_chapter_is_executed_afresh_and_takes_the_place_of_its_page(tmp_path, mo
 @pytest.mark.slow
 def test_failing_chapter_fails_the_build(tmp_path, monkeypatch):
     path = chapter(tmp_path, "1 / 0")
-    monkeypatch.setattr(book_pages, "chapter_notebooks", lambda: [path])
+    monkeypatch.setattr(book, "chapter_notebooks", lambda: [path])
     (tmp_path / "staged").mkdir()
     with pytest.raises(book.BookError, match="a_chapter failed: ZeroDivisionError"):
         list(book._stage_chapters(tmp_path / "staged"))
@@ -377,7 +379,7 @@ def test_table_of_architectures_holds_every_type_of_the_sweep():
     found = json.loads((project_root() / "book" / "_static" / "architectures.json").read_text())[
         "types"
     ]
-    shown = book_pages.architecture_table()
+    shown = guide.architecture_table()
     assert f"Of {len(found)} types" in shown
     for name, kind in found.items():
         (row,) = [line for line in shown.splitlines() if line.startswith(f"| `{name}` |")]

@@ -509,7 +509,7 @@ def label_logprobs(model, tokenizer, prompt: icl.Prompt) -> list[float]:
     assert (len(foo), len(bar)) == (2, 1)
     whole = tokenizer(prompt.context + "Foo", add_special_tokens=False).input_ids
     assert whole == context + foo
-    given = logits(model, torch.tensor([whole]))[0, -3:].log_softmax(dim=-1)
+    given = model(input_ids=torch.tensor([whole]), logits_to_keep=3).logits[0].log_softmax(dim=-1)
     return [float(given[0, foo[0]] + given[1, foo[1]]), float(given[0, bar[0]])]
 
 

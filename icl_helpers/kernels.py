@@ -23,7 +23,10 @@ from typing import Any
 __all__ = ["forked_kernels", "preload"]
 
 # What is drawn with is not among them: pyplot asks, as it is imported, in which kernel it is.
-_IMPORTED = ("icl_helpers.run.run", "icl_helpers.book.came_out", "IPython", "ipykernel.kernelapp")
+_IMPORTED = (
+    "icl_helpers.run.run", "icl_helpers.book.came_out", "IPython", "ipykernel.kernelapp",
+    "matplotlib.figure", "matplotlib.backends.backend_agg",
+)  # fmt: skip
 # What Linux knows GPUs by: NVIDIA's, in Windows' subsystem, AMD's, others'.
 _GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel", "/dev/dri")
 _KERNEL = [sys.executable, "-m", "ipykernel_launcher"]

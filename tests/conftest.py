@@ -10,20 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from filelock import FileLock
+
+# What takes long to import is imported where it is used: the process that hands out the tests to
+# others runs none of them.
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Before torch is imported, and for every process that a test starts: the tests share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import pytest
-import torch
-from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-import icl_helpers as icl
-from icl_helpers.book.build import build_book
-
-torch.set_num_threads(1)
+# Until the tests are collected.
+gc.disable()
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -33,6 +33,9 @@ DESCRIPTION = "Classify each sequence."
 
 def make_tokenizer(texts: list[str], vocab_size: int = 400) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,6 +53,9 @@ def make_tokenizer(texts: list[str], vocab_size: int = 400) -> PreTrainedTokeniz
 
 def make_llama(**changes: object) -> LlamaForCausalLM:
     """A random Llama with grouped-query attention; large weights, so that edits show."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     settings: dict[str, object] = {
         "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -86,13 +92,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         del fast[:rest]
     items[:] = [*itertools.chain(*shares), *fast]
     # What is there by now is never given back: no collection, and there are many, need look at it.
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The user's cache neither helps nor hurts: a test that needs one fills it itself."""
+    import torch
+
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ICL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -177,6 +186,7 @@ def run_dir(offline_run: Path) -> Path:
 @pytest.fixture(scope="session")
 def built(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The book of that run and of a second one."""
+    from icl_helpers.book.build import build_book
 
     def make(folder: Path) -> None:
         for name in ("icl-tiny", "second-model"):
@@ -209,6 +219,7 @@ def llama() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
+    import icl_helpers as icl
 
     texts = [p.context for p in icl.build_prompts("wordseq1_binary", shots=5, seed=1)[:100]]
     texts += [p.context for p in icl.build_prompts("repetition", shots=5, seed=1)[:50]]

@@ -114,7 +114,7 @@ def test_lm_eval_command_line_agrees_with_evaluate(tmp_path):
 
 STOPPED = [
     "evaluate", "--tasks", "wordseq1_binary", "--shots", "10", "--seeds", "42,43,44",
-    "--limit", "120", "--conditions", "full,zero", "--run-dir",
+    "--limit", "60", "--conditions", "full,zero", "--run-dir",
 ]  # fmt: skip
 
 

@@ -364,19 +364,14 @@ def _removals(
     """Pair two removals of the same tasks; where neither costs anything there is no telling."""
 
     def pairs(evidence: Evidence) -> tuple[list[_Pair], str]:
-        wanted: list[dict[str, Any]] = [
-            {"condition": "induction_heads", **side} for side in (first, second)
-        ]
+        wanted: Any = [{"condition": "induction_heads", **side} for side in (first, second)]
         firsts, seconds = ({it.row: it for it in _tasks(evidence, **side)} for side in wanted)
         if not firsts or not seconds:
             return [], _why_none(evidence, **wanted[1 if not seconds else 0])
         both = [(it, seconds[row]) for row, it in firsts.items() if row in seconds]
         left = [_name(pair[0]) for pair in both if not any(map(_costs, pair))]
-        cells = [
-            (_name(it), evidence.cell(it), evidence.cell(other))
-            for it, other in both
-            if _costs(it) or _costs(other)
-        ]
+        costly = [pair for pair in both if any(map(_costs, pair))]
+        cells = [(_name(it), evidence.cell(it), evidence.cell(other)) for it, other in costly]
         return cells, _left_out(left, "neither costs distinguishably")
 
     return pairs

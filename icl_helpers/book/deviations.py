@@ -119,13 +119,10 @@ def answers(
     scores = [torch.tensor([next(scored)[0] for _ in prompt.choices]) for prompt in prompts]
     targets = [prompt.target for prompt in prompts]
     chosen = torch.stack([values.argmax() for values in scores])
-    right = torch.stack([values[target] for values, target in zip(scores, targets, strict=True)])
-    wrong = torch.stack(
-        [
-            values[torch.arange(len(values)) != target].max()
-            for values, target in zip(scores, targets, strict=True)
-        ]
-    )
+    judged = list(zip(scores, targets, strict=True))
+    right = torch.stack([values[target] for values, target in judged])
+    others = (torch.cat([values[:target], values[target + 1 :]]) for values, target in judged)
+    wrong = torch.stack([values.max() for values in others])
     return Answers(chosen, chosen == torch.tensor(targets), right - wrong, right)
 
 

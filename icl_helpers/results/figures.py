@@ -6,6 +6,7 @@ Every figure has a second drawing for the screen of a phone, ``narrow``, with th
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 
 from icl_helpers.attention.heads import Head, heads_in_words
 from icl_helpers.evaluation.store import CELL, keyed
+from icl_helpers.results.outcomes import task_name
 
 __all__ = [
     "accuracy_bars", "accuracy_lines", "attention_over_prompt", "bars_alt", "benefit_alt",
@@ -217,9 +219,10 @@ def _margins(
 
 
 def named_conditions(rows: pd.DataFrame) -> pd.DataFrame:
-    """Name conditions as they are shown, with their control where it is not the paper's."""
+    """Name tasks and conditions as they are shown; a control where it is not the paper's."""
     control = rows["control"].map(lambda name: "" if name in ("", "published") else f", {name}")
-    return rows.assign(condition=(rows["condition"] + control).str.replace("_", " "))
+    conditions = (rows["condition"] + control).str.replace("_", " ")
+    return rows.assign(condition=conditions, task=rows["task"].map(task_name))
 
 
 def benefit_bars(
@@ -255,10 +258,10 @@ def _changes(changes: pd.DataFrame, ablation: str) -> tuple[pd.DataFrame, str]:
     """Return bars (percent), with the labels in the name of a task that has several, and title."""
     rows = changes[(changes["ablation"] == ablation) & changes["relative_change"].notna()]
     several = changes.groupby("task")["labels"].transform("nunique")[rows.index] > 1
-    names = rows["task"].where(~several, rows["task"] + " " + rows["labels"])
     title = f"Accuracy gained by {_numbers(rows['shots'])} examples: relative change under"
-    bars = named_conditions(rows.assign(task=names, height=rows["relative_change"]))
-    return bars, f"{title} {ablation} ablation"
+    bars = named_conditions(rows.assign(height=rows["relative_change"]))
+    names = bars["task"].where(~several, bars["task"] + " " + rows["labels"])
+    return bars.assign(task=names), f"{title} {ablation} ablation"
 
 
 def _bar_panels(
@@ -293,7 +296,7 @@ def _bar_panels(
             )  # fmt: skip
         axes.set_title(titles[key], loc="left", fontsize="medium")
         ticks = axes.set_yticks if narrow else axes.set_xticks
-        ticks(range(len(tasks)), [task.replace("_", "\n", 1) for task in tasks])
+        ticks(range(len(tasks)), [textwrap.fill(task, 14) for task in tasks])
         if narrow:
             axes.set_ylim(len(tasks) - 0.5, -0.5)
         _mark(axes, label, limits, mark, along="x" if narrow else "y")
@@ -305,7 +308,7 @@ def _bar_panels(
 def _in_words(names: pd.Series, heights: pd.Series) -> str:
     """Return "name: height, height; name: height", each name once."""
     by_name = heights.groupby(names, sort=False).agg(", ".join)
-    return "; ".join(by_name.index + ": " + by_name).replace("_", " ")
+    return "; ".join(by_name.index + ": " + by_name)
 
 
 def _numbers(shots: pd.Series) -> str:
@@ -341,7 +344,7 @@ def dose_lines(frame: pd.DataFrame, *, narrow: bool = False) -> Figure:
         counts = sorted(set(part["heads"]) - {0})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
-        axes.set_title(task.replace("_", " "), loc="left", fontsize="medium")
+        axes.set_title(task_name(task), loc="left", fontsize="medium")
         axes.set(ylabel="margin (nats)")
     grid[-1].set_xlabel("heads removed")
     _legend(figure, grid[0], "upper", 1 if narrow else 2)
@@ -372,8 +375,8 @@ def dose_alt(frame: pd.DataFrame) -> str:
         for chosen_by, rows in margins.items():
             points = (f"{line:.1f} without {count}" for count, line in rows.median().items())
             lines.append(f"{_CHOSEN[chosen_by][0]} {', '.join(points)}")
-        said.append(f"{task}: {'; '.join(lines)}")
-    return f"Lines of margin in nats over heads removed. {'. '.join(said)}.".replace("_", " ")
+        said.append(f"{task_name(str(task))}: {'; '.join(lines)}")
+    return f"Lines of margin in nats over heads removed. {'. '.join(said)}."
 
 
 def effect_points(frame: pd.DataFrame, *, value: str, label: str, narrow: bool = False) -> Figure:
@@ -387,7 +390,7 @@ def effect_points(frame: pd.DataFrame, *, value: str, label: str, narrow: bool =
         part = frame[frame["task"] == task]
         axes.axhline(0, color=_GUIDE, linewidth=0.8)
         axes.plot(part["score"], part[value], "o", color=_FULL, markersize=3.5, alpha=0.7)
-        axes.set_title(str(task).replace("_", " "), loc="left", fontsize="medium")
+        axes.set_title(task_name(task), loc="left", fontsize="medium")
         axes.set(ylabel=label)
     grid[-1].set(xlabel="prefix-matching score", xlim=(-0.02, 1.02))
     return _closed(figure)
@@ -447,7 +450,7 @@ def loss_lines(frame: pd.DataFrame, *, phases: Sequence[int], narrow: bool = Fal
 def accuracy_lines(frame: pd.DataFrame, *, phases: Sequence[int], narrow: bool = False) -> Figure:
     """Draw the few-shot accuracy of every task over training steps, in percent."""
     tasks = frame[frame["measure"] == "accuracy"].groupby("task", sort=False)
-    lines = {str(task): rows.groupby("step")["value"].mean() for task, rows in tasks}
+    lines = {task_name(str(task)): rows.groupby("step")["value"].mean() for task, rows in tasks}
     return _percent_lines(lines, _TASK_STYLES, phases, narrow)
 
 
@@ -473,7 +476,7 @@ def _percent_lines(
     figure, axes = _step_axes(phases, narrow)
     for (name, line), (colour, marker) in zip(lines.items(), itertools.cycle(styles), strict=False):
         axes.plot(
-            100 * line, label=name.replace("_", " "), color=colour, marker=marker, markersize=3.5,
+            100 * line, label=name, color=colour, marker=marker, markersize=3.5,
             linewidth=1.3,
         )  # fmt: skip
     _mark(axes, "accuracy (%)", (0, 105), 50)

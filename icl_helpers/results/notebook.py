@@ -26,6 +26,7 @@ from icl_helpers.attention.heads import heads_in_words
 from icl_helpers.errors import InputError, NotMeasuredError
 from icl_helpers.evaluation.store import CELL, ROW
 from icl_helpers.results import comparison, figures
+from icl_helpers.results.outcomes import task_name
 from icl_helpers.results.statistics import benefit_changes, left_out_tasks
 from icl_helpers.results.tables import (
     annotated_table,
@@ -147,7 +148,7 @@ def show_table(
 
 def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
     """Join the levels of an index: a row has one head, which stays in sight on a phone."""
-    joined = [", ".join(map(str, levels)).replace("_", " ") for levels in frame.index]
+    joined = [", ".join(task_name(str(level)) for level in levels) for levels in frame.index]
     corner = ", ".join(map(str, frame.index.names))
     columns = ["", corner] if isinstance(frame.columns, pd.MultiIndex) else corner
     return frame.set_axis(pd.Index(joined), axis="index").rename_axis(columns=columns)

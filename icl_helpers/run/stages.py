@@ -182,7 +182,9 @@ def execute_notebook(
         try:
             papermill.execute_notebook(
                 str(notebook), str(output), parameters=values, kernel_name="python3",
-                progress_bar=False, **_kernel_settings(scratch, kernels),
+                # Nobody sees it before it is whole, or has failed.
+                request_save_on_cell_execute=False, autosave_cell_every=0, progress_bar=False,
+                **_kernel_settings(scratch, kernels),
                 # As papermill's cwd, which would move the whole process and notebooks beside it.
                 resources={"metadata": {"path": str(notebook.parent)}},
             )  # fmt: skip

@@ -7,6 +7,7 @@ const settings = JSON.parse(require("fs").readFileSync(process.argv[2], "utf-8")
 const { opened, reported } = require("./browser.cjs")(settings);
 
 function computed({ texts, patterns, cases }) {
+  let plain;
   const { encode, inductionPattern, score, forward } = window.iclTiny;
   const tried = (compute) => {
     try { return compute(); } catch (error) { return error.message; }
@@ -16,7 +17,8 @@ function computed({ texts, patterns, cases }) {
     patterns: patterns.map((prompt) => tried(() => inductionPattern(prompt))),
     cases: cases.map(({ context, labels, heads, blocked }, index) => {
       const edit = { heads, pattern: blocked ? inductionPattern(context) : null };
-      const plain = score(context, labels);
+      // As on the page: the full model's passes are kept while the prompt stays.
+      if (index === 0 || cases[index - 1].context !== context) plain = score(context, labels);
       const changed = score(context, labels, edit, plain.passes);
       // The same without what is known of the pass before.
       const alone = forward(encode(context).map(({ id }) => id), edit);

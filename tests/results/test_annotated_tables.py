@@ -169,7 +169,7 @@ def test_tasks_without_benefit_are_left_out_of_the_figure_and_listed(documents):
     assert row["why"] == "no benefit"
     text = benefit_alt(changes, ablation="mean", n_heads=50)
     assert "repetition" in text
-    assert "sst2" not in text
+    assert "SST-2" not in text
     assert len(benefit_bars(changes, ablation="mean", n_heads=50).axes) == 1
     with pytest.raises(icl.InputError, match="with and without"):
         few = documents[documents["shots"] == 10]
@@ -180,7 +180,7 @@ def test_alternative_text_names_every_bar(documents):
     text = bars_alt(accuracies(documents), ablations=["mean", "knockout"], n_heads=50)
     assert "3 of 50 heads (6.0 %)" in text
     assert "repetition with unrelated labels: full 9" in text
-    assert "sst2 with semantic labels: full 9" in text
+    assert "SST-2 with semantic labels: full 9" in text
     empty = accuracies(documents).iloc[:0]
     assert "nothing was evaluated" in bars_alt(empty, ablations=["mean"], n_heads=50)
 

@@ -22,6 +22,7 @@ GENERATIONS = {
 PARAMETERS = {
     "tasks": ["repetition", "wordseq1_binary"], "nlp_tasks": ["review_sentiment"], "shots": [0, 2],
     "fractions": [0.2], "seeds": [42], "ablation_seeds": [42], "limit": 4, "dtype": "float32",
+    "analysis_tasks": ["repetition"], "analysis_limit": 2,
     "reference": str(embedded_dir() / "icl-tiny" / "reference.txt"),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGE = "03_full_model.ipynb"
 ARGUMENTS = [
     "run", "--stages", "3", "--tasks", "repetition,recursion", "--nlp-tasks", "", "--shots", "5,10",
-    "--seeds", "42,43,44", "--limit", "100",
+    "--seeds", "42,43,44", "--limit", "60",
 ]  # fmt: skip
 CELLS = 2 * 2 * 3
 

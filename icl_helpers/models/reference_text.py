@@ -52,12 +52,9 @@ def samples_key(ids: torch.Tensor) -> str:
 
 
 def reference_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    *,
-    n_samples: int = PAPER_SAMPLES,
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, n_samples: int = PAPER_SAMPLES,
     n_positions: int = PAPER_POSITIONS,
-) -> Int[torch.Tensor, "samples positions"]:
+) -> Int[torch.Tensor, "samples positions"]:  # fmt: skip
     """Reference samples for the means: texts joined by spaces and cut (paper, section 4).
 
     Texts are taken in order; a sample is complete once it has more than ``n_positions`` tokens, is

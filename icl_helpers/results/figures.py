@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from icl_helpers.attention.heads import Head, heads_in_words
 from icl_helpers.evaluation.store import CELL, keyed
-from icl_helpers.results.outcomes import task_name
+from icl_helpers.results.outcomes import chance_level, task_name
 
 __all__ = [
     "accuracy_bars", "accuracy_lines", "attention_over_prompt", "bars_alt", "benefit_alt",
@@ -146,7 +146,7 @@ def accuracy_bars(
     several = bars["labels"].nunique() > 1
     titles = {labels: f"{labels} labels" if several else "" for labels in bars["labels"]}
     label, limits = "accuracy (%)", (0, 105)
-    return _bar_panels(bars, "labels", titles, label, limits, mark=50, title=title, narrow=narrow)
+    return _bar_panels(bars, "labels", titles, label, limits, title=title, narrow=narrow)
 
 
 def bars_alt(
@@ -169,7 +169,7 @@ def _accuracies(
     rows, title = _shown_rows(results, ablations, shots, n_heads)
     runs = keyed(rows).groupby(CELL, sort=False, dropna=False)["accuracy"]
     bars = (100 * runs.agg(height="mean", low="min", high="max")).reset_index()
-    return named_conditions(bars), title
+    return named_conditions(bars.assign(chance=bars["task"].map(chance_level))), title
 
 
 def _shown_rows(
@@ -266,10 +266,13 @@ def _changes(changes: pd.DataFrame, ablation: str) -> tuple[pd.DataFrame, str]:
 
 def _bar_panels(
     bars: pd.DataFrame, by: str, titles: Mapping[Any, str], label: str,
-    limits: tuple[float, float] | None = None, *, title: str, narrow: bool, mark: float = 0,
-    height: float = 3, nothing: str = _NOTHING_EVALUATED,
+    limits: tuple[float, float] | None = None, *, title: str, narrow: bool, height: float = 3,
+    nothing: str = _NOTHING_EVALUATED,
 ) -> Figure:  # fmt: skip
-    """Draw bars with lines from ``low`` to ``high``, a panel each ``by``, or say ``nothing``."""
+    """Draw bars with lines from ``low`` to ``high``, a panel each ``by``, or say ``nothing``.
+
+    A dotted line marks each task's ``chance``, where the bars have one.
+    """
     if bars.empty:
         figure, (axes,) = _new_figure(9, 0.8 + height)
         axes.text(0.5, 0.5, nothing, ha="center")
@@ -296,10 +299,14 @@ def _bar_panels(
             )  # fmt: skip
         axes.set_title(titles[key], loc="left", fontsize="medium")
         ticks = axes.set_yticks if narrow else axes.set_xticks
-        ticks(range(len(tasks)), [textwrap.fill(task, 14) for task in tasks])
+        ticks(range(len(tasks)), [textwrap.fill(task, 16) for task in tasks])
         if narrow:
             axes.set_ylim(len(tasks) - 0.5, -0.5)
-        _mark(axes, label, limits, mark, along="x" if narrow else "y")
+        if "chance" in panel:
+            levels, left = panel.groupby("task")["chance"].first(), np.arange(len(tasks)) - 0.5
+            across = axes.vlines if narrow else axes.hlines
+            across(levels.reindex(tasks), left, left + 1, _GUIDE, ":", linewidth=0.8)
+        _mark(axes, label, limits, 0, along="x" if narrow else "y")
     _legend(figure, grid[0], "lower", 2 if narrow else 5)
     figure.suptitle(title, fontsize="medium", wrap=True)
     return _closed(figure)

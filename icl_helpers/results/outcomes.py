@@ -35,10 +35,10 @@ from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
 
 __all__ = [
     "CONDITION_NAMES", "Difference", "KindOutcome", "Said", "Span", "TaskOutcome", "Verdict",
-    "counted", "doubts", "findings", "headline", "kind_lines", "kind_outcomes", "listed",
-    "outcome_sentence", "paired_tests", "predicted", "range_in_words", "read_measurements",
-    "removal_caption", "seed_doubts", "side", "task_kind", "task_name", "task_outcomes",
-    "task_title", "tasks_under", "training_seed_doubts", "verdict",
+    "chance_level", "counted", "doubts", "findings", "headline", "kind_lines", "kind_outcomes",
+    "listed", "outcome_sentence", "paired_tests", "predicted", "range_in_words",
+    "read_measurements", "removal_caption", "seed_doubts", "side", "task_kind", "task_name",
+    "task_outcomes", "task_title", "tasks_under", "training_seed_doubts", "verdict",
 ]  # fmt: skip
 
 # Percent of documents from which on an answer is called that of all documents.
@@ -273,7 +273,7 @@ def task_outcomes(
         outcomes.append(
             TaskOutcome(
                 **named,
-                chance=_chance(row["task"]),
+                chance=chance_level(row["task"]),
                 documents=row["documents"],
                 left_out=cell["doc_id"].nunique() - row["documents"],
                 accuracy=Interval(row["accuracy"], row["low"], row["high"]),
@@ -288,7 +288,8 @@ def task_outcomes(
     return outcomes
 
 
-def _chance(task: Any) -> float:
+def chance_level(task: Any) -> float:
+    """Return the accuracy of guessing in a task, in percent."""
     return 100 / len(get_task_spec(str(task)).choices)
 
 
@@ -324,7 +325,7 @@ def _levels(rows: pd.DataFrame, name: str) -> dict[Any, pd.DataFrame]:
         tests = tests.assign(sign=np.sign(tests["difference"]).where(told, 0.0))
         drawn = part.loc[part[name].notna(), CELL].drop_duplicates()
         accuracies = filled_keys(accuracy_intervals(part, over_draws=False)).merge(drawn)
-        sides = [side(row.low, row.high, _chance(row.task)) for row in accuracies.itertuples()]
+        sides = [side(row.low, row.high, chance_level(row.task)) for row in accuracies.itertuples()]
         both = accuracies.assign(level=int(level), side=sides)
         parts.append(both.merge(tests, how="left", on=CELL, suffixes=("_alone", "")))
     if not parts:
@@ -635,7 +636,7 @@ def training_seed_doubts(
     lines = []
     for (condition, task), rows in both.groupby(["condition", "task"], sort=False):
         concluded = rows.assign(
-            side=[side(row.low, row.high, _chance(task)) for row in rows.itertuples()],
+            side=[side(row.low, row.high, chance_level(task)) for row in rows.itertuples()],
             to_full=[
                 side(row.low, row.high, row.low_full, upper=row.high_full)
                 for row in rows.itertuples()

@@ -113,14 +113,10 @@ class ModelCheck:
 
 
 def check_model(
-    model: str | PreTrainedModel,
-    *,
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
-    quantization: str | None = None,
-    revision: str | None = None,
-    device: str | None = None,
+    model: str | PreTrainedModel, *, dtypes: Sequence[str] = ("float32", "bfloat16"),
+    quantization: str | None = None, revision: str | None = None, device: str | None = None,
     trust_remote_code: bool = False,
-) -> ModelCheck:
+) -> ModelCheck:  # fmt: skip
     """Check interventions, padded batches and generation on a model.
 
     Parameters

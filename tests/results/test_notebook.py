@@ -211,6 +211,23 @@ def test_both_controls_have_bars_of_their_own_and_no_interval_is_cut():
             assert high >= reach["high"].max()
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_chance_is_marked_at_each_tasks_own(narrow):
+    documents = both_controls()
+    four = documents.assign(task="wordseq1_4way")
+    results = accuracies(pd.concat([documents, four], ignore_index=True))
+    axes = accuracy_bars(results, ablations=["mean"], n_heads=64, narrow=narrow).axes[0]
+    along, across = (1, 0) if narrow else (0, 1)
+    dotted = [lines for lines in axes.collections if lines.get_linestyle()[0][1] is not None]
+    (segments,) = [lines.get_segments() for lines in dotted]
+    levels = [segment[:, across].tolist() for segment in segments]
+    assert levels == [[50, 50], [25, 25]]
+    assert [segment[:, along].tolist() for segment in segments] == [[-0.5, 0.5], [0.5, 1.5]]
+    ticks = axes.get_yticklabels() if narrow else axes.get_xticklabels()
+    names = [" ".join(tick.get_text().split()) for tick in ticks]
+    assert names == ["repetition", "four-way word sequences 1"]
+
+
 def test_margins_are_drawn_with_median_and_quartiles_and_said():
     cell = {
         "task": "repetition", "labels": "unrelated", "shots": 10, "demonstration_seed": 42,

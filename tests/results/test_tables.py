@@ -9,7 +9,13 @@ import pytest
 
 import icl_helpers as icl
 from icl_helpers.results.comparison import published_table
-from icl_helpers.results.tables import markdown_table, table_rows, unsigned_zeros, write_table
+from icl_helpers.results.tables import (
+    markdown_table,
+    range_of_gaps,
+    table_rows,
+    unsigned_zeros,
+    write_table,
+)
 
 NUMBERS = (1, 3, 4, 5)
 # How many heads the paper removes: one and three percent of 32 x 32 and of 48 x 48, rounded up.
@@ -95,3 +101,9 @@ def test_what_rounds_to_nothing_has_no_minus():
     right = "lost +0.0, +0 to +3, -0.05, +0.00. layer 3-0.00, 2026-0, [+0.0, 1], top -0.4"
     assert unsigned_zeros(said) == right
     assert "| +0.0 |" in markdown_table(["change"], [["-0.0"]])
+
+
+def test_a_range_of_one_value_is_that_value_and_what_rounds_to_nothing_has_no_minus():
+    gaps = pd.Series([-2.2, -1.8, 3.0, 5.0, -0.4, -0.3])
+    by = pd.Series(["one", "one", "two", "two", "none", "none"])
+    assert range_of_gaps(gaps, by) == {"one": "-2", "two": "+3 to +5", "none": "+0"}

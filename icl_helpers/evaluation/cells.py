@@ -223,13 +223,9 @@ def score_documents(
 
 
 def _score(
-    lm: Scorer,
-    condition: Condition,
-    instances: Sequence[Any],
-    encoded: Sequence[Encoded],
-    *,
+    lm: Scorer, condition: Condition, instances: Sequence[Any], encoded: Sequence[Encoded], *,
     none_blocked: bool,
-) -> dict[str, list[Any]]:
+) -> dict[str, list[Any]]:  # fmt: skip
     """Columns of a cell; ``none_blocked`` allows a knockout of pairs that no prompt has."""
     knockout = condition.ablation == "knockout"
     blocked = lm.blocked_pairs(encoded, condition.categories) if knockout else []

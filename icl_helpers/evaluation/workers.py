@@ -13,6 +13,7 @@ Example
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
@@ -128,6 +129,9 @@ def process_workers(count: int) -> Iterator[Workers]:
 
 def _call(function: Callable[[Any], ResultT], job: Any) -> ResultT:
     """Run a job in a process; an error that its parent may not know how to unpickle is text."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     try:
         return function(job)
     except Exception as error:
@@ -138,6 +142,8 @@ def _call(function: Callable[[Any], ResultT], job: Any) -> ResultT:
 
 def _start_worker(pids: Any) -> None:
     """Prepare a process: a GPU of its own, one CPU thread, an end with its parent."""
+    # Until it has imported what its first job needs.
+    gc.disable()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
@@ -232,12 +238,9 @@ def chunk_size(groups: int, conditions: int, workers: Workers) -> int:
 
 
 def run_jobs(
-    jobs: Sequence[JobT],
-    workers: Workers,
-    *,
-    function: Callable[[JobT], ResultT],
+    jobs: Sequence[JobT], workers: Workers, *, function: Callable[[JobT], ResultT],
     on_cells: Callable[[JobT, ResultT], None],
-) -> list[Failure[JobT]]:
+) -> list[Failure[JobT]]:  # fmt: skip
     """Run every job with ``function``; call ``on_cells`` with a job and its cells as it finishes.
 
     A job of several cells that fails is run again cell by cell, so that one cell costs no other.

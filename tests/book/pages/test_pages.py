@@ -352,8 +352,16 @@ def chapter(folder: Path, source: str) -> Path:
     return path
 
 
+@pytest.fixture
+def light_kernels(monkeypatch):
+    """Kernels as Jupyter starts them, for notebooks that import nothing of what others share."""
+    monkeypatch.setattr("icl_helpers.kernels._GPUS", ("/",))
+
+
 @pytest.mark.slow
-def test_chapter_is_executed_afresh_and_takes_the_place_of_its_page(tmp_path, monkeypatch):
+def test_chapter_is_executed_afresh_and_takes_the_place_of_its_page(
+    tmp_path, monkeypatch, light_kernels
+):
     path = chapter(tmp_path, "print(6 * 7)")
     monkeypatch.setattr(book, "chapter_notebooks", lambda: [path])
     staged = tmp_path / "staged"
@@ -367,7 +375,7 @@ def test_chapter_is_executed_afresh_and_takes_the_place_of_its_page(tmp_path, mo
 
 
 @pytest.mark.slow
-def test_failing_chapter_fails_the_build(tmp_path, monkeypatch):
+def test_failing_chapter_fails_the_build(tmp_path, monkeypatch, light_kernels):
     path = chapter(tmp_path, "1 / 0")
     monkeypatch.setattr(book, "chapter_notebooks", lambda: [path])
     (tmp_path / "staged").mkdir()

@@ -299,7 +299,8 @@ def _bar_panels(
             )  # fmt: skip
         axes.set_title(titles[key], loc="left", fontsize="medium")
         ticks = axes.set_yticks if narrow else axes.set_xticks
-        ticks(range(len(tasks)), [textwrap.fill(task, 16) for task in tasks])
+        letters = 16 if narrow else max(8, 84 // len(tasks))
+        ticks(range(len(tasks)), [textwrap.fill(task, letters) for task in tasks])
         if narrow:
             axes.set_ylim(len(tasks) - 0.5, -0.5)
         if "chance" in panel:

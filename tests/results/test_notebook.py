@@ -8,6 +8,7 @@ import re
 
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
@@ -16,6 +17,7 @@ from icl_helpers.evaluation.store import accuracies, document_results
 from icl_helpers.results import notebook as reporting
 from icl_helpers.results.figures import accuracy_bars, benefit_bars, margin_alt, margin_bars
 from icl_helpers.results.statistics import benefit_changes
+from icl_helpers.tasks.specs import task_names
 from tests.results.test_comparison import write_run
 from tests.results.test_statistics import documents_frame
 
@@ -226,6 +228,20 @@ def test_chance_is_marked_at_each_tasks_own(narrow):
     ticks = axes.get_yticklabels() if narrow else axes.get_xticklabels()
     names = [" ".join(tick.get_text().split()) for tick in ticks]
     assert names == ["repetition", "four-way word sequences 1"]
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("count", [4, 7])
+def test_names_of_tasks_do_not_overlap(count, narrow):
+    tasks = task_names("abstract")[-count:]
+    documents = pd.concat([both_controls().assign(task=task) for task in tasks], ignore_index=True)
+    figure = accuracy_bars(accuracies(documents), ablations=["mean"], n_heads=64, narrow=narrow)
+    axes, canvas = figure.axes[0], FigureCanvasAgg(figure)
+    canvas.draw()
+    ticks = axes.get_yticklabels() if narrow else axes.get_xticklabels()
+    boxes = [tick.get_window_extent(canvas.get_renderer()) for tick in ticks]
+    assert len(boxes) == count
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_margins_are_drawn_with_median_and_quartiles_and_said():

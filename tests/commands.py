@@ -10,7 +10,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import Popen
 
 from icl_helpers.cli import main
 
@@ -57,3 +60,30 @@ def _run(arguments: tuple[str, ...], variables: dict[str, str], errors: str) -> 
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(arguments))
+
+
+def wait_for(
+    condition: Callable[[], object], process: Command | Popen, seconds: float = 400
+) -> None:
+    """Wait while the process goes on, which it does until the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, getattr(process, "errors", "")[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def still_there(*pids: int, seconds: float = 30) -> list[int]:
+    """Which of the processes do not end in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (left := list(filter(_is_alive, pids))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether there is such a process, and not only what an ended one leaves to its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

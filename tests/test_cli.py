@@ -6,13 +6,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from icl_helpers.cli import main
-from tests.commands import Command
+from tests.commands import Command, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,11 +131,7 @@ def test_killed_evaluation_goes_on_where_it_stopped(tmp_path, how, clean):
     run = tmp_path / "run"
     arguments = [*STOPPED, str(run)]
     process = Command(*arguments, errors=tmp_path / "errors")
-    deadline = time.monotonic() + 300
-    while len(list(run.glob("cells/*.json"))) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: len(list(run.glob("cells/*.json"))) >= 2, process)
     process.send_signal(how)
     assert process.wait(60) != 0
     kept = {path: path.stat().st_mtime_ns for path in run.glob("cells/*.json")}

@@ -6,6 +6,7 @@ import posixpath
 import re
 import string
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from icl_helpers.files import assets_dir
@@ -40,15 +41,7 @@ def finish_pages(html: Path) -> None:
     """
     for page in html.rglob("*.html"):
         up = "../" * (len(page.relative_to(html).parts) - 1)
-
-        def picture(found: re.Match[str], up: str = up) -> str:
-            drawing = NARROW / f"{found['name']}.png"
-            if not (html / drawing).is_file():
-                return found[0]
-            source = f'<source media="(max-width: 600px)" srcset="{up}{drawing.as_posix()}">'
-            return f"{found['before']}<picture>{source}{found['image']}</picture>"
-
-        text = _FIGURE.sub(picture, page.read_text(encoding="utf-8"))
+        text = _FIGURE.sub(partial(_picture, html, up), page.read_text(encoding="utf-8"))
         for pattern, replacement in _MISNAMED:
             text = re.sub(pattern, replacement, text)
         page.write_text(_SOURCE.sub(r"\1/notebooks/", text), encoding="utf-8")
@@ -57,6 +50,14 @@ def finish_pages(html: Path) -> None:
 _NOT_ON_PAPER = re.compile(
     r'<section class="icl-(?:viewer|playground)".*?</section>|<script.*?</script>', re.DOTALL
 )
+
+
+def _picture(html: Path, up: str, found: re.Match[str]) -> str:
+    drawing = NARROW / f"{found['name']}.png"
+    if not (html / drawing).is_file():
+        return found[0]
+    source = f'<source media="(max-width: 600px)" srcset="{up}{drawing.as_posix()}">'
+    return f"{found['before']}<picture>{source}{found['image']}</picture>"
 
 
 def write_print_view(html: Path, names: Sequence[str]) -> None:

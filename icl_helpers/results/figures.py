@@ -307,7 +307,7 @@ def _bar_panels(
             levels, left = panel.groupby("task")["chance"].first(), np.arange(len(tasks)) - 0.5
             across = axes.vlines if narrow else axes.hlines
             across(levels.reindex(tasks), left, left + 1, _GUIDE, ":", linewidth=0.8)
-        _mark(axes, label, limits, 0, along="x" if narrow else "y")
+        _mark(axes, label, limits, along="x" if narrow else "y")
     _legend(figure, grid[0], "lower", 2 if narrow else 5)
     figure.suptitle(title, fontsize="medium", wrap=True)
     return _closed(figure)
@@ -484,9 +484,8 @@ def _percent_lines(
     figure, axes = _step_axes(phases, narrow)
     for (name, line), (colour, marker) in zip(lines.items(), itertools.cycle(styles), strict=False):
         axes.plot(
-            100 * line, label=name, color=colour, marker=marker, markersize=3.5,
-            linewidth=1.3,
-        )  # fmt: skip
+            100 * line, label=name, color=colour, marker=marker, markersize=3.5, linewidth=1.3
+        )
     _mark(axes, "accuracy (%)", (0, 105), 50)
     figure.legend(ncols=1 if narrow else 3, loc="outside upper center", frameon=False)
     return _closed(figure)
@@ -501,7 +500,7 @@ def _step_axes(phases: Sequence[int], narrow: bool) -> tuple[Figure, Axes]:
 
 
 def _mark(
-    axes: Axes, label: str, limits: tuple[float, float] | None, mark: float, *, along: str = "y"
+    axes: Axes, label: str, limits: tuple[float, float] | None, mark: float = 0, *, along: str = "y"
 ) -> None:
     """Name and limit an axis, and mark zero on it, or chance for two labels."""
     style: dict[str, Any] = {"color": _GUIDE, "linestyle": ":"} if mark else {"color": _FULL}

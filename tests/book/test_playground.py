@@ -220,9 +220,7 @@ def texts() -> list[str]:
     every = [
         prompt.context
         for task in TASKS
-        for prompt in icl.build_prompts(
-            task, shots=max(get_task_spec(task).default_shots), seed=42
-        )[::4]
+        for prompt in icl.build_prompts(task, shots=max(get_task_spec(task).default_shots), seed=42)
     ]
     return [*every, *ODD, *odd_texts(300)]
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,7 +29,7 @@ from icl_helpers.evaluation.workers import (
     dask_workers,
     run_jobs,
 )
-from tests.commands import Command
+from tests.commands import Command, still_there, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -257,13 +256,6 @@ def children(pid: int) -> list[int]:
     return direct + [below for child in direct for below in children(child)]
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 ARGUMENTS = [
     "evaluate", "--tasks", "repetition", "--shots", "5", "--seeds", "42,43", "--limit", "20",
     "--conditions", "full,zero",
@@ -272,14 +264,6 @@ ARGUMENTS = [
 
 def start(run: Path, *more: str) -> Command:
     return Command(*ARGUMENTS, "--run-dir", str(run), *more, errors=run.with_name("errors"))
-
-
-def wait_for(condition, process: Command | subprocess.Popen, seconds: float = 400) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, getattr(process, "errors", "")[-2000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -293,10 +277,7 @@ def test_stopped_command_leaves_no_worker_and_keeps_what_is_finished(tmp_path, h
     assert len(workers) >= 2
     process.send_signal(how)
     assert process.wait(60) != 0
-    deadline = time.monotonic() + 30
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [pid for pid in workers if alive(pid)]
+    assert still_there(*workers) == []
     assert list(run.glob("cells/*.json"))
 
 

@@ -92,7 +92,7 @@ def rows(task: str, *, seed: int = 42, correct: bool = True) -> pd.DataFrame:
 
 @pytest.mark.slow
 def test_writers_of_different_tasks_at_once_lose_no_row(tmp_path):
-    names = [f"task{number}" for number in range(12)]
+    names = [f"task{number}" for number in range(24)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: merge_into_run_tables(tmp_path, rows(name)), names))
     found = pd.read_parquet(tmp_path / "documents.parquet")
@@ -103,7 +103,7 @@ def test_writers_of_different_tasks_at_once_lose_no_row(tmp_path):
 @pytest.mark.slow
 def test_writers_of_one_task_at_once_leave_its_rows_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: merge_into_run_tables(tmp_path, rows("a")), range(20)))
+        list(pool.map(lambda _: merge_into_run_tables(tmp_path, rows("a")), range(40)))
     assert pd.read_parquet(tmp_path / "documents.parquet")["task"].tolist() == ["a", "a"]
     assert merge_into_run_tables(tmp_path, rows("b"))["task"].tolist() == ["a", "b"]
 

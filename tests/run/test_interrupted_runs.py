@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from icl_helpers.cli import main
-from tests.commands import Command
+from tests.commands import Command, still_there, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = "03_full_model.ipynb"
@@ -51,22 +50,8 @@ def kernels(pid: int) -> list[int]:
     return found
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return bool(condition())
-
-
 def kernel_in_mid_stage(process: Command, run: Path) -> int:
-    assert wait_until(lambda: list(run.glob("cells/*.json")) or process.poll() is not None, 300)
+    wait_for(lambda: list(run.glob("cells/*.json")), process)
     (kernel,) = kernels(process.pid)
     return kernel
 
@@ -130,7 +115,7 @@ def test_stopped_run_leaves_no_kernel_and_keeps_what_is_finished(tmp_path, how):
     kernel = kernel_in_mid_stage(process, run)
     process.send_signal(how)
     assert process.wait(60) != 0
-    assert wait_until(lambda: not alive(kernel), 30)
+    assert still_there(kernel) == []
     kept = list(run.glob("cells/*.json"))
     assert kept
     assert not list(run.glob("notebooks/*.ipynb"))

@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from icl_helpers.errors import ICLError, InputError
-from icl_helpers.kernels import preload
+from icl_helpers.kernels import fork_ahead, preload
 from icl_helpers.redaction import redact
 
 __all__ = ["guarded", "main"]
@@ -340,6 +340,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_lm_eval(words[1:])
         args = _parser().parse_args(words)
         preload(args.module)
+        # In a process that is this command's alone.
+        if args.command in ("run", "book") and arguments is None:
+            fork_ahead()
         function: Callable[[argparse.Namespace], int | None] = args.function
         return function(args) or 0
 

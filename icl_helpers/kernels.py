@@ -13,14 +13,13 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TextIO
 
-__all__ = ["forked_kernels", "preload"]
+__all__ = ["can_fork", "fork_ahead", "forked_kernels", "preload"]
 
 # What is drawn with is not among them: pyplot asks, as it is imported, in which kernel it is.
 _IMPORTED = (
@@ -30,6 +29,9 @@ _IMPORTED = (
 # What Linux knows GPUs by: NVIDIA's, in Windows' subsystem, AMD's, others'.
 _GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel", "/dev/dri")
 _KERNEL = [sys.executable, "-m", "ipykernel_launcher"]
+_SERVER = [sys.executable, "-m", "icl_helpers.kernels"]
+# What was begun before it was asked for.
+_ahead: _Forking | None = None
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def forked_kernels() -> Iterator[type]:
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
-    forking = _Forking()
+    forking = _ahead or _Forking()
 
     class Kernel(psutil.Process):
         """A forked kernel, as the provisioner expects of a child process of its own."""
@@ -79,10 +81,28 @@ def forked_kernels() -> Iterator[type]:
             return await super()._async_pre_start_kernel(**kwargs)
 
     try:
-        can_fork = sys.platform == "linux" and not any(map(os.path.exists, _GPUS))
-        yield Manager if can_fork else AsyncKernelManager
+        yield Manager if can_fork() else AsyncKernelManager
     finally:
-        forking.end()
+        if forking is not _ahead:
+            forking.end()
+
+
+def fork_ahead() -> None:
+    """Have kernels forked from a copy of this process, which so far has imported and no more.
+
+    For a program's beginning; the copy ends with the program.
+    """
+    global _ahead
+    if can_fork():
+        forking = _Forking()
+        with suppress(OSError):
+            forking.begin(as_copy=True)
+            _ahead = forking
+
+
+def can_fork() -> bool:
+    """Whether a copy of a process that has imported can do what the process could."""
+    return sys.platform == "linux" and not any(map(os.path.exists, _GPUS))
 
 
 def preload(*modules: str) -> None:
@@ -103,7 +123,30 @@ class _Forking:
 
     def __init__(self) -> None:
         self._one_at_a_time = threading.Lock()
-        self._process: Any = None
+        self._process: int | None = None
+        self._orders: TextIO
+        self._answers: TextIO
+
+    def begin(self, *, as_copy: bool = False) -> None:
+        """Begin the process; as a copy of this one, it never returns from here."""
+        (theirs, orders), (answers, ours) = os.pipe(), os.pipe()
+        if not as_copy:
+            # A session of its own: what interrupts this program in a terminal reaches no kernel.
+            self._process = os.posix_spawn(
+                sys.executable, _SERVER, os.environ, setsid=True,
+                file_actions=[(os.POSIX_SPAWN_DUP2, theirs, 0), (os.POSIX_SPAWN_DUP2, ours, 1)],
+            )  # fmt: skip
+        else:
+            self._process = os.fork()
+            if not self._process:
+                os.setsid()
+                # This process ends where nobody else can give it orders any more.
+                os.close(orders)
+                _serve(os.fdopen(theirs), os.fdopen(ours, "w"))
+                raise SystemExit
+        os.close(theirs)
+        os.close(ours)
+        self._orders, self._answers = os.fdopen(orders, "w"), os.fdopen(answers)
 
     def fork(self, *order: Any) -> int | None:
         """Have a kernel forked and return its process id; None where that cannot be done.
@@ -111,45 +154,44 @@ class _Forking:
         ``order`` is a kernel's options, directory and environment.
         """
         with self._one_at_a_time:
-            # A session of its own: what interrupts this program in a terminal reaches no kernel.
-            self._process = self._process or subprocess.Popen(
-                [sys.executable, "-m", __name__], text=True, start_new_session=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            )  # fmt: skip
             try:
-                print(json.dumps(order), file=self._process.stdin, flush=True)
-                return int(self._process.stdout.readline())
-            except (BrokenPipeError, ValueError):
+                if self._process is None:
+                    self.begin()
+                print(json.dumps(order), file=self._orders, flush=True)
+                return int(self._answers.readline())
+            except (OSError, ValueError):
                 # What it may have forked ends with it.
                 self.end()
                 return None
 
     def end(self) -> None:
-        if self._process is not None:
-            with suppress(BrokenPipeError), self._process:
-                self._process.kill()
+        if self._process:
+            os.kill(self._process, signal.SIGKILL)
+            os.waitpid(self._process, 0)
+            # It is not begun again.
+            self._process = 0
+            with suppress(BrokenPipeError), self._orders, self._answers:
+                pass
 
 
-def _serve() -> None:
-    """Import, then fork a kernel for every line of standard input and print its process id.
+def _serve(orders: TextIO, answers: TextIO) -> None:
+    """Import, then fork a kernel for every line of the orders and answer its process id.
 
-    Ends where the input does, that is with the program that gives it, and the kernels with it.
+    Ends where the orders do, that is with the program that gives them, and the kernels with it.
     """
-    # As ipykernel's launcher does: modules beside the program are not in the way.
-    if sys.path[0] in ("", os.getcwd()):
-        del sys.path[0]
     # Kernels watch whether this process lives; their figures are drawn by the inline backend.
     os.environ["JPY_PARENT_PID"] = parent = str(os.getpid())
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     # What is printed meanwhile is no answer.
-    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     preload(*_IMPORTED)
     # The system takes the ended kernels away.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    for line in sys.stdin:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for line in orders:
         kernel = os.fork()
         if not kernel:
+            orders.close()
             answers.close()
             options, directory, environment = json.loads(line)
             _become_kernel(options, directory, {**environment, "JPY_PARENT_PID": parent})
@@ -159,6 +201,7 @@ def _serve() -> None:
 
 def _become_kernel(options: list[str], directory: str | None, environment: dict[str, str]) -> None:
     from ipykernel.kernelapp import launch_new_instance
+    from threadpoolctl import threadpool_limits
 
     os.setpgid(0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -166,9 +209,15 @@ def _become_kernel(options: list[str], directory: str | None, environment: dict[
     sys.argv[1:] = options
     os.environ.clear()
     os.environ.update(environment)
+    if (threads := environment.get("OMP_NUM_THREADS", "")).isdigit():
+        # Libraries that read it when they were imported.
+        threadpool_limits(int(threads))
     os.chdir(directory or os.getcwd())
     launch_new_instance(argv=options)
 
 
 if __name__ == "__main__":
-    _serve()
+    # As ipykernel's launcher does: modules beside the program are not in the way.
+    if sys.path[0] in ("", os.getcwd()):
+        del sys.path[0]
+    _serve(sys.stdin, os.fdopen(os.dup(1), "w"))

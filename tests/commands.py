@@ -12,14 +12,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from subprocess import Popen
 
 from icl_helpers.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-_FORKING = multiprocessing.get_context("forkserver")
-_FORKING.set_forkserver_preload(["icl_helpers.run.run", "icl_helpers.cli", "tests.commands"])
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["icl_helpers.run.run", "icl_helpers.cli", "tests.commands"])
 
 
 class Command:
@@ -28,7 +29,7 @@ class Command:
     def __init__(self, *arguments: str, errors: Path, **environment: str) -> None:
         self._errors = errors
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        self._process = _FORKING.Process(target=_run, args=(arguments, variables, str(errors)))
+        self._process = FORKING.Process(target=_run, args=(arguments, variables, str(errors)))
         self._process.start()
 
     @property
@@ -59,16 +60,18 @@ def _run(arguments: tuple[str, ...], variables: dict[str, str], errors: str) -> 
     for stream, file in ((1, os.devnull), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main(arguments))
+    sys.argv[1:] = arguments
+    sys.exit(main())
 
 
 def wait_for(
-    condition: Callable[[], object], process: Command | Popen, seconds: float = 400
+    condition: Callable[[], object], process: Command | Popen | Process, seconds: float = 400
 ) -> None:
     """Wait while the process goes on, which it does until the condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, getattr(process, "errors", "")[-2000:]
+        ended = process.exitcode if isinstance(process, Process) else process.poll()
+        assert ended is None, getattr(process, "errors", "")[-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -14,6 +13,7 @@ import pytest
 
 from icl_helpers import kernels
 from icl_helpers.run import stages
+from tests.commands import FORKING, still_there, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
 
@@ -102,37 +102,61 @@ def test_figures_and_modules_are_those_of_other_kernels(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", ["raise SystemExit(3)", "print('no number'); input()"])
 def test_where_nothing_can_be_forked_kernels_start_as_others_do(tmp_path, monkeypatch, broken):
-    begin = subprocess.Popen
-
-    def instead(command, **options):
-        forks = command[1:] == ["-m", kernels.__name__]
-        return begin([sys.executable, "-c", broken] if forks else command, **options)
-
-    monkeypatch.setattr(kernels.subprocess, "Popen", instead)
+    monkeypatch.setattr(kernels, "_SERVER", [sys.executable, "-c", broken])
     (tmp_path / "out").mkdir()
     monkeypatch.setenv("OF_TEST", "value")
     (target,) = stages.execute_notebooks([notebook(tmp_path, "one", SAYS)], progress=False)
     assert printed(target).split()[2:4] == [str(os.getpid()), "False"]
 
 
-@pytest.mark.slow
-def test_kernels_end_with_what_they_are_forked_from(tmp_path):
-    """Nothing is left where the program is killed and can end nothing itself."""
-    program = f"""
-import sys
-from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from icl_helpers.run import stages
-from tests.test_kernels import notebook
-job = notebook(Path({str(tmp_path)!r}), "long", "import os, time, pathlib\\n"
-    "pathlib.Path('pid').write_text(str(os.getpid()))\\ntime.sleep(600)")
-stages.execute_notebooks([job], progress=False)
+def program(folder: Path, ahead: bool) -> None:
+    kernels._GPUS = ()
+    if ahead:
+        kernels.fork_ahead()
+    os.environ["OMP_NUM_THREADS"] = "3"
+    stages.execute_notebooks([notebook(folder, "long", LASTS)], progress=False)
+
+
+LASTS = """
+import os, pathlib, time, torch
+pathlib.Path("begun").write_text(f"{os.getpid()} {os.getppid()} {torch.get_num_threads()}")
+pathlib.Path("begun").rename("said")
+time.sleep(600)
 """
-    begun = subprocess.Popen([sys.executable, "-c", program])
-    written, deadline = tmp_path / "pid", time.time() + 120
-    while not (written.is_file() and written.read_text()) and time.time() < deadline:
-        time.sleep(0.2)
-    kernel = psutil.Process(int(written.read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [False, True])
+def test_kernels_end_with_what_they_are_forked_from(tmp_path, ahead):
+    """Nothing is left where the program is killed and can end nothing itself."""
+    begun = FORKING.Process(target=program, args=(tmp_path, ahead))
+    begun.start()
+    wait_for((tmp_path / "said").is_file, begun)
+    kernel, forked_from, threads = map(int, (tmp_path / "said").read_text().split())
+    assert psutil.Process(forked_from).ppid() == begun.pid
+    assert (b"icl_helpers.kernels" in Path(f"/proc/{forked_from}/cmdline").read_bytes()) != ahead
+    assert threads == 3
     begun.kill()
-    begun.wait()
-    kernel.wait(timeout=30)
+    begun.join()
+    assert not still_there(kernel, forked_from)
+
+
+@pytest.mark.slow
+def test_one_copy_serves_a_program_to_its_end(tmp_path):
+    (tmp_path / "out").mkdir()
+    begun = FORKING.Process(target=twice, args=(tmp_path,))
+    begun.start()
+    begun.join(300)
+    first, second = (printed(tmp_path / "out" / f"{it}.ipynb").split() for it in ("one", "two"))
+    assert begun.exitcode == 0
+    assert first[2:4] == second[2:4] == [first[2], "True"]
+    assert int(first[2]) != begun.pid
+    assert not still_there(int(first[2]))
+
+
+def twice(folder: Path) -> None:
+    kernels._GPUS = ()
+    os.environ["OF_TEST"] = "value"
+    kernels.fork_ahead()
+    for name in ("one", "two"):
+        stages.execute_notebooks([notebook(folder, name, SAYS)], progress=False)

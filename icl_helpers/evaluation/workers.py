@@ -32,6 +32,7 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 
 from icl_helpers.errors import ICLError, InputError, MissingArtefactError
+from icl_helpers.kernels import can_fork
 from icl_helpers.redaction import redact
 
 __all__ = [
@@ -98,11 +99,13 @@ def process_workers(count: int) -> Iterator[Workers]:
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
         raise InputError(f"workers must be a whole number from 1 to 1024, got {count!r}")
-    context = multiprocessing.get_context("spawn")
-    pids = context.Array("i", count)
+    # Where they can be copies of one process that has imported, they need not import it all again.
+    context = multiprocessing.get_context("forkserver" if can_fork() else "spawn")
+    context.set_forkserver_preload(["icl_helpers.evaluation.cells"])
+    shared = context.Array("i", count), dict(os.environ)
 
     def new_pool() -> ProcessPool:
-        return ProcessPool(count, initializer=_start_worker, initargs=(pids,), context=context)
+        return ProcessPool(count, initializer=_start_worker, initargs=shared, context=context)
 
     pool, left = new_pool(), False
 
@@ -140,8 +143,10 @@ def _call(function: Callable[[Any], ResultT], job: Any) -> ResultT:
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-def _start_worker(pids: Any) -> None:
+def _start_worker(pids: Any, environment: dict[str, str]) -> None:
     """Prepare a process: a GPU of its own, one CPU thread, an end with its parent."""
+    os.environ.clear()
+    os.environ.update(environment)
     # Until it has imported what its first job needs.
     gc.disable()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -21,6 +21,7 @@ from icl_helpers.cli import main
 from icl_helpers.evaluation.evaluate import ModelSource, evaluate
 from icl_helpers.evaluation.store import KEYS
 from icl_helpers.evaluation.workers import _take_number, process_workers, run_jobs
+from tests.commands import Command
 from tests.evaluation.numbered_jobs import (
     Numbers,
     fail_oddly_on_one,
@@ -72,7 +73,7 @@ def test_one_two_and_four_processes_in_any_order_give_the_tables_of_this_process
 # Ends a worker, and no other process, as soon as it opens the file of one cell.
 DEADLY = """
 import os, sys
-if "--multiprocessing-fork" in sys.orig_argv:
+if {"--multiprocessing-fork", "multiprocessing.forkserver"} & set(" ".join(sys.orig_argv).split()):
     def die(event, arguments):
         if event == "open" and "random_heads_zero" in str(arguments[0]):
             os._exit(9)
@@ -84,19 +85,17 @@ if "--multiprocessing-fork" in sys.orig_argv:
 def test_cell_that_kills_its_process_is_given_up_and_the_command_fails(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(DEADLY)
-    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
     run = tmp_path / "run"
     command = [
-        sys.executable, "-m", "icl_helpers.cli", "evaluate", "--tasks", "repetition",
-        "--shots", "2", "--seeds", "42", "--ablation-seeds", "42", "--fractions", "0.05",
-        "--limit", "3", "--conditions", "full,zero", "--control", "strict", "--run-dir", str(run),
-        "--workers", "2",
+        "evaluate", "--tasks", "repetition", "--shots", "2", "--seeds", "42", "--ablation-seeds",
+        "42", "--fractions", "0.05", "--limit", "3", "--conditions", "full,zero", "--control",
+        "strict", "--run-dir", str(run),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "1 cells failed, the others are finished and kept" in done.stderr
-    assert "Traceback" not in done.stderr
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    begun = Command(*command, "--workers", "2", errors=tmp_path / "errors", PYTHONPATH=path)
+    assert begun.wait() == 2, begun.errors[-2000:]
+    assert "1 cells failed, the others are finished and kept" in begun.errors
+    assert "Traceback" not in begun.errors
     (record,) = [json.loads(path.read_text()) for path in (run / "failed").iterdir()]
     assert record["conditions"][0][0] == "random_heads"
     assert "the worker died" in record["reason"]
@@ -105,7 +104,7 @@ def test_cell_that_kills_its_process_is_given_up_and_the_command_fails(tmp_path)
     assert sorted(found["condition"]) == ["full", "induction_heads"]
     # The same command where nothing dies computes the missing cell and takes the record back.
     before = {path: path.stat().st_mtime_ns for path in run.glob("cells/*.json")}
-    assert main(command[3:-2]) == 0
+    assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(list(run.glob("cells/*.json"))) == 3
     assert not list((run / "failed").iterdir())
@@ -141,6 +140,13 @@ def test_model_is_not_held_twice_while_workers_have_it(tmp_path, monkeypatch):
     monkeypatch.delenv("ICL_WORKERS")
     here = icl.Run(icl.stage_parameters(**SMALL, run_dir=str(tmp_path / "here")))
     pd.testing.assert_frame_equal(found, here.evaluate("full", "zero"))
+
+
+def test_processes_have_the_environment_of_their_start(monkeypatch):
+    for value in ("one", "another"):
+        monkeypatch.setenv("OF_TEST", value)
+        with process_workers(1) as workers:
+            assert workers.submit(os.getenv, "OF_TEST").result() == value
 
 
 def children_in_state(state: str) -> list[str]:
@@ -206,6 +212,8 @@ if "--multiprocessing-fork" in sys.orig_argv:
 def test_processes_that_die_as_they_start_are_replaced_a_bounded_number_of_times(
     tmp_path, monkeypatch, deaths
 ):
+    """Each starts Python itself, as beside a GPU."""
+    monkeypatch.setattr("icl_helpers.evaluation.workers.can_fork", lambda: False)
     (tmp_path / "site").mkdir()
     (tmp_path / "jobs").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(STILLBORN)

@@ -12,10 +12,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from subprocess import Popen
 
+from icl_helpers import kernels
 from icl_helpers.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +64,27 @@ def _run(arguments: tuple[str, ...], variables: dict[str, str], errors: str) -> 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv[1:] = arguments
     sys.exit(main())
+
+
+class Kernels(kernels._Forking):
+    """What the notebooks' kernels of all tests of a process are forked from."""
+
+    def begin(self, *, as_copy: bool = False) -> None:
+        here, there = FORKING.Pipe()
+        FORKING.Process(target=_serve_kernels, args=(there,)).start()
+        self._process = 1
+        self._orders, self._answers = (os.fdopen(os.dup(here.fileno()), mode) for mode in "wr")
+
+    def end(self) -> None:
+        if self._process:
+            self._orders.close()
+            self._answers.close()
+
+
+def _serve_kernels(given: Connection) -> None:
+    orders, answers = (os.fdopen(os.dup(given.fileno()), mode) for mode in "rw")
+    given.close()
+    kernels._serve(orders, answers)
 
 
 def wait_for(

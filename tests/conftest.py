@@ -107,6 +107,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_process_for_kernels() -> Iterator[None]:
+    """Notebooks' kernels are forked from one process, not from one for each test."""
+    from icl_helpers import kernels
+    from tests.commands import Kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        ahead = Kernels()
+        patch.setattr(kernels, "_ahead", ahead)
+        yield
+        ahead.end()
+
+
 # Any connection that is opened or name that is looked up is an error.
 NO_NETWORK = """
 import socket, sys
@@ -186,12 +199,14 @@ def run_dir(offline_run: Path) -> Path:
 @pytest.fixture(scope="session")
 def built(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The book of that run and of a second one."""
-    from icl_helpers.book.build import build_book
+    from tests.commands import Command
 
     def make(folder: Path) -> None:
         for name in ("icl-tiny", "second-model"):
             shutil.copytree(run_dir, folder / "runs" / name)
-        build_book(folder / "runs", folder / "out")
+        command = ("book", "--runs", str(folder / "runs"), "--out", str(folder / "out"))
+        begun = Command(*command, errors=folder / "errors")
+        assert begun.wait() == 0, begun.errors[-3000:]
 
     return made_once(tmp_path_factory, "book", make) / "out" / "html"
 

@@ -33,8 +33,9 @@ def printed(target: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
+def as_in_a_program_of_its_own(monkeypatch):
     monkeypatch.setattr(kernels, "_GPUS", ())
+    monkeypatch.setattr(kernels, "_ahead", None)
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
+import re
 import sys
+import threading
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,7 +13,13 @@ import torch
 
 import icl_helpers as icl
 from icl_helpers.files import embedded_dir, stage_notebooks
+from icl_helpers.models.internlm2 import (
+    InternLM2ForCausalLM,
+    internlm2_config,
+    internlm2_settings,
+)
 from icl_helpers.run.stages import execute_stages
+from tests.commands import FORKING
 from tests.models.test_internlm2 import random_llama, write_checkpoint, write_sentencepiece
 
 # What the hub's configurations of the two generations say beyond the sizes.
@@ -94,35 +102,30 @@ def test_every_stage_runs_on_a_checkpoint_directory(tmp_path):
     assert {"none", "mean", "zero", "knockout"} == set(results["ablation"])
 
 
-MEASURE = """
-import sys, threading, time
-import torch
-from icl_helpers.models.internlm2 import (
-    InternLM2ForCausalLM, internlm2_config, internlm2_settings,
-)
+def anonymous() -> int:
+    """Bytes of memory that are the process's: pages of mapped files can be dropped at any time."""
+    (line,) = re.findall(
+        r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+    )
+    return 1024 * int(line)
 
-def anonymous():
-    # Pages of mapped files can be dropped at any time; what counts is memory that is the process's.
-    lines = open("/proc/self/status").read().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
-peak, done = 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
+def measure(folder: Path) -> None:
+    """Leave in ``peak`` what loading takes, in sizes of the model."""
+    config = internlm2_config(internlm2_settings(str(folder)))
+    samples, done = [anonymous()], threading.Event()
 
-config = internlm2_config(internlm2_settings(sys.argv[1]))
-before = anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-model = InternLM2ForCausalLM.from_pretrained(sys.argv[1], config=config)
-done = True
-thread.join()
-size = sum(p.numel() * p.element_size() for p in model.parameters())
-print((max(peak, anonymous()) - before) / size)
-"""
+    def watch() -> None:
+        while not done.wait(0.001):
+            samples.append(anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = InternLM2ForCausalLM.from_pretrained(str(folder), config=config)
+    done.set()
+    thread.join()
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    (folder / "peak").write_text(str((max(*samples, anonymous()) - samples[0]) / size))
 
 
 @pytest.mark.slow
@@ -134,7 +137,7 @@ def test_loading_takes_the_models_memory_and_little_more(layout, tmp_path):
         head_dim=64, vocab_size=4000,
     )  # fmt: skip
     write_checkpoint(tmp_path, llama, layout=layout)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout) < 1.3
+    process = FORKING.Process(target=measure, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert float((tmp_path / "peak").read_text()) < 1.3

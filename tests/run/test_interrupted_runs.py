@@ -40,14 +40,19 @@ def finish(run: Path) -> None:
 
 
 def kernels(pid: int) -> list[int]:
-    """Processes below this one that are notebooks' kernels: forked ones have a parent like them."""
+    """Kernels of the notebooks of a command: where they are forked, from a copy of the command."""
     found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+    for child in children(pid):
         command = Path(f"/proc/{child}/cmdline").read_bytes()
-        if b"ipykernel" in command or command == Path(f"/proc/{pid}/cmdline").read_bytes():
-            found.append(int(child))
-        found += kernels(int(child))
+        if b"ipykernel" in command:
+            found.append(child)
+        elif command == Path(f"/proc/{pid}/cmdline").read_bytes():
+            found += children(child)
     return found
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def kernel_in_mid_stage(process: Command, run: Path) -> int:

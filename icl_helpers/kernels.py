@@ -19,8 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-__all__ = ["can_fork", "fork_ahead", "forked_kernels", "preload"]
+__all__ = ["NEEDLESS", "can_fork", "fork_ahead", "forked_kernels", "preload"]
 
+# Notebooks are checked with jsonschema, which where this is installed takes a second to prepare for
+# addresses, of which notebooks have none.
+NEEDLESS = "rfc3987_syntax"
 # What is drawn with is not among them: pyplot asks, as it is imported, in which kernel it is.
 _IMPORTED = (
     "icl_helpers.run.run", "icl_helpers.book.came_out", "IPython", "ipykernel.kernelapp",
@@ -107,6 +110,7 @@ def can_fork() -> bool:
 
 def preload(*modules: str) -> None:
     """Import modules faster: what they bring stays, so no collection, now or later, looks at it."""
+    sys.modules.setdefault(NEEDLESS, None)  # type: ignore[arg-type]
     if set(modules) <= set(sys.modules):
         return
     gc.disable()

@@ -20,10 +20,16 @@ __all__ = ["SECRET", "LeakError", "check_leaks", "redact"]
 # Forms of Hugging Face, OpenAI-style and GitHub tokens; those with a prefix as short as "sk-" must
 # hold a digit, which long hyphenated names do not. Before one may stand a line break as JSON writes
 # it, or the end of a terminal's colour, which tracebacks in notebooks are full of.
+# What it begins with comes first, for that is soon looked for.
 SECRET = re.compile(
-    r"(?:(?<![A-Za-z0-9_-])|(?<=\\[nrt])|(?<=\dm))"
-    r"(?:hf_[A-Za-z0-9]{20,}|sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}"
-    r"|gh[pousr]_[A-Za-z0-9]{20,})"
+    "|".join(
+        rf"{start}(?:(?<![A-Za-z0-9_-]{start})|(?<=\\[nrt]{start})|(?<=\dm{start})){rest}"
+        for start, rest in (
+            ("hf_", "[A-Za-z0-9]{20,}"),
+            ("sk-", r"(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}"),
+            ("gh[pousr]_", "[A-Za-z0-9]{20,}"),
+        )
+    )
 )
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.IGNORECASE)
 _REMOVED = "[removed: access token]"
@@ -48,13 +54,15 @@ def check_leaks(directory: Path) -> None:
         patterns[f"the value of {name}"] = re.escape(value).encode()
     if home := str(Path.home()).rstrip("/"):
         escaped = re.escape(home).encode()
-        patterns["the home directory"] = rb"(?<![A-Za-z0-9_.-])" + escaped + rb"(?![A-Za-z0-9_-])"
+        before = rb"(?<![A-Za-z0-9_.-]" + escaped + rb")"
+        patterns["the home directory"] = escaped + before + rb"(?![A-Za-z0-9_-])"
     user = ""
     with suppress(KeyError, OSError):
         user = getpass.getuser()
     if len(user) >= _SHORTEST_NAME and user.lower() not in _COMMON_NAMES:
         escaped = re.escape(user).encode()
-        patterns["the user's name"] = rb"(?<![A-Za-z0-9])" + escaped + rb"(?![A-Za-z0-9])"
+        before = rb"(?<![A-Za-z0-9]" + escaped + rb")"
+        patterns["the user's name"] = escaped + before + rb"(?![A-Za-z0-9])"
     leaks = [
         f"{path.relative_to(directory)}: {kind}"
         for path in sorted(directory.rglob("*"))

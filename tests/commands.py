@@ -21,8 +21,11 @@ from icl_helpers import kernels
 from icl_helpers.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.modules.setdefault(kernels.NEEDLESS, None)
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["icl_helpers.run.run", "icl_helpers.cli", "tests.commands"])
+FORKING.set_forkserver_preload(
+    ["icl_helpers.run.run", "icl_helpers.cli", "tests.commands", "papermill"]
+)
 
 
 class Command:

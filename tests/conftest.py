@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 
+from icl_helpers.kernels import NEEDLESS
+
 # What takes long to import is imported where it is used: the process that hands out the tests to
 # others runs none of them.
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Until the tests are collected.
 gc.disable()
+sys.modules.setdefault(NEEDLESS, None)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

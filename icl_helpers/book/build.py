@@ -52,6 +52,7 @@ from icl_helpers.files import (
     user_path,
     write_json,
 )
+from icl_helpers.kernels import NEEDLESS
 from icl_helpers.parameters import StageParameters, read_parameters, stage_parameters
 from icl_helpers.redaction import check_leaks, redact
 from icl_helpers.results.notebook import DESCRIPTION
@@ -413,17 +414,18 @@ def _sphinx(staged: Path, target: Path) -> None:
     with open(staged / "conf.py", "a") as file:
         # Thebe runs code on a server elsewhere: it is not used, and its script is not local.
         file.write('\nextensions = [name for name in extensions if name != "sphinx_thebe"]\n')
-    # Looking for garbage would take a fifth of the time: nearly all that is read stays to the end.
-    sphinx = "import gc, sys; gc.disable(); from sphinx.cmd.build import main; sys.exit(main())"
     options = ["-b", "html", "-E", "-a", "-W", "-n", "--keep-going", "-d", str(target / "doctrees")]
-    log = _call(sphinx, *options, str(staged), str(target / "html"))
+    folders = str(staged), str(target / "html")
+    log = _call("from sphinx.cmd.build import main; sys.exit(main())", *options, *folders)
     if "WARNING" in log:
         raise BookError(f"Sphinx warned:\n{log[-3000:]}")
 
 
 def _call(code: str, *arguments: str) -> str:
     """Run Python code in a process of its own and return what it printed."""
-    command = [sys.executable, "-c", code, *arguments]
+    # Looking for garbage would take a fifth of the time: nearly all that is read stays to the end.
+    begin = f"import gc, sys; gc.disable(); sys.modules[{NEEDLESS!r}] = None; "
+    command = [sys.executable, "-c", begin + code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     log = done.stdout + done.stderr
     if done.returncode:

@@ -176,8 +176,7 @@ def _offsets(
     encoded = tokenizer(
         list(prompts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
-    offsets: list[Sequence[tuple[int, int]]] = encoded["offset_mapping"]
-    return offsets
+    return encoded["offset_mapping"]
 
 
 def elements_pattern(

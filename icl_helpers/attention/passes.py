@@ -476,8 +476,7 @@ def branching_mask(*, base: Callable[..., Any], **kwargs: Any) -> torch.Tensor |
         kwargs["mask_function"] = branches.over(kwargs["mask_function"])
         # No mask at all would mean plain causality over the columns.
         kwargs["allow_is_causal_skip"] = False
-    mask: torch.Tensor | None = base(**kwargs)
-    return mask
+    return base(**kwargs)
 
 
 _POSITION_TABLE = re.compile(r"(?!.*(vision|visual|image|audio|rel)).*(pos|wpe)[^.]*$")

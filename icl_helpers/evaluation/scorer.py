@@ -284,8 +284,7 @@ class InterventionLM(HFLM):
                 "rolling log-likelihoods begin with a BOS or EOS token, and this tokenizer has "
                 "neither; name one with prefix_token_id"
             )
-        sums: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
-        return sums
+        return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def _refuse_knockout(self, what: str) -> None:
         if self.condition.ablation == "knockout":
@@ -304,8 +303,7 @@ class InterventionLM(HFLM):
             self._check_length(text, len(ids) + room - 1)
             check_tokens(self.model, torch.tensor(ids))
         with intervene(self.model, *self.condition.interventions()):
-            answers: list[str] = super().generate_until(requests, disable_tqdm)
-        return answers
+            return super().generate_until(requests, disable_tqdm)
 
     @torch.inference_mode()
     def _shared_start(self, rows: Sequence[_Row]) -> SharedStart | None:

@@ -52,8 +52,7 @@ class CellStore:
         folder = imported_dir(self.directory.parent)
         if folder is None:
             return {}
-        keys: dict[str, str] = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-        return keys
+        return json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
 
     def path(self, spec: dict[str, Any]) -> Path:
         """File of the cell that ``spec`` describes."""

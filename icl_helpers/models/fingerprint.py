@@ -252,6 +252,5 @@ def _offloaded(model: PreTrainedModel, key: str) -> torch.Tensor:
     hook = getattr(model.get_submodule(path), "_hf_hook", None)
     for each in (hook, *getattr(hook, "hooks", ())):
         if getattr(each, "weights_map", None) is not None:
-            values: torch.Tensor = each.weights_map[name]
-            return values
+            return each.weights_map[name]
     raise InputError(f"weight {key} is on the meta device and has no values; load the model whole")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
@@ -89,8 +91,6 @@ def _parameters(args: argparse.Namespace) -> Any:
 
 
 def _slug(model: str) -> str:
-    import re
-
     return re.sub(r"[^a-z0-9.-]+", "-", model.lower().split("/")[-1]).strip("-.")[:80] or "model"
 
 
@@ -148,8 +148,6 @@ def _import(args: argparse.Namespace) -> None:
 
 def _report(report: Any, file: str | None) -> None:
     """Print a report, and write it as JSON where a file is named."""
-    from pathlib import Path
-
     from icl_helpers.files import write_json
 
     if file is not None:
@@ -188,7 +186,6 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _book(args: argparse.Namespace) -> None:
     import tempfile
-    from pathlib import Path
 
     from icl_helpers.book.build import build_book, prepare_shipped
     from icl_helpers.parameters import about
@@ -343,8 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # In a process that is this command's alone.
         if args.command in ("run", "book") and arguments is None:
             fork_ahead()
-        function: Callable[[argparse.Namespace], int | None] = args.function
-        return function(args) or 0
+        return args.function(args) or 0
 
     return guarded(command)
 

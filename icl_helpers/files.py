@@ -260,7 +260,7 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(text)
 
 
-def quarantine(path: Path, why: str) -> Path:
+def quarantine(path: Path, why: str) -> None:
     """Rename a damaged file to ``<name>.damaged-N`` and say so; it is never deleted."""
     number = 1
     while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
@@ -268,9 +268,8 @@ def quarantine(path: Path, why: str) -> Path:
     try:
         os.replace(path, target)
     except FileNotFoundError:
-        return target
+        return
     warnings.warn(f"{path} {why}; set aside as {target.name} and computed again", stacklevel=2)
-    return target
 
 
 def cached_tensor(path: Path, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -12,8 +12,8 @@ import functools
 import itertools
 import random
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from typing import Generic, Literal, NamedTuple, TypeVar, get_args
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from icl_helpers.tasks.specs import Sampler
 
 __all__ = ["Demonstrations", "Pool", "Rule", "check_rule", "draw_demonstrations"]
 
-Key = TypeVar("Key", bound=Hashable)
 Rule = Literal["exact", "fewer", "published"]
 
 
@@ -46,7 +45,7 @@ def check_rule(rule: str | None) -> None:
         )
 
 
-class Pool(Generic[Key]):
+class Pool:
     """Labelled rows that demonstrations are drawn from.
 
     ``texts``, ``labels`` and ``contents`` are parallel; a row's content is what a prompt shows of
@@ -97,7 +96,7 @@ class Pool(Generic[Key]):
 
 
 def draw_demonstrations(
-    pool: Pool[str],
+    pool: Pool,
     queries: Sequence[tuple[str, str]],
     *,
     shots: int,
@@ -173,7 +172,7 @@ def _content(text: str) -> str:
 
 
 def _without(
-    pool: Pool[str], drawn: list[int], text: str, content: str, shots: int, rng: random.Random
+    pool: Pool, drawn: list[int], text: str, content: str, shots: int, rng: random.Random
 ) -> list[int]:
     """``drawn`` without rows of this content; others of their class stand in for those missing."""
     missing = shots - sum(pool.contents[i] != content for i in drawn)

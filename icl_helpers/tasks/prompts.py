@@ -211,7 +211,7 @@ def _pattern_prompts(
 
 
 @functools.lru_cache(maxsize=8)
-def _pool(rows: tuple[tuple[str, str], ...], sampler: Sampler, name: str) -> Pool[str]:
+def _pool(rows: tuple[tuple[str, str], ...], sampler: Sampler, name: str) -> Pool:
     """The demonstrations' pool, kept for the other seeds: it remembers what it has looked up."""
     texts, labels = zip(*rows, strict=True)
     return Pool(texts, labels, sampler=sampler, name=name)
@@ -229,7 +229,7 @@ def _text_prompts(
     words = spec.labels(labels)
     train, validation = load_splits(spec, data=data)
     documents = [spec.render(row) for row in train]
-    pool: Pool[str] = Pool(
+    pool = Pool(
         [_key(row) for row in train], [str(row["label"]) for row in train], sampler=spec.sampler,
         contents=documents, name=f"task {spec.name}, training split ({os.fspath(data)})",
     )  # fmt: skip

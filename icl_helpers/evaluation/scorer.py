@@ -399,12 +399,8 @@ def _branched(rows: Sequence[_Row]) -> bool:
 
 def reference_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *,
-    n_samples: int | None = None, n_positions: int | None = None,
+    n_samples: int = PAPER_SAMPLES,
 ) -> torch.Tensor:  # fmt: skip
     """Reference samples: 500 of 3,000 tokens, fewer positions where the context is shorter."""
-    return reference_ids(
-        tokenizer,
-        texts,
-        n_samples=n_samples or PAPER_SAMPLES,
-        n_positions=n_positions or min(PAPER_POSITIONS, one_angle_length(model)),
-    )
+    n_positions = min(PAPER_POSITIONS, one_angle_length(model))
+    return reference_ids(tokenizer, texts, n_samples=n_samples, n_positions=n_positions)

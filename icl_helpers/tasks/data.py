@@ -66,7 +66,8 @@ def load_splits(spec: TextTaskSpec, *, data: str | os.PathLike[str] = "synthetic
     is not there, naming where to put it.
     """
     if os.fspath(data) not in ("synthetic", "original"):
-        files = _local_files(spec, _directory(data, spec.name))
+        holds = f"{spec.name}/train.jsonl and {spec.name}/validation.jsonl"
+        files = _local_files(spec, _directory(data, holds) / spec.name)
     elif spec.hub is None:
         files = _local_files(spec, synthetic_dir() / "text" / spec.name)
     else:
@@ -88,24 +89,25 @@ def hold_out(rows: list[Row], *, seed: int = HOLD_OUT_SEED) -> tuple[list[Row], 
 
 def check_local(data_dir: str | os.PathLike[str], tasks: Iterable[str]) -> None:
     """Check that the files that these tasks need are there; raises as :func:`load_splits`."""
-    if not user_path(data_dir).is_dir():
+    directory = user_path(data_dir)
+    if not directory.is_dir():
         raise InputError(
             f"data_dir must be a directory that holds TASK/train.jsonl and TASK/validation.jsonl "
             f"for each NLP task, got {os.fspath(data_dir)!r}"
         )
     for name in tasks:
         if name in NLP_TASKS:
-            _local_files(NLP_TASKS[name], _directory(data_dir, name))
+            _local_files(NLP_TASKS[name], directory / name)
 
 
-def _directory(data: str | os.PathLike[str], task: str) -> Path:
+def _directory(data: str | os.PathLike[str], holds: str) -> Path:
     directory = user_path(data)
     if not directory.is_dir():
         raise InputError(
-            f"data must be 'synthetic', 'original' or a directory that holds {task}/train.jsonl "
-            f"and {task}/validation.jsonl, got {os.fspath(data)!r}"
+            f"data must be 'synthetic', 'original' or a directory that holds {holds}, got "
+            f"{os.fspath(data)!r}"
         )
-    return directory / task
+    return directory
 
 
 def _local_files(spec: TextTaskSpec, folder: Path) -> list[Path]:
@@ -262,13 +264,7 @@ def data_file(task: str, *, data: str | os.PathLike[str] = "synthetic") -> Path:
         return synthetic_dir() / f"{task}.json"
     if os.fspath(data) == "original":
         return original_data_dir() / spec.original_file
-    directory = user_path(data)
-    if not directory.is_dir():
-        raise InputError(
-            f"data must be 'synthetic', 'original' or a directory that holds the published JSON "
-            f"files, got {os.fspath(data)!r}"
-        )
-    return directory / spec.original_file
+    return _directory(data, "the published JSON files") / spec.original_file
 
 
 def rows_digest(task: str, *, data: str | os.PathLike[str] = "synthetic") -> str | None:
@@ -280,7 +276,7 @@ def rows_digest(task: str, *, data: str | os.PathLike[str] = "synthetic") -> str
         if isinstance(spec, TaskSpec):
             files = [data_file(task, data=data)]
         else:
-            files = _local_files(spec, _directory(data, task))
+            files = _local_files(spec, user_path(data) / task)
         return files_digest(*files)
     except (InputError, OSError):
         return None

@@ -13,11 +13,11 @@ Example
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic.dataclasses import dataclass
 
 from icl_helpers.errors import InputError
 
@@ -105,21 +105,14 @@ class TextTaskSpec:
         return self.template.format_map(values)
 
 
-def _pattern_spec(name: str, entry: dict[str, Any]) -> TaskSpec:
-    lists: dict[str, Any] = {key: tuple(entry[key]) for key in ("choices", "default_shots")}
-    return TaskSpec(name=name, **entry | lists)
-
-
 def _text_spec(name: str, entry: dict[str, Any]) -> TextTaskSpec:
     kinds = {"str": str, "int": int}
     columns = tuple((column, kinds[kind]) for column, kind in entry["columns"].items())
-    hub = HubSource(**entry["hub"]) if "hub" in entry else None
-    words = {key: tuple(entry[key]) for key in ("semantic", "unrelated", "label_names")}
-    return TextTaskSpec(name=name, **entry | words | {"columns": columns, "hub": hub})
+    return TextTaskSpec(name=name, **entry | {"columns": columns})
 
 
 _LISTED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-_TASKS = {name: _pattern_spec(name, entry) for name, entry in _LISTED["abstract"].items()}
+_TASKS = {name: TaskSpec(name=name, **entry) for name, entry in _LISTED["abstract"].items()}
 NLP_TASKS = {name: _text_spec(name, entry) for name, entry in _LISTED["nlp"].items()}
 STAND_IN_TASKS = {name: _text_spec(name, entry) for name, entry in _LISTED["stand_in"].items()}
 

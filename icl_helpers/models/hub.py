@@ -2,10 +2,6 @@
 
 A hub that accepts connections and says nothing would otherwise hold a load for many minutes: every
 one of its requests waits, and is tried again.
-
-Example
--------
->>> go_offline_if_hub_unreachable()
 """
 
 from __future__ import annotations

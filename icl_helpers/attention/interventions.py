@@ -12,8 +12,9 @@ Example
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -57,9 +58,8 @@ class ZeroAblation:
         object.__setattr__(self, "heads", _as_heads(heads))
 
     def edits(self, layout: AttentionLayout) -> dict[int, AttentionEdit]:
-        """See :class:`Intervention`."""
-        check_heads(self.heads, layout)
-        return {layer: _ZeroEdit(heads) for layer, heads in _by_layer(self.heads).items()}
+        layers = _by_layer(self.heads, layout)
+        return {layer: functools.partial(_zeroed, heads) for layer, heads in layers.items()}
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -82,8 +82,7 @@ class _OutputsGiven:
         object.__setattr__(self, "head_outputs", head_outputs)
 
     def edits(self, layout: AttentionLayout) -> dict[int, AttentionEdit]:
-        """See :class:`Intervention`."""
-        check_heads(self.heads, layout)
+        layers = _by_layer(self.heads, layout)
         shape = tuple(self.head_outputs.shape)
         wanted = (layout.n_layers, layout.n_heads, layout.d_head)
         if len(shape) not in self._axes or (shape[-4], *shape[-2:]) != wanted:
@@ -93,7 +92,7 @@ class _OutputsGiven:
                 f"model, got {list(shape)}; {self._way_out}"
             )
         edits: dict[int, AttentionEdit] = {}
-        for layer, heads in _by_layer(self.heads).items():
+        for layer, heads in layers.items():
             outputs = self.head_outputs.select(-4, layer)[..., heads, :]
             edits[layer] = _GivenEdit(heads, outputs, self._way_out)
         return edits
@@ -169,11 +168,10 @@ class AttentionKnockout:
         object.__setattr__(self, "blocked", blocked)
 
     def edits(self, layout: AttentionLayout) -> dict[int, AttentionEdit]:
-        """See :class:`Intervention`."""
-        check_heads(self.heads, layout)
+        layers = _by_layer(self.heads, layout)
         window = _BlockedWindow(self.blocked)
         return {
-            layer: _KnockoutEdit(heads, window) for layer, heads in _by_layer(self.heads).items()
+            layer: functools.partial(_knocked_out, heads, window) for layer, heads in layers.items()
         }
 
 
@@ -206,21 +204,19 @@ def _as_heads(heads: Iterable[Head | tuple[int, int]]) -> tuple[Head, ...]:
     return tuple(dict.fromkeys(Head(*head) for head in heads))
 
 
-def _by_layer(heads: Iterable[Head]) -> dict[int, list[int]]:
+def _by_layer(heads: Iterable[Head], layout: AttentionLayout) -> dict[int, list[int]]:
+    """The heads of each layer; raises :class:`InputError` for one that the model does not have."""
+    check_heads(heads, layout)
     layers: defaultdict[int, list[int]] = defaultdict(list)
     for head in heads:
         layers[head.layer].append(head.head)
-    return dict(layers)
+    return layers
 
 
-@dataclass
-class _ZeroEdit:
-    heads: list[int]
-
-    def __call__(self, call: AttentionCall) -> torch.Tensor:
-        output = call.output.clone()
-        output[:, :, self.heads] = 0
-        return output
+def _zeroed(heads: list[int], call: AttentionCall) -> torch.Tensor:
+    output = call.output.clone()
+    output[:, :, heads] = 0
+    return output
 
 
 @dataclass
@@ -283,18 +279,11 @@ class _BlockedWindow:
         return self.cut
 
 
-@dataclass
-class _KnockoutEdit:
-    heads: list[int]
-    window: _BlockedWindow
-
-    def __call__(self, call: AttentionCall) -> torch.Tensor:
-        blocked = self.window.at(call)
-        probabilities = attention_probabilities(call, heads=self.heads, blocked=blocked)
-        n_heads, n_kv = call.query.shape[1], call.value.shape[1]
-        groups: Sequence[int] = [head // (n_heads // n_kv) for head in self.heads]
-        value = call.value[:, groups]
-        attended = torch.matmul(probabilities.to(value.dtype), value)
-        output = call.output.clone()
-        output[:, :, self.heads] = attended.transpose(1, 2)
-        return output
+def _knocked_out(heads: list[int], window: _BlockedWindow, call: AttentionCall) -> torch.Tensor:
+    probabilities = attention_probabilities(call, heads=heads, blocked=window.at(call))
+    n_heads, n_kv = call.query.shape[1], call.value.shape[1]
+    value = call.value[:, [head // (n_heads // n_kv) for head in heads]]
+    attended = torch.matmul(probabilities.to(value.dtype), value)
+    output = call.output.clone()
+    output[:, :, heads] = attended.transpose(1, 2)
+    return output

@@ -92,17 +92,17 @@ def test_a_hook_that_changes_what_it_should_leave(model, monkeypatch):
 
 
 def test_an_ablation_of_the_heads_beside(model, monkeypatch):
-    def beside(edit, call):
+    def beside(heads, call):
         output = call.output.clone()
-        output[:, :, [(head + 1) % 4 for head in edit.heads]] = 0
+        output[:, :, [(head + 1) % 4 for head in heads]] = 0
         return output
 
-    monkeypatch.setattr(interventions._ZeroEdit, "__call__", beside)
+    monkeypatch.setattr(interventions, "_zeroed", beside)
     assert failed(model) == ["zero ablation"]
 
 
 def test_an_ablation_that_does_nothing(model, monkeypatch):
-    monkeypatch.setattr(interventions._ZeroEdit, "__call__", lambda _, call: call.output)
+    monkeypatch.setattr(interventions, "_zeroed", lambda _, call: call.output)
     assert failed(model) == ["zero ablation"]
     assert failed(model.bfloat16()) == ["zero ablation"]
 
@@ -118,13 +118,13 @@ def test_means_of_the_position_beside(model, monkeypatch):
 
 
 def test_a_knockout_of_the_whole_group(model, monkeypatch):
-    right = interventions._KnockoutEdit.__call__
+    right = interventions._knocked_out
 
-    def whole_group(edit, call):
-        heads = sorted({2 * (head // 2) + i for head in edit.heads for i in (0, 1)})
-        return right(interventions._KnockoutEdit(heads, edit.window), call)
+    def whole_group(heads, window, call):
+        heads = sorted({2 * (head // 2) + i for head in heads for i in (0, 1)})
+        return right(heads, window, call)
 
-    monkeypatch.setattr(interventions._KnockoutEdit, "__call__", whole_group)
+    monkeypatch.setattr(interventions, "_knocked_out", whole_group)
     assert failed(model) == ["knockout", "grouped queries"]
 
 
@@ -145,7 +145,7 @@ def test_a_pattern_of_the_first_row_for_all(model, monkeypatch):
 
 
 def test_a_broken_model_makes_the_command_fail(model, monkeypatch, capsys):
-    monkeypatch.setattr(interventions._ZeroEdit, "__call__", lambda _, call: call.output)
+    monkeypatch.setattr(interventions, "_zeroed", lambda _, call: call.output)
     assert main(["check", "icl-tiny", "--dtypes", "float32"]) == 1
     assert "FAIL" in capsys.readouterr().out
 

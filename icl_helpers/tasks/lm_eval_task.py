@@ -8,6 +8,7 @@ are built at once, so they do not depend on a limit or on the number of workers.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import datasets
@@ -35,12 +36,12 @@ class PatternTask(ConfigurableTask):
         settings = {key: value for key, value in (config or {}).items() if key != "class"}
         metadata = settings.get("metadata") or {}
         self._task = str(metadata.get("pattern_task", settings.get("task")))
-        self._data = str(metadata.get("data", "synthetic"))
-        self._labels: str | None = metadata.get("labels")
-        self._rule: Any = metadata.get("demonstrations")
         self._pinned_seed: int | None = metadata.get("demonstration_seed")
         self._seed = self._pinned_seed
-        self._built: dict[tuple[int, int], list[Prompt]] = {}
+        data = str(metadata.get("data", "synthetic"))
+        others: Any = {name: metadata.get(name) for name in ("labels", "demonstrations")}
+        build = functools.partial(build_prompts, self._task, data=data, **others)
+        self._build = functools.lru_cache(maxsize=1)(build)
         super().__init__(config=settings)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -58,14 +59,7 @@ class PatternTask(ConfigurableTask):
 
     def prompts(self, num_fewshot: int) -> list[Prompt]:
         """Prompts of all documents, in order; those asked for last are kept."""
-        key = num_fewshot, self._seed or 0
-        if key not in self._built:
-            built = build_prompts(
-                self._task, shots=num_fewshot, seed=key[1], labels=self._labels, data=self._data,
-                demonstrations=self._rule,
-            )  # fmt: skip
-            self._built = {key: built}
-        return self._built[key]
+        return self._build(shots=num_fewshot, seed=self._seed or 0)
 
     def set_fewshot_seed(self, seed: int | None = None) -> None:
         """Take lm-eval's seed unless the task has one of its own."""

@@ -113,9 +113,8 @@ class Passes:
         """Note every pass of a model inside the block, whichever of these parts is called."""
         with ExitStack() as stack:
             for part in parts:
-                begin = part.register_forward_pre_hook(self._begin, with_kwargs=True)
-                stack.callback(begin.remove)
-                stack.callback(part.register_forward_hook(self._end, always_call=True).remove)
+                stack.enter_context(part.register_forward_pre_hook(self._begin, with_kwargs=True))
+                stack.enter_context(part.register_forward_hook(self._end, always_call=True))
             yield
 
     def check_thread(self) -> None:

@@ -82,13 +82,11 @@ def checkpoint_state(
     """
     path = Path(source)
     if not os.path.exists(source):
-        config = None
-        with suppress(OSError, ValueError):
+        try:
             # Asks the hub, where it can be reached, so that a moved branch is another folder.
-            config = cached_file(source, "config.json", revision=revision)
-        if config is None:
+            path = Path(cached_file(source, "config.json", revision=revision)).parent
+        except (OSError, ValueError):
             return None
-        path = Path(config).parent
     if trust_remote_code or (path / "adapter_config.json").exists():
         return None
     paths = [path] if path.is_file() else sorted(path.iterdir())

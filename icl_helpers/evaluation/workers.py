@@ -33,6 +33,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from icl_helpers.errors import ICLError, InputError, MissingArtefactError
 from icl_helpers.kernels import can_fork
+from icl_helpers.models.hub import go_offline
 from icl_helpers.redaction import redact
 
 __all__ = [
@@ -147,6 +148,8 @@ def _start_worker(pids: Any, environment: dict[str, str]) -> None:
     """Prepare a process: a GPU of its own, one CPU thread, an end with its parent."""
     os.environ.clear()
     os.environ.update(environment)
+    if environment.get("HF_HUB_OFFLINE") == "1":
+        go_offline()
     # Until it has imported what its first job needs.
     gc.disable()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 
-__all__ = ["go_offline_if_hub_unreachable"]
+__all__ = ["go_offline", "go_offline_if_hub_unreachable"]
 
 # Seconds for a connection and for an answer; the hub's own client allows as long for a header.
 _PATIENCE = 10.0
@@ -37,8 +37,15 @@ def go_offline_if_hub_unreachable() -> None:
             f"cache is used until this process ends",
             stacklevel=3,
         )
-        # The libraries read the variable when they are imported, workers when they start.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        constants.HF_HUB_OFFLINE = True
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+        go_offline()
+
+
+def go_offline() -> None:
+    """Have the hub's libraries use the cache alone, in this process and those it starts."""
+    from huggingface_hub import constants
+
+    # They read the variable when they are imported.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True

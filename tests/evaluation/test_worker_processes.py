@@ -20,8 +20,8 @@ import icl_helpers as icl
 from icl_helpers.cli import main
 from icl_helpers.evaluation.evaluate import ModelSource, evaluate
 from icl_helpers.evaluation.store import KEYS
-from icl_helpers.evaluation.workers import _take_number, process_workers, run_jobs
-from tests.commands import Command
+from icl_helpers.evaluation.workers import _start_worker, _take_number, process_workers, run_jobs
+from tests.commands import FORKING, Command
 from tests.evaluation.numbered_jobs import (
     Numbers,
     fail_oddly_on_one,
@@ -147,6 +147,21 @@ def test_processes_have_the_environment_of_their_start(monkeypatch):
         monkeypatch.setenv("OF_TEST", value)
         with process_workers(1) as workers:
             assert workers.submit(os.getenv, "OF_TEST").result() == value
+
+
+def begin_offline() -> None:
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = False
+    _start_worker(FORKING.Array("i", 1), {"HF_HUB_OFFLINE": "1"})
+    assert constants.is_offline_mode()
+
+
+def test_process_is_offline_where_what_it_is_forked_from_was_not_yet():
+    process = FORKING.Process(target=begin_offline)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def children_in_state(state: str) -> list[str]:

@@ -337,10 +337,9 @@ def dose_lines(frame: pd.DataFrame, *, narrow: bool = False) -> Figure:
 
     ``frame`` is :func:`icl_helpers.analysis.measured.dose_response`.
     """
-    tasks = list(dict.fromkeys(frame["task"]))
+    tasks = list(frame.groupby("task", sort=False))
     figure, grid = _new_figure(_NARROW if narrow else 7, 0.9 + 2.1 * len(tasks), rows=len(tasks))
-    for task, axes in zip(tasks, grid, strict=True):
-        part = frame[frame["task"] == task]
+    for (task, part), axes in zip(tasks, grid, strict=True):
         whole, margins = _doses(part)
         axes.axhline(whole, color=_FULL, linestyle=":", linewidth=1, label="full model")
         for chosen_by, rows in margins.items():
@@ -352,7 +351,7 @@ def dose_lines(frame: pd.DataFrame, *, narrow: bool = False) -> Figure:
         counts = sorted(set(part["heads"]) - {0})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
-        axes.set_title(task_name(task), loc="left", fontsize="medium")
+        axes.set_title(task_name(str(task)), loc="left", fontsize="medium")
         axes.set(ylabel="margin (nats)")
     grid[-1].set_xlabel("heads removed")
     _legend(figure, grid[0], "upper", 1 if narrow else 2)
@@ -392,13 +391,12 @@ def effect_points(frame: pd.DataFrame, *, value: str, label: str, narrow: bool =
 
     ``frame`` has the columns task, score and ``value``.
     """
-    tasks = list(dict.fromkeys(frame["task"]))
+    tasks = list(frame.groupby("task", sort=False))
     figure, grid = _new_figure(_NARROW if narrow else 7, 0.5 + 2 * len(tasks), rows=len(tasks))
-    for task, axes in zip(tasks, grid, strict=True):
-        part = frame[frame["task"] == task]
+    for (task, part), axes in zip(tasks, grid, strict=True):
         axes.axhline(0, color=_GUIDE, linewidth=0.8)
         axes.plot(part["score"], part[value], "o", color=_FULL, markersize=3.5, alpha=0.7)
-        axes.set_title(task_name(task), loc="left", fontsize="medium")
+        axes.set_title(task_name(str(task)), loc="left", fontsize="medium")
         axes.set(ylabel=label)
     grid[-1].set(xlabel="prefix-matching score", xlim=(-0.02, 1.02))
     return _closed(figure)

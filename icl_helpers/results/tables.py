@@ -17,9 +17,9 @@ import pandas as pd
 
 from icl_helpers.attention.heads import heads_in_words
 from icl_helpers.errors import InputError
-from icl_helpers.evaluation.store import CELL, ROW, keyed
+from icl_helpers.evaluation.store import CELL, ROW
 from icl_helpers.files import atomic_path
-from icl_helpers.results.statistics import accuracy_intervals, comparisons
+from icl_helpers.results.statistics import accuracy_intervals, comparisons, filled_keys
 from icl_helpers.tasks.specs import task_names
 
 __all__ = [
@@ -134,19 +134,15 @@ def annotated_table(documents: pd.DataFrame, number: int, *, n_heads: int) -> An
     tests = comparisons(rows)
     change = tests["difference"].map("{:+.1f}".format)
     mark = tests["distinguishable"].map({True: MARK, False: ""})
-    tests["change"] = " (" + change + ")" + mark
     bounds = bounds_in_words(tests["low"], tests["high"], "{:+.1f}")
     gaps = tests.assign(
         condition=_GAP, control=tests["against_control"], text=change + mark + bounds
     )
-    to_full = tests.loc[tests["against"] == "full", [*CELL, "change"]]
+    to_full = tests[CELL].assign(change=" (" + change + ")" + mark)[tests["against"] == "full"]
     cells = accuracy_intervals(rows).merge(to_full, how="left", on=CELL)
-    accuracy = cells["accuracy"].map("{:.1f}".format)
-    cells["text"] = (
-        accuracy
-        + cells["change"].fillna("")
-        + bounds_in_words(cells["low"], cells["high"], "{:.1f}")
-    )
+    accuracy = cells["accuracy"].map("{:.1f}".format) + cells["change"].fillna("")
+    bounds = bounds_in_words(cells["low"], cells["high"], "{:.1f}")
+    cells = cells.assign(text=accuracy + bounds)
     columns = ["against", "against_control", "difference", "low", "high", "p", "p_holm"]
     columns += ["cohens_g", "distinguishable"]
     tests = _with_draws(tests[[*CELL, *columns]], rows)
@@ -188,7 +184,7 @@ def cell_frame(cells: pd.DataFrame, *, n_heads: int) -> pd.DataFrame:
     ``cells`` has those columns, condition, fraction, control and ``text``; ``n_heads`` is how many
     heads the model has.
     """
-    filled = keyed(cells).assign(fraction=cells["fraction"].fillna(0.0))
+    filled = filled_keys(cells)
     wide = filled.pivot(index=ROW, columns=["condition", "control", "fraction"], values="text")
     order = [*CONDITION_TITLES, _GAP]
     columns = sorted(wide, key=lambda column: (order.index(column[0]), *column[1:]))

@@ -226,9 +226,7 @@ class _Subject:
         """Logits of these ids, or of the padded batch; without interventions no hook is there."""
         inputs = {"attention_mask": self.mask.long()} if ids is None else {}
         inputs["input_ids"] = self.ids if ids is None else ids
-        if not interventions:
-            return self.model(**inputs, use_cache=False).logits.float()
-        with intervene(self.model, *interventions):
+        with intervene(self.model, *interventions) if interventions else nullcontext():
             return self.model(**inputs, use_cache=False).logits.float()
 
     def interventions(self, name: str, rows: slice) -> list[Intervention]:

@@ -480,9 +480,8 @@ class Run:
         """
         began = time.perf_counter()
         yield self
-        if self._untouched:
-            return
-        self._record(took={name: round(time.perf_counter() - began, 2)})
+        if not self._untouched:
+            self._record(took={name: round(time.perf_counter() - began, 2)})
 
     @property
     def _untouched(self) -> bool:

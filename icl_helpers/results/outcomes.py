@@ -350,10 +350,8 @@ def _disagree(rows: pd.DataFrame, conclusion: list[str]) -> bool:
 
 
 _TASK_NAMES = {
-    f"wordseq{n}_{kind}": f"{added}word sequences {n}"
-    for kind, added in (("binary", ""), ("4way", "four-way "))
-    for n in (1, 2)
-} | {
+    "wordseq1_binary": "word sequences 1", "wordseq2_binary": "word sequences 2",
+    "wordseq1_4way": "four-way word sequences 1", "wordseq2_4way": "four-way word sequences 2",
     "sst2": "SST-2", "subj": "Subj", "wic": "WiC", "rte": "RTE", "ethos": "ETHOS", "wsc": "WSC",
     "boolq": "BoolQ",
 }  # fmt: skip

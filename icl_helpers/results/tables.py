@@ -72,8 +72,7 @@ def _latex(frame: pd.DataFrame) -> str:
     flat.columns = pd.Index(
         [" ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in flat]
     )
-    style = flat.style.hide(axis="index").format(escape="latex")
-    return style.format_index(escape="latex", axis="columns").to_latex(hrules=True)
+    return flat.to_latex(index=False, escape=True, na_rep="nan")
 
 
 def unsigned_zeros(text: str) -> str:

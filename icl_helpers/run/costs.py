@@ -262,15 +262,15 @@ def _embedded_tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer("icl-tiny")
 
 
-def stage_tokens(p: StageParameters, *, positions: int = PAPER_POSITIONS) -> dict[int, int]:
-    """Tokens that each of the first five stages is the first to run; ``positions`` of the means.
+def stage_tokens(p: StageParameters) -> dict[int, int]:
+    """Tokens that each of the first five stages is the first to run; means at 3,000 positions.
 
     Text tasks, stage 6, are left out. Stages 7 and 8 take a few prompts and none; of those that
     look closer :class:`Cost` has the tokens.
     """
     plan = Plan(p)
     each = sum(_set_tokens(prompts, p, _embedded_tokenizer())[0] for prompts in plan.prompt_sets())
-    tokens = {1: _SCORE_TOKENS, 2: PAPER_SAMPLES * positions}
+    tokens = {1: _SCORE_TOKENS, 2: PAPER_SAMPLES * PAPER_POSITIONS}
     for stage, kinds in {3: ("full",), 4: ("mean", "zero"), 5: ("knockout",)}.items():
         tokens[stage] = round(each * sum(map(plan.condition_count, kinds)))
     return tokens

@@ -93,7 +93,6 @@ class Run:
         self.parameters = parameters
         self.directory = check_run_dir(parameters.run_dir)
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._identity: dict[str, Any] | None = None
         imported = imported_dir(self.directory)
         self._bundle = None if imported is None else Bundle(imported)
@@ -120,14 +119,12 @@ class Run:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded without the model where that is not here."""
-        if self._loaded is not None:
-            return self._loaded[1]
-        if self._tokenizer is None:
-            p = self.parameters
-            self._tokenizer = load_tokenizer(
-                p.model, revision=p.revision, trust_remote_code=p.trust_remote_code
-            )
-        return self._tokenizer
+        return self._tokenizer_alone if self._loaded is None else self._loaded[1]
+
+    @functools.cached_property
+    def _tokenizer_alone(self) -> PreTrainedTokenizerBase:
+        p = self.parameters
+        return load_tokenizer(p.model, revision=p.revision, trust_remote_code=p.trust_remote_code)
 
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._loaded is None:

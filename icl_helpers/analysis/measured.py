@@ -100,7 +100,7 @@ def measured_answers(run: Any, name: str, group: CellGroup) -> list[Answers]:
     parts = group.split(_PART)
     for part in tqdm(parts, desc=f"{name}, {group.task}", unit="part", leave=False):
         of = [part.spec(), part.seed, [c.identity() for c in part.conditions]]
-        answers += map(_unpacked, run.measurement(name, of, functools.partial(compute, part)))
+        answers += map(_unpacked, run.measurement(name, of, compute, part))
     return answers
 
 
@@ -241,11 +241,8 @@ def removal_kinds(run: Any) -> pd.DataFrame:
     for group in tqdm(_abstract(run), desc="kinds of removal", unit="task", leave=False):
         for kind in ("none", *KINDS):
             draws = range(_DRAWS if kind == "resample" or "random" in kind else 1)
-            answers = run.measurement(
-                "kinds of removal",
-                [kind, len(draws), *_decided(run, group), heads, random, p.categories],
-                functools.partial(compute, group, kind, draws),
-            )
+            of = [kind, len(draws), *_decided(run, group), heads, random, p.categories]
+            answers = run.measurement("kinds of removal", of, compute, group, kind, draws)
             rows += [
                 {"task": group.task, "kind": kind, "draw": draw, **_summed(_unpacked(of_draw))}
                 for draw, of_draw in enumerate(answers)
@@ -274,9 +271,7 @@ def attention_moved(run: Any) -> pd.DataFrame:
 
     for group in _abstract(run):
         of = [group.spec(), group.seed, heads, categories]
-        rows[group.task] = run.measurement(
-            "blocked attention", of, functools.partial(compute, group)
-        )
+        rows[group.task] = run.measurement("blocked attention", of, compute, group)
     return 100 * pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -301,7 +296,7 @@ def side_effects(run: Any) -> pd.DataFrame:
     rows = []
     for chosen in tqdm(sets, desc="loss on sequences", unit="set", leave=False):
         of = ["losses", run.plan.means_parameters(), chosen.heads, _TEXTS, _TEXT_TOKENS]
-        losses = run.measurement("losses", of, functools.partial(_losses, run, chosen.heads))
+        losses = run.measurement("losses", of, _losses, run, chosen.heads)
         rows += [(name, "", chosen.chosen_by, chosen.draw, each) for name, each in losses.items()]
     conditions = tuple(mean_ablated(run, [chosen.heads for chosen in sets]))
     for group in _abstract(run):
@@ -314,9 +309,8 @@ def side_effects(run: Any) -> pd.DataFrame:
             ]
         measure = "margin with shuffled labels"
         for chosen in sets:
-            compute = functools.partial(shuffled, group, chosen.heads)
             of = [*_decided(run, group), chosen.heads]
-            margins = run.measurement(measure, of, compute)["margins"]
+            margins = run.measurement(measure, of, shuffled, group, chosen.heads)["margins"]
             rows.append((measure, group.task, chosen.chosen_by, chosen.draw, margins))
     names = ["measure", "task", "condition", "draw", "values"]
     frame = pd.DataFrame(rows, columns=names).astype({"draw": "Int64"})

@@ -362,11 +362,12 @@ class Run:
                 self.example(task, shots=2, labels=labels)
         return {"values": {**self._values, **self.measurements()}, "viewed": self._viewed()}
 
-    def measurement(self, name: str, of: Any, compute: Callable[[], Any]) -> Any:
+    def measurement(self, name: str, of: Any, compute: Callable[..., Any], *args: Any) -> Any:
         """A JSON value that was measured on the model; computed once, and kept as soon as it is.
 
-        ``of`` is all that decides it beside the model. It travels in the run's bundle. Raises
-        :class:`NotMeasuredError` where an imported run's bundle lacks it and ``measure`` is unset.
+        ``of`` is all that decides ``compute(*args)`` beside the model. It travels in the run's
+        bundle. Raises :class:`NotMeasuredError` where an imported run's bundle lacks it and
+        ``measure`` is unset.
         """
         key = f"{name} {content_key([of, self.identity['key']])}"
         brought = {} if self._bundle is None else self._bundle.shown["values"]
@@ -378,7 +379,7 @@ class Run:
                 f"The run's bundle lacks it ({name}). With the model at hand, `icl run --run-dir "
                 f"{self.parameters.run_dir} --measure` measures it."
             )
-        return cached_json(path, key, compute)
+        return cached_json(path, key, functools.partial(compute, *args))
 
     def measurements(self) -> dict[str, Any]:
         """Every measurement of the model that was made here, by what it is kept under."""

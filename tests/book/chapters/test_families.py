@@ -190,7 +190,7 @@ def test_tables_show_intervals_as_text_and_no_negative_zero():
 
 
 def test_what_a_bundle_lacks_is_said_once_in_place_of_it():
-    def measurement(name, of, compute):
+    def measurement(name, of, compute, *args):
         raise icl.NotMeasuredError("The bundle of this run does not hold it.")
 
     sets = [PromptSet("repetition", "unrelated", 10, (42,), "synthetic", None, "balanced")]

@@ -82,15 +82,13 @@ def stage_jobs(parameters: StageParameters, *, only: Sequence[int] | None = None
     """
     check_book_extra()
     stage_parameters(**parameters.as_dict())
-    chosen = stage_notebooks()
-    if only is not None:
-        known = {_stage_number(path) for path in chosen}
-        unknown = [number for number in only if number not in known]
-        if unknown:
-            raise InputError(f"there is no stage {unknown[0]}; the stages are {sorted(known)}")
-        chosen = [path for path in chosen if _stage_number(path) in only]
+    stages = {int(path.name.split("_")[0]): path for path in stage_notebooks()}
+    for number in only or ():
+        if number not in stages:
+            raise InputError(f"there is no stage {number}; the stages are {sorted(stages)}")
+    chosen = {number: stages[number] for number in stages if only is None or number in only}
     if imported_dir(parameters.run_dir) is None:
-        Plan(parameters).check_data(path.stem[3:] for path in chosen)
+        Plan(parameters).check_data(path.stem[3:] for path in chosen.values())
     run_dir = user_path(parameters.run_dir).resolve()
     if (run_dir / "run.json").is_file():
         check_same_model(run_info(run_dir), parameters)
@@ -105,15 +103,10 @@ def stage_jobs(parameters: StageParameters, *, only: Sequence[int] | None = None
         ):
             values[name] = os.path.abspath(user_path(given))
     jobs = []
-    for notebook in chosen:
-        number = _stage_number(notebook)
+    for number, notebook in chosen.items():
         used = {name: values[name] for name, *_, declared in about() if number in declared.stages}
         jobs.append((notebook, run_dir / "notebooks" / notebook.name, used))
     return jobs
-
-
-def _stage_number(notebook: Path) -> int:
-    return int(notebook.name.split("_")[0])
 
 
 def execute_notebooks(

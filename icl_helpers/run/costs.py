@@ -89,12 +89,11 @@ class Cost:
         return self.tokens / self.rate / 3600
 
     def __str__(self) -> str:
-        gigabytes = [value / 1e9 for value in (self.weights_bytes, self.working_bytes)]
         lines = [
             "estimates, not measurements:",
             f"  parameters       {self.parameters / 1e9:.2f} billion",
-            f"  weights          {gigabytes[0]:.1f} GB",
-            f"  work             {gigabytes[1]:.1f} GB (shrinks with batch_size)",
+            f"  weights          {self.weights_bytes / 1e9:.1f} GB",
+            f"  work             {self.working_bytes / 1e9:.1f} GB (shrinks with batch_size)",
             f"  tokens to score  {self.tokens / 1e6:.1f} million",
             f"  hours            {self.hours:.1f} at {self.rate:,.0f} tokens per second",
         ]

@@ -33,8 +33,6 @@ __all__ = [
 _QUANTILES = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
 # Fewer discordant documents of one sign never make an exact paired test significant at 5 %.
 _LEAST_DISCORDANT = 6
-# Quantiles between which 95 % of the resampled values lie.
-_MIDDLE = [(1 - 0.95) / 2, (1 + 0.95) / 2]
 
 
 def answer_measures(
@@ -112,14 +110,16 @@ def at_most(documents: pd.DataFrame) -> pd.DataFrame:
     return documents[(documents["shots"] == most) & (share.isna() | (share == share.max()))]
 
 
-def answer_table(documents: pd.DataFrame) -> pd.DataFrame:
+def answer_table(
+    documents: pd.DataFrame, *, resamples: int = 200, seed: int = 0, level: float = 0.95
+) -> pd.DataFrame:
     """Compute :func:`answer_measures` of every task, number of examples and condition.
 
     ``documents`` is :func:`icl_helpers.document_results`. Columns: the key; accuracy, balanced,
     calibrated and auc in percent, means over seeds and draws, with ``_low`` and ``_high``, bounds
-    of the 95 % interval over resampled documents; ``said``, index of the label that is said most,
-    and ``share``, how often, in percent; ``detectable``, :func:`smallest_detectable` beside the
-    full model, in points (NaN for that itself). Rows without kept log-probabilities are left out.
+    of the interval over resampled documents; ``said``, index of the label that is said most, and
+    ``share``, how often, in percent; ``detectable``, :func:`smallest_detectable` beside the full
+    model, in points (NaN for that itself). Rows without kept log-probabilities are left out.
     """
     rows = _with_log_probabilities(documents)
     rows = rows.assign(fraction=rows["fraction"].fillna(0.0))
@@ -129,13 +129,13 @@ def answer_table(documents: pd.DataFrame) -> pd.DataFrame:
         shared = _documents_of_every_run(cell)
         if len(shared) < 2:
             continue
-        measured = _measures(cell, shared, _samples(len(shared), 200))
+        measured = _measures(cell, shared, _samples(len(shared), resamples, seed))
         right[key] = cell.groupby("doc_id")["correct"].mean().loc[shared]
         values: dict[str, Any] = dict(zip(CELL, key, strict=True))
         for name in ("accuracy", "balanced", "calibrated", "auc"):
             mean = 100 * np.mean([run[name] for run in measured], axis=0)
             values[name] = mean[0]
-            values[f"{name}_low"], values[f"{name}_high"] = _bounds(mean)
+            values[f"{name}_low"], values[f"{name}_high"] = _bounds(mean, level)
         shares = np.mean([run["shares"][0] for run in measured], axis=0)
         table.append(values | {"said": int(shares.argmax()), "share": 100 * float(shares.max())})
     detectable = []
@@ -164,18 +164,18 @@ def _documents_of_every_run(*cells: pd.DataFrame) -> list[Any]:
     return sorted(set.intersection(*(set(run["doc_id"]) for cell in cells for run in _runs(cell))))
 
 
-def _samples(documents: int, resamples: int) -> Float[np.ndarray, "samples documents"]:
+def _samples(documents: int, resamples: int, seed: int) -> Float[np.ndarray, "samples documents"]:
     """How often each document is in a sample: first all of them once, then resampled."""
     shares = [1 / documents] * documents
-    sampled = np.random.default_rng(0).multinomial(documents, shares, size=resamples)
+    sampled = np.random.default_rng(seed).multinomial(documents, shares, size=resamples)
     return np.concatenate([np.ones((1, documents)), sampled])
 
 
-def _bounds(samples: Float[np.ndarray, " samples"]) -> list[float]:
-    """Bounds of the middle 95 % of resampled values; the first sample is all documents."""
+def _bounds(samples: Float[np.ndarray, " samples"], level: float) -> list[float]:
+    """Bounds of the resampled values; the first sample is all documents."""
     if np.isnan(samples).all():
         return [math.nan, math.nan]
-    return np.nanquantile(samples[1:], _MIDDLE).tolist()
+    return np.nanquantile(samples[1:], [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
 def _measures(
@@ -237,18 +237,21 @@ class SkillChange(NamedTuple):
         return f"{what} ({self.measure} {change})"
 
 
-def skill_change(before: pd.DataFrame, after: pd.DataFrame) -> SkillChange | None:
+def skill_change(
+    before: pd.DataFrame, after: pd.DataFrame, *, resamples: int = 400, seed: int = 0,
+    level: float = 0.95,
+) -> SkillChange | None:  # fmt: skip
     """Compare how well two cells of a task tell its labels apart, whatever label they prefer.
 
     Each frame has the rows of one cell of :func:`icl_helpers.document_results`. The measure is a
-    mean over seeds and draws; 95 % intervals are over resampled documents, the same on both sides.
-    None without log-probabilities of two documents or more.
+    mean over seeds and draws; intervals are over resampled documents, the same on both sides. None
+    without log-probabilities of two documents or more.
     """
     cells = [_with_log_probabilities(rows) for rows in (before, after)]
     shared = _documents_of_every_run(*cells) if all(map(len, cells)) else []
     if len(shared) < 2:
         return None
-    weights = _samples(len(shared), 400)
+    weights = _samples(len(shared), resamples, seed)
     labels = len(cells[0]["log_probabilities"].iloc[0])
     name = "auc" if labels == 2 else "calibrated"
     values = [
@@ -260,6 +263,6 @@ def skill_change(before: pd.DataFrame, after: pd.DataFrame) -> SkillChange | Non
     first, second = values
     return SkillChange(
         "AUC" if name == "auc" else "calibrated accuracy", 100 / labels,
-        float(first[0]), _bounds(first)[0], float(second[0]), *_bounds(second),
-        *_bounds(second - first),
+        float(first[0]), _bounds(first, level)[0], float(second[0]), *_bounds(second, level),
+        *_bounds(second - first, level),
     )  # fmt: skip

@@ -110,14 +110,14 @@ class Evidence:
         """Return the documents of one of the two groups of tasks."""
         return self.text if text else self.abstract
 
-    def fractions(self, text: bool = False) -> list[float]:
+    def fractions(self, text: bool) -> list[float]:
         """Return the shares of heads that were removed, smallest first."""
         rows = self.documents(text)
         return [] if rows.empty else sorted(set(rows["fraction"].dropna()) - {0.0})
 
     @cache  # noqa: B019 -- an object lives as long as its page is made
     def outcomes(
-        self, text: bool, ablation: str, share: str = "larger", shots: str = "most"
+        self, text: bool, ablation: str, share: str, shots: str
     ) -> tuple[TaskOutcome, ...]:
         """Compute outcomes at the ``smaller`` or ``larger`` share; none where not evaluated."""
         rows, fractions = self.documents(text), self.fractions(text)
@@ -153,12 +153,14 @@ class Evidence:
             f"{counted(seeds, 'demonstration seed')} and {counted(draws, 'draw')} of random heads"
         )
 
-    def learnt(self, text: bool = False) -> set[tuple[str, str]]:
+    def learnt(self, text: bool) -> set[tuple[str, str]]:
         """Tasks (with labels) on which the full model is above chance with the most examples.
 
         Text made from templates says nothing about the paper's tasks.
         """
-        full = (it for it in self.outcomes(text, "mean") if it.condition == "full")
+        full = (
+            it for it in self.outcomes(text, "mean", "larger", "most") if it.condition == "full"
+        )
         return {
             it.row for it in full if it.level == "above chance" and it.task not in STAND_IN_TASKS
         }
@@ -293,7 +295,7 @@ def _unmoved(evidence: Evidence) -> Finding:
     for text in (False, True):
         one_label = {
             it.row
-            for it in evidence.outcomes(text, "mean", shots="none")
+            for it in evidence.outcomes(text, "mean", "larger", "none")
             if it.condition == "full" and it.level == "one label"
         }
         for task in _tasks(evidence, "induction_heads", text=text, shots="none"):

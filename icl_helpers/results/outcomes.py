@@ -217,8 +217,8 @@ def paired_tests(documents: pd.DataFrame, *, ablation: str = "mean") -> pd.DataF
     that a sentence and a star never differ.
     """
     rows = _under(documents, ablation)
-    is_text = rows["task"].map(lambda task: isinstance(get_task_spec(task), TextTaskSpec))
-    families = [comparisons(family) for _, family in rows.groupby(is_text)]
+    text = [it for it in rows["task"].unique() if isinstance(get_task_spec(it), TextTaskSpec)]
+    families = [comparisons(family) for _, family in rows.groupby(rows["task"].isin(text))]
     return filled_keys(pd.concat(families, ignore_index=True))
 
 
@@ -255,7 +255,6 @@ def task_outcomes(
     by_seed, by_draw = (
         _levels(rows, name) if levels else {} for name in ("demonstration_seed", "ablation_seed")
     )
-    none = pd.DataFrame(columns=["level", "accuracy", "low", "high", "sign", "side"])
     outcomes = []
     for row in filled_keys(accuracy_intervals(rows)).to_dict("records"):
         named = {name: row[name] for name in CELL}
@@ -269,7 +268,8 @@ def task_outcomes(
             )
             for test in (by_cell[key].to_dict("records") if key in by_cell else ())
         )  # fmt: skip
-        seeds, draws = by_seed.get(key, none), by_draw.get(key, none)
+        of_seeds, seeds_disagree = by_seed.get(key, ({}, False))
+        of_draws, draws_disagree = by_draw.get(key, ({}, False))
         outcomes.append(
             TaskOutcome(
                 **named,
@@ -279,10 +279,8 @@ def task_outcomes(
                 accuracy=Interval(row["accuracy"], row["low"], row["high"]),
                 differences=differences,
                 zero_shot_answers=share, one_label=one_label, margin=margin,
-                by_seed=seeds.set_index("level")["accuracy"].to_dict(),
-                by_draw=draws.set_index("level")["accuracy"].to_dict(),
-                seeds_disagree=_disagree(seeds, ["sign", "side"]),
-                draws_disagree=_disagree(draws, ["sign", "side"]),
+                by_seed=of_seeds, by_draw=of_draws,
+                seeds_disagree=seeds_disagree, draws_disagree=draws_disagree,
             )
         )  # fmt: skip
     return outcomes
@@ -315,8 +313,8 @@ def _answer_facts(rows: pd.DataFrame) -> tuple[float | None, float | None, float
     return share, 100 * float(known["chosen"].value_counts(normalize=True).max()), margin
 
 
-def _levels(rows: pd.DataFrame, name: str) -> dict[Any, pd.DataFrame]:
-    """Compute accuracy, conclusion and its bounds of every cell at each seed (``name``) alone."""
+def _levels(rows: pd.DataFrame, name: str) -> dict[Any, tuple[dict[int, float], bool]]:
+    """Compute each cell's accuracy at every seed (``name``) alone, and whether they disagree."""
     parts = []
     for level in sorted(rows[name].dropna().unique()):
         part = rows[(rows[name] == level) | (rows[name].isna() & (rows["condition"] == "full"))]
@@ -334,7 +332,13 @@ def _levels(rows: pd.DataFrame, name: str) -> dict[Any, pd.DataFrame]:
     levels["sign"] = levels["sign"].fillna(0.0)
     for bound in ("low", "high"):
         levels[bound] = levels[bound].fillna(levels[f"{bound}_alone"])
-    return dict(list(levels.groupby(CELL)))
+    return {
+        key: (
+            dict(zip(cell["level"], cell["accuracy"], strict=True)),
+            _disagree(cell, ["sign", "side"]),
+        )
+        for key, cell in levels.groupby(CELL)
+    }
 
 
 def side(low: float, high: float, value: float = 0.0, *, upper: float | None = None) -> int:

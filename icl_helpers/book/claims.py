@@ -167,11 +167,12 @@ class Evidence:
 
     def cell(self, task: TaskOutcome, text: bool = False, **other: Any) -> pd.DataFrame:
         """Select the documents of a task's cell, or of the one that differs in some keys."""
-        key = {name: getattr(task, name) for name in CELL}
-        rows = filled_keys(self.documents(text))
-        for name, value in (key | other).items():
-            rows = rows[rows[name] == value]
-        return rows
+        key = {name: getattr(task, name) for name in CELL} | other
+        return self._cells(text).get(tuple(key.values()), self.documents(text).iloc[:0])
+
+    @cache  # noqa: B019
+    def _cells(self, text: bool) -> dict[Any, pd.DataFrame]:
+        return dict(iter(filled_keys(self.documents(text)).groupby(CELL)))
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ __all__ = [
     "CONDITION_NAMES", "Difference", "KindOutcome", "Said", "Span", "TaskOutcome", "Verdict",
     "chance_level", "counted", "doubts", "findings", "headline", "kind_lines", "kind_outcomes",
     "listed", "outcome_sentence", "paired_tests", "predicted", "range_in_words",
-    "read_measurements", "removal_caption", "seed_doubts", "side", "task_kind", "task_name",
-    "task_outcomes", "task_title", "tasks_under", "training_seed_doubts", "verdict",
+    "read_measurements", "removal_caption", "removed_in_words", "seed_doubts", "side", "task_kind",
+    "task_name", "task_outcomes", "task_title", "tasks_under", "training_seed_doubts", "verdict",
 ]  # fmt: skip
 
 # Percent of documents from which on an answer is called that of all documents.
@@ -572,11 +572,14 @@ def removal_caption(documents: pd.DataFrame, *, ablation: str = "mean") -> str:
 
     ``documents`` is :func:`icl_helpers.document_results`; empty where nothing was removed.
     """
-    if not (documents["condition"] == "induction_heads").any():
-        return ""
+    return removed_in_words(kind_outcomes(documents, ablation=ablation))
+
+
+def removed_in_words(outcomes: Iterable[KindOutcome]) -> str:
+    """Say what :func:`removal_caption` does, of outcomes that are known."""
     said = [
         f"{outcome.kind} {'; '.join(findings(outcome, brief=True))}"
-        for outcome in kind_outcomes(documents, ablation=ablation)
+        for outcome in outcomes
         if outcome.condition == "induction_heads"
     ]
     return f"Without the induction heads: {'. '.join(said)}." if said else ""

@@ -31,7 +31,7 @@ from icl_helpers.results.outcomes import (
     headline,
     kind_outcomes,
     listed,
-    removal_caption,
+    removed_in_words,
     seed_doubts,
     task_name,
 )
@@ -56,18 +56,15 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     info, titles, sizes = run_info(run), run_titles(runs), {run: size_of(run) for run in runs}
     name, parameters = model_of(run), info["parameters"]
     results = abstract_results(run_table(run, "results", "tasks"))
-    documents = run_table(run, "documents", None)
-    outcomes = kind_outcomes(documents)
-    n_heads, heads = sizes[run][0], _removed(run, outcomes)
-    others = {it: kind_outcomes(run_table(it, "documents", None)) for it in runs[1:]}
-    said = {
-        it: headline(of, heads=_removed(it, of)) for it, of in ({run: outcomes} | others).items()
-    }
+    every = {it: kind_outcomes(run_table(it, "documents", None)) for it in runs}
+    said = {it: headline(of, heads=_removed(it, of)) for it, of in every.items()}
+    outcomes, n_heads, heads = every[run], sizes[run][0], _removed(run, every[run])
     (staged / "_static" / "narrow").mkdir(parents=True, exist_ok=True)
     for narrow, file in ((False, "front.png"), (True, "narrow/fig-front.png")):
         figure = accuracy_bars(results, ablations=_FIGURE, n_heads=n_heads, narrow=narrow)
         figure.savefig(staged / "_static" / file, dpi=160)
-    left = removal_caption(documents[documents["task"].isin(results["task"])])
+    drawn = set(results["task"])
+    left = removed_in_words(it for it in outcomes if {task.task for task in it.tasks} <= drawn)
     alt = f"{bars_alt(results, ablations=_FIGURE, n_heads=n_heads)} {left}".strip()
     embedded = [name for name in embedded_models() if name in map(model_of, runs)]
     return {

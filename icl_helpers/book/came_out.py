@@ -133,7 +133,7 @@ def measured_section(
 
 def not_above_chance(run: Any, tasks: Sequence[str]) -> list[str]:
     """Say on which of these tasks the full model is not above chance, with the most examples."""
-    documents = pd.concat([run.documents(group) for group in GROUPS], ignore_index=True)
+    documents = _both_groups(run)
     full = documents[(documents["condition"] == "full") & documents["task"].isin(list(tasks))]
     low = [
         task_name(it.task)
@@ -154,17 +154,17 @@ def in_short(run: Any) -> str:
     return section([], parts.model, [], parts.doubts)
 
 
-def _published(number: int, conditions: Mapping[str, str]) -> list[str]:
+def _published(number: int, conditions: Mapping[str, str]) -> str:
     """Word the paper's changes on Llama-3-8B at the most examples and 3 % of the heads, by kind."""
     said = []
     for condition, name in conditions.items():
         gaps = tables.published_gaps(number, condition).query("model == 'Llama-3-8B'")
         ranges = tables.range_of_gaps(gaps["gap"], _kinds(gaps)).items()
         said.append(f"{name}: {'; '.join(f'{kind} {of}' for kind, of in ranges)} points")
-    return [
+    return (
         f"Llama-3-8B with the most examples, change to the full model with 3 % of the heads "
         f"(Table {number}, published, not measured here). {'. '.join(said)}."
-    ]
+    )
 
 
 def _kinds(rows: pd.DataFrame) -> pd.Series:
@@ -172,7 +172,7 @@ def _kinds(rows: pd.DataFrame) -> pd.Series:
     return pd.Series(kinds, rows.index, dtype=object)
 
 
-def _published_levels(number: int) -> list[str]:
+def _published_levels(number: int) -> str:
     """Word the paper's accuracies of the full Llama-3-8B, without and with the most examples."""
     without, most = (
         rows.groupby(_kinds(rows), sort=False)["accuracy"].agg(list)
@@ -185,10 +185,10 @@ def _published_levels(number: int) -> list[str]:
     for kind, accuracies in most.items():
         none = f"{range_in_words(Span.of(without[kind]))} % without, " if kind in without else ""
         said.append(f"{kind} {none}{range_in_words(Span.of(accuracies))} % with the most")
-    return [
+    return (
         f"Llama-3-8B's accuracy without and with examples (Table {number}, published, not measured "
         f"here): {'; '.join(said)}."
-    ]
+    )
 
 
 def _sure(outcomes: Sequence[KindOutcome], model: str = "") -> list[str]:
@@ -271,7 +271,7 @@ def full_parts(documents: pd.DataFrame, number: int = 1) -> _Parts:
     some, none = (_outcomes(documents, shots=shots) for shots in ("most", "none"))
     guess = ["Without examples accuracy is about 50 % on the abstract tasks with two labels."]
     return _Parts(
-        [*_published_levels(number), *(guess if number == 1 else [])],
+        [_published_levels(number), *(guess if number == 1 else [])],
         _sentences([*none, *some], 0, "full"),
         _sure(some),
         seed_doubts(some),
@@ -285,17 +285,18 @@ def removal_parts(
     paper, said, all_outcomes = [], [], []
     names = {"induction_heads": "Induction heads", "random_heads": "Random heads"}
     for number, ablation in zip(numbers, ("mean", "zero"), strict=True):
-        paper += [line.replace("3 % of the heads", f"3 % of the heads under {ablation} ablation")
-                  for line in _published(number, names)]  # fmt: skip
+        share = "3 % of the heads"
+        paper.append(_published(number, names).replace(share, f"{share} under {ablation} ablation"))
         some = _outcomes(_only(documents, ablation), ablation)
         said += [f"{ablation.capitalize()} ablation. {line}" for line in
-                 _sentences(some, n_heads, "induction_heads", "random_heads")]  # fmt: skip
+                 _sentences(some, n_heads, *names)]  # fmt: skip
         all_outcomes += some
     return _Parts(paper, said, _sure(all_outcomes), seed_doubts(all_outcomes, model=model))
 
 
 def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
     """Say of stage 5 whether blocking the pattern costs what removing the heads does."""
+    names = {"induction_heads": "Heads removed", "induction_pattern": "Pattern blocked"}
     some = _outcomes(documents)
     blocked = tasks_under(some, "induction_pattern")
     shares = [it.zero_shot_answers for it in blocked if it.zero_shot_answers is not None]
@@ -304,8 +305,8 @@ def knockout_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _P
          f"task are those that the full model gives without examples."] if shares else []
     )  # fmt: skip
     return _Parts(
-        _published(1, {"induction_heads": "Heads removed", "induction_pattern": "Pattern blocked"}),
-        [*_sentences(some, n_heads, "induction_heads", "induction_pattern"), *answers],
+        [_published(1, names)],
+        [*_sentences(some, n_heads, *names), *answers],
         _sure(some),
         seed_doubts(some, model=model),
     )  # fmt: skip
@@ -358,9 +359,11 @@ def pattern_parts(view: PromptView) -> _Parts:
 
 
 def _result_parts(run: Any) -> _Parts:
-    text = run.documents("nlp_tasks")
-    every = pd.concat([run.documents(), text], ignore_index=True) if len(text) else run.documents()
-    return result_parts(every, run.n_heads, str(run.parameters.model))
+    return result_parts(_both_groups(run), run.n_heads, str(run.parameters.model))
+
+
+def _both_groups(run: Any) -> pd.DataFrame:
+    return pd.concat([run.documents(group) for group in GROUPS], ignore_index=True)
 
 
 def result_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Parts:
@@ -370,7 +373,7 @@ def result_parts(documents: pd.DataFrame, n_heads: int, model: str = "") -> _Par
     names = {"induction_heads": "Induction heads", "induction_pattern": "Pattern blocked",
              "random_heads": "Random heads"}  # fmt: skip
     return _Parts(
-        _published(1, names),
+        [_published(1, names)],
         [headline(some, heads=heads), *kind_lines(some)],
         _sure(some, model),
         seed_doubts(some, model=model),

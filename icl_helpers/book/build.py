@@ -207,6 +207,10 @@ def build_book(
 def _stage(staged: Path, runs: list[Path], executed: Path | None = None) -> list[str]:
     """Lay out the book's source; return the pages that must come out of it."""
     shutil.copytree(book_dir(), staged, ignore=shutil.ignore_patterns("runs"))
+    # Clean notebooks lie where they are linked from.
+    (staged / "notebooks").mkdir()
+    for path in [*stage_notebooks(), *chapter_notebooks()]:
+        shutil.copyfile(path, staged / "notebooks" / path.name)
     root = project_root()
     toc = yaml.safe_load((root / "_toc.yml").read_text())
     config = yaml.safe_load((root / "_config.yml").read_text())
@@ -214,28 +218,31 @@ def _stage(staged: Path, runs: list[Path], executed: Path | None = None) -> list
     behind = parts["Behind the runs"]
     written = {page["file"] for page in behind}
     behind += [{"file": page} for page in _stage_chapters(staged, executed) if page not in written]
-    (staged / "model-card.md").write_text(guide.model_card("icl-tiny"))
     claims, claims_in_short = run_pages.claims_page(runs)
-    (staged / "claims.md").write_text(claims)
-    (staged / "report.md").write_text(run_pages.report_page(runs, claims_in_short))
+    pages = {
+        "model-card": guide.model_card("icl-tiny"),
+        "claims": claims,
+        "report": run_pages.report_page(runs, claims_in_short),
+        "runs": run_pages.runs_page(runs),
+        "notebooks": run_pages.notebooks_page(staged, runs),
+        "cite": run_pages.citation_page(runs),
+        "comparison": run_pages.comparison_page(runs, staged) if len(runs) > 1 else None,
+        "verification": run_pages.verification_page(runs),
+    }
+    for name, text in pages.items():
+        if text is not None:
+            (staged / f"{name}.md").write_text(text)
     parts["The study"].insert(0, {"file": "claims"})
+    behind[:0] = [{"file": it} for it in ("comparison", "verification") if pages[it] is not None]
     for run in runs:
         bundle = imported_dir(run)
         if bundle is not None:
             _zip_bundle(bundle, staged / "bundles" / f"{run_slug(run)}.zip")
-    several = run_pages.comparison_page(runs, staged) if len(runs) > 1 else None
-    for name, text in (
-        ("verification", run_pages.verification_page(runs)), ("comparison", several),
-    ):  # fmt: skip
-        if text is not None:
-            (staged / f"{name}.md").write_text(text)
-            behind.insert(0, {"file": name})
     # What came out stands before how to make more of it.
     toc["parts"][1:1] = [
         {"caption": title, "chapters": [{"file": page} for page in _stage_run(staged, run)]}
         for run, title in run_titles(runs).items()
     ]
-    _generated(staged, runs)
     url = config["repository"]["url"]
     config["parse"]["myst_substitutions"] = {
         **front.front_page(staged, runs),
@@ -260,17 +267,6 @@ def _costs() -> dict[str, str]:
         "example_cost": f"```text\n{estimate_cost(example)}\n```",
         "example_stages": guide.stage_table(example),
     }
-
-
-def _generated(staged: Path, runs: list[Path]) -> None:
-    """Write the pages about all runs, and put the clean notebooks where they are linked from."""
-    clean = staged / "notebooks"
-    clean.mkdir()
-    for path in [*stage_notebooks(), *chapter_notebooks()]:
-        shutil.copyfile(path, clean / path.name)
-    (staged / "runs.md").write_text(run_pages.runs_page(runs))
-    (staged / "notebooks.md").write_text(run_pages.notebooks_page(staged, runs))
-    (staged / "cite.md").write_text(run_pages.citation_page(runs))
 
 
 def _chapter_jobs(folder: Path) -> list[Job]:
@@ -355,15 +351,15 @@ def _make_static(notebook: Any, suffix: str, staged: Path) -> None:
             cell.metadata["tags"] += ["remove-cell" if default else "hide-cell"]
             cell.metadata["mystnb"] = {"code_prompt_show": "Show the parameters of this page"}
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if _is_static(output)]
+            # No widget, and no log of the machine that made it.
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if _WIDGET not in output.get("data", {}) and output.get("name") != "stderr"
+            ]
             _describe_figure(cell, suffix, staged)
         else:
             cell.source = _EXERCISE.sub(rf"\g<0>{suffix}", cell.source)
-
-
-def _is_static(output: Any) -> bool:
-    """Whether an output belongs on a page: no widget, and no log of the machine that made it."""
-    return _WIDGET not in output.get("data", {}) and output.get("name") != "stderr"
 
 
 def _describe_figure(cell: Any, suffix: str, staged: Path) -> None:

@@ -36,7 +36,7 @@ from icl_helpers.results.outcomes import (
     task_name,
 )
 from icl_helpers.results.tables import abstract_results, markdown_table
-from icl_helpers.run.plan import run_info, run_table
+from icl_helpers.run.plan import run_heads, run_info, run_table
 from icl_helpers.tasks.prompts import build_prompts
 
 __all__ = ["drawing", "front_page"]
@@ -53,12 +53,12 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     outcome, doubts, figure, runs_here, stages, viewer, about_model.
     """
     run = runs[0]
-    info, titles, sizes = run_info(run), run_titles(runs), {run: size_of(run) for run in runs}
+    info, titles, n_heads = run_info(run), run_titles(runs), run_heads(run)
     name, parameters = model_of(run), info["parameters"]
     results = abstract_results(run_table(run, "results", "tasks"))
     every = {it: kind_outcomes(run_table(it, "documents", None)) for it in runs}
     said = {it: headline(of, heads=_removed(it, of)) for it, of in every.items()}
-    outcomes, n_heads, heads = every[run], sizes[run][0], _removed(run, every[run])
+    outcomes, heads = every[run], _removed(run, every[run])
     (staged / "_static" / "narrow").mkdir(parents=True, exist_ok=True)
     for narrow, file in ((False, "front.png"), (True, "narrow/fig-front.png")):
         figure = accuracy_bars(results, ablations=_FIGURE, n_heads=n_heads, narrow=narrow)
@@ -70,7 +70,7 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
     return {
         "model": name,
         "model_described": described_model(run),
-        "size": sizes[run][1],
+        "size": size_of(run),
         "origin": "computed when the book was built" if "imported" not in info else _SHIPPED,
         "answer": filled_page(
             "answer", title=titles[run], heads=heads, table=_task_table(outcomes),
@@ -80,7 +80,7 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
         "figure": filled_page("figure", **parameters | {"model": name}, alt=alt, heads=heads),
         "outcome": said[run],
         "runs_here": "\n".join(
-            f"- [{titles[it]}](run/{run_slug(it)}/{RESULTS}), {sizes[it][1]}. {said[it]}"
+            f"- [{titles[it]}](run/{run_slug(it)}/{RESULTS}), {size_of(it)}. {said[it]}"
             for it in runs
         ),
         "stages": str(len(stage_notebooks())),
@@ -93,7 +93,7 @@ def front_page(staged: Path, runs: Sequence[Path]) -> dict[str, str]:
 
 
 def _removed(run: Path, outcomes: Sequence[KindOutcome]) -> str:
-    return heads_in_words(max(it.fraction for it in outcomes) or 1.0, size_of(run)[0])
+    return heads_in_words(max(it.fraction for it in outcomes) or 1.0, run_heads(run))
 
 
 _COLUMNS = {

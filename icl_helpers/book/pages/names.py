@@ -108,13 +108,12 @@ def model_of(run: Path) -> str:
     return shown_name(run_info(run)["model"])
 
 
-def size_of(run: Path) -> tuple[int, str]:
-    """Count the model's heads, and word its size; an embedded model's parameters too."""
+def size_of(run: Path) -> str:
+    """Word the size of a run's model; an embedded model's parameters too."""
     scores = json.loads((run / "heads.json").read_text(encoding="utf-8"))["scores"]
-    layers, heads, name = len(scores), len(scores[0]), model_of(run)
-    size = f"{layers} layers of {heads} heads"
+    name, size = model_of(run), f"{len(scores)} layers of {len(scores[0])} heads"
     if name in embedded_models():
         with safe_open(embedded_dir() / name / "model.safetensors", "pt") as weights:
             shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118
         size += f", {sum(map(math.prod, shapes)) / 1e6:.1f} million parameters"
-    return layers * heads, size
+    return size

@@ -29,6 +29,8 @@ from tests.benchmark.process import peak_bytes, processor, seconds
 # A context and a label; the token ids of both.
 Pair = tuple[str, str]
 Encoded = tuple[list[int], list[int]]
+# Conditions of which something is edited.
+_EDITED = ("zero", "mean", "seven")
 
 
 class Library:
@@ -78,10 +80,9 @@ class Library:
         """Ablated heads of a layer."""
         return [head for at, head in self.plan["heads"] if at == layer]
 
-    @property
-    def layers(self) -> list[int]:
-        """Layers with ablated heads."""
-        return sorted({layer for layer, _ in self.plan["heads"]})
+    def layers(self, condition: str) -> list[int]:
+        """Layers with ablated heads; none under the full model."""
+        return sorted({layer for layer, _ in self.plan["heads"] if condition != "full"})
 
 
 class Sequences(Library):
@@ -117,11 +118,7 @@ def _padded(rows: Sequence[list[int]]) -> torch.Tensor:
 class Plain(Sequences):
     """transformers alone: a forward pass over the prompts without their labels, all logits."""
 
-    cannot = {  # noqa: RUF012
-        "zero": "a plain forward pass edits nothing",
-        "mean": "a plain forward pass edits nothing",
-        "seven": "a plain forward pass edits nothing",
-    }
+    cannot = dict.fromkeys(_EDITED, "a plain forward pass edits nothing")
 
     @torch.inference_mode()
     def forward(self, pairs: Sequence[Pair], condition: str) -> None:
@@ -136,7 +133,6 @@ class Plain(Sequences):
 
     def logits(self, ids: torch.Tensor, condition: str) -> torch.Tensor:
         """The oracle of the check: hooks of torch's own before the output projections."""
-        hooks = []
 
         def before(layer: int) -> Callable[[Any, tuple[torch.Tensor]], tuple[torch.Tensor]]:
             def edit(module: Any, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -145,12 +141,11 @@ class Plain(Sequences):
 
             return edit
 
-        if condition != "full":
-            blocks = self.model.model.layers
-            hooks = [
-                blocks[layer].self_attn.o_proj.register_forward_pre_hook(before(layer))
-                for layer in self.layers
-            ]
+        blocks = self.model.model.layers
+        hooks = [
+            blocks[layer].self_attn.o_proj.register_forward_pre_hook(before(layer))
+            for layer in self.layers(condition)
+        ]
         try:
             return self.model(input_ids=ids, use_cache=False).logits
         finally:
@@ -162,11 +157,7 @@ class StockLMEval(Library):
     """lm-eval's own ``hf`` model around the same weights."""
 
     package = "lm_eval"
-    cannot = {  # noqa: RUF012
-        "zero": "lm-eval ablates no heads",
-        "mean": "lm-eval ablates no heads",
-        "seven": "lm-eval ablates no heads",
-    }
+    cannot = dict.fromkeys(_EDITED, "lm-eval ablates no heads")
 
     def __init__(self, plan: dict[str, Any]) -> None:
         super().__init__(plan)
@@ -255,7 +246,7 @@ class TransformerLens(Sequences):
             name = f"blocks.{layer}.attn.hook_z"
             return name, lambda value, hook: self.edited(layer, value, condition)
 
-        hooks = [at(layer) for layer in self.layers]
+        hooks = [at(layer) for layer in self.layers(condition)]
         return self.bridge.run_with_hooks(ids, return_type="logits", fwd_hooks=hooks)
 
 
@@ -275,7 +266,7 @@ class NNsight(Sequences):
 
     def logits(self, ids: torch.Tensor, condition: str) -> torch.Tensor:
         traced, edited, d_head = self.traced, self.edited, self.d_head
-        layers = [] if condition == "full" else self.layers
+        layers = self.layers(condition)
         with traced.trace(ids, use_cache=False):
             for layer in layers:
                 projection = traced.model.layers[layer].self_attn.o_proj

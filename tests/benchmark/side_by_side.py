@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -195,9 +196,7 @@ def _worker(name: str, python: Path, plan: Path, work: Path) -> Iterator[subproc
 
 
 def _send(process: subprocess.Popen[str], asked: dict[str, Any]) -> None:
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(asked) + "\n")
-    process.stdin.flush()
+    print(json.dumps(asked), file=process.stdin, flush=True)
 
 
 def _read(
@@ -208,9 +207,7 @@ def _read(
     work: Path,
 ) -> None:
     """Take the library's answer: all it has measured, or why its process ended."""
-    pipe = workers[name].stdout
-    assert pipe is not None
-    line = pipe.readline()
+    line = workers[name].stdout.readline()
     if line:
         parts[name] = json.loads(line)
         return
@@ -234,7 +231,7 @@ def _section(
         "documents": plan["documents"], "batch": plan["batch"], "heads": len(plan["heads"]),
         "trial": rounds < ROUNDS or plan["documents"] < DOCUMENTS,
         "versions": {name: part["versions"] for name, part in parts.items()},
-        "cells": cells, "rows": [*_differences(cells), *_bars(parts, absent, plan["model"])],
+        "cells": cells, "rows": [*_differences(cells), *_bars(parts, absent)],
     }  # fmt: skip
 
 
@@ -252,7 +249,8 @@ def _cell(
         return {**cell, "cannot": why}
     found = parts[name]["cells"][f"{case}/{condition}"]
     scored = plan["documents"] * (len(plan["seven"]) if condition == "seven" else 1)
-    over = [b / a for a, b in zip(_plain(parts, case), found["seconds"], strict=True)]
+    plain = _seconds(parts, _PLAIN, case, "full")
+    over = [b / a for a, b in zip(plain, found["seconds"], strict=True)]
     peaks = [peak for peak in found["peak_bytes"] if peak is not None]
     cell |= {
         "documents_per_second": scored / statistics.median(found["seconds"]),
@@ -266,8 +264,8 @@ def _cell(
     return cell
 
 
-def _plain(parts: dict[str, Any], case: str) -> list[float]:
-    return parts[_PLAIN]["cells"][f"{case}/full"]["seconds"]
+def _seconds(parts: dict[str, Any], name: str, case: str, condition: str) -> list[float]:
+    return parts[name]["cells"][f"{case}/{condition}"]["seconds"]
 
 
 def _differences(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -281,18 +279,15 @@ def _differences(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _bars(parts: dict[str, Any], absent: dict[str, str], model: str) -> list[dict[str, Any]]:
-    rows = []
-
-    def times(name: str, case: str, condition: str) -> list[float]:
-        return parts[name]["cells"][f"{case}/{condition}"]["seconds"]
+def _bars(parts: dict[str, Any], absent: dict[str, str]) -> list[dict[str, Any]]:
+    rows, times = [], partial(_seconds, parts)
 
     def row(what: str, case: str, bar: float, upper: list[float], lower: list[float], at: str):
         values = [a / b for a, b in zip(upper, lower, strict=True)]
         rows.append(ratio_row(what, case, bar, values, at=at))
 
     for case, (_, _, over_plain, over_stock, over_peer) in CASES.items():
-        plain, ours = _plain(parts, case), times(_OURS, case, "full")
+        plain, ours = times(_PLAIN, case, "full"), times(_OURS, case, "full")
         row("one document, all labels / plain forward of its prompt", case, over_plain, ours,
             plain, "most")  # fmt: skip
         row("documents per second, full model / stock lm-eval", case, over_stock,

@@ -138,9 +138,15 @@ def test_what_only_one_library_needs_is_imported_by_it_alone():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
-def cells(rounds: dict[str, list[float]], peak: int | None = 5_000_000_000):
+PLAN = {
+    "model": "random weights", "threads": 1, "documents": 4, "batch": 8, "heads": HEADS,
+    "seven": [("none", [])] * 7,
+}  # fmt: skip
+
+
+def cells(rounds: dict[str, list[float]]):
     """A library's part in which every cell took the same times."""
-    one = {"check": [[-1.0, -2.0]], "sequences": [8], "peak_bytes": [peak, 1, 1]}
+    one = {"check": [[-1.0, -2.0]], "sequences": [8], "peak_bytes": [5_000_000_000, 1, 1]}
     names = [f"{case}/{condition}" for case in CASES for condition in CONDITIONS]
     return {
         "versions": {"python": "3", "torch": "2", "transformers": "5", "some": "1"},
@@ -156,11 +162,7 @@ def test_bars_are_medians_of_ratios_round_by_round():
         "TransformerLens": cells({**same, "zero": [10.0, 20.0, 8.0]}),
     }  # fmt: skip
     parts["TransformerLens"]["cells"][f"{next(iter(CASES))}/mean"]["check"] = [[-1.0, -2.001]]
-    plan = {
-        "model": "m", "threads": 1, "documents": 4, "batch": 8, "heads": HEADS,
-        "seven": [("none", [])] * 7,
-    }  # fmt: skip
-    found = side_by_side._section(plan, parts, {"nnsight": "not installed for this run"}, 3)
+    found = side_by_side._section(PLAN, parts, {"nnsight": "not installed for this run"}, 3)
     rows = {(row["what"], row["model"]): row for row in found["rows"]}
     two, four = CASES
     plain = "one document, all labels / plain forward of its prompt"
@@ -189,11 +191,7 @@ def test_bars_are_medians_of_ratios_round_by_round():
 def test_a_page_shows_every_cell_or_why_there_is_none(tmp_path):
     parts = {name: cells({key: [2.0] for key in CONDITIONS}) for name in LIBRARIES}
     del parts["nnsight"]
-    plan = {
-        "model": "random weights", "threads": 1, "documents": 4, "batch": 8, "heads": HEADS,
-        "seven": [("none", [])] * 7,
-    }  # fmt: skip
-    found = side_by_side._section(plan, parts, {"nnsight": "not installed for this run"}, 1)
+    found = side_by_side._section(PLAN, parts, {"nnsight": "not installed for this run"}, 1)
     shown = with_measurements(PAGE, {**EMPTY, "side_by_side": found})
     assert "A trial run" in shown
     assert "random weights" in shown

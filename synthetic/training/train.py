@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -304,9 +303,7 @@ _REFERENCE_DOCUMENTS = 1500
 _CONTEXT = 512
 
 
-def release_model(
-    trained: str | os.PathLike[str], target: str | os.PathLike[str]
-) -> dict[str, Any]:
+def release_model(trained: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Copy a finished model of :func:`train` into an embedded model's folder.
 
     Writes the weights, the tokenizer, ``reference.txt`` and ``fractions.json``. The stated context
@@ -323,6 +320,4 @@ def release_model(
     (folder / "reference.txt").write_text("\n".join(lines) + "\n")
     model, tokenizer = load_model(str(folder))
     scores = prefix_matching_scores(model, random_sequences(tokenizer)).mean(0)
-    fractions = head_fractions(scores)
-    write_json(folder / "fractions.json", fractions)
-    return {"fractions": fractions, "scores": scores.tolist()}
+    write_json(folder / "fractions.json", head_fractions(scores))

@@ -47,6 +47,8 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
     """Judge every claim by each run; and say in short what the first run makes of them."""
     titles = run_titles(runs)
     evidence = {run: Evidence.of_run(run) for run in runs}
+    sizes = {run: evidence[run].size for run in runs}
+    stages = {run: stage_pages(run) for run in runs}
     judged = [(claim, {run: claim.judge(evidence[run]) for run in runs}) for claim in claims()]
     rows = [
         [f"[{claim.text}](#claim-{claim.name})", *(findings[run].verdict for run in runs)]
@@ -60,18 +62,16 @@ def claims_page(runs: Sequence[Path]) -> tuple[str, str]:
         counts[run] = listed([f"{of_run.count(it)} {it}" for it in VERDICTS if it in of_run])
         counts[run] += " (the scores of the heads are those of the run before)" * known
     page = filled_page(
-        "claims", judged=judged, runs=runs, titles=titles, counts=counts,
-        stages={run: stage_pages(run) for run in runs},
-        sizes={run: evidence[run].size for run in runs},
-        slugs={run: run_slug(run) for run in runs},
+        "claims", judged=judged, runs=runs, titles=titles, counts=counts, stages=stages,
+        sizes=sizes, slugs={run: run_slug(run) for run in runs},
         table=markdown_table(["claim", *titles.values()], rows),
     )  # fmt: skip
     first = [(claim, findings[runs[0]]) for claim, findings in judged]
     central = [(claim, finding) for claim, finding in first if claim.name in _CENTRAL]
     return page, filled_page(
-        "in_short", title=titles[runs[0]], size=evidence[runs[0]].size, central=central,
+        "in_short", title=titles[runs[0]], size=sizes[runs[0]], central=central,
         number=len(judged), counts=counts[runs[0]], closer=_predictions(runs[0]),
-        page=f"run/{run_slug(runs[0])}/{stage_pages(runs[0]).get(9)}",
+        page=f"run/{run_slug(runs[0])}/{stages[runs[0]].get(9)}",
     )  # fmt: skip
 
 

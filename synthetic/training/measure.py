@@ -86,7 +86,6 @@ def measure_training(
     *,
     tasks: Sequence[str] = _TASKS,
     shots: int = 10,
-    seed: int = 42,
     limit: int | None = 100,
 ) -> pd.DataFrame:
     """Measure every checkpoint of a finished training run.
@@ -98,8 +97,8 @@ def measure_training(
     ----------
     output_dir
         What :func:`synthetic.training.train.train` wrote.
-    shots, seed, limit
-        Demonstrations, their seed, and the documents of each task.
+    shots, limit
+        Demonstrations, drawn by seed 42, and the documents of each task.
 
     Returns
     -------
@@ -140,7 +139,7 @@ def measure_training(
         step = int(path.stem.removeprefix("step-"))
         rows += [{"step": step, **row} for row in _scores_and_losses(model, sequences)]
         results = evaluate(
-            model, tokenizer, tasks=tasks, shots=shots, seeds=[seed], limit=limit,
+            model, tokenizer, tasks=tasks, shots=shots, seeds=[42], limit=limit,
             conditions=chosen,
         )  # fmt: skip
         rows += (

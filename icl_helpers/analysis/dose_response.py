@@ -152,8 +152,7 @@ def shapley_values(
     values = np.zeros(steps.shape[1])
     for order, step in zip(orders, steps, strict=True):
         values[list(order)] += step
-    result: np.ndarray = values / len(orders)
-    return result
+    return values / len(orders)
 
 
 def set_stability(

@@ -80,8 +80,7 @@ def score_prompts(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return ids
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def aligned_outputs(

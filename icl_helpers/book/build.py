@@ -124,8 +124,7 @@ def _verified(bundle: Path, seconds: float) -> dict[str, Any]:
             env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if report.is_file():
-            found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-            return found
+            return json.loads(report.read_text(encoding="utf-8"))
     said = re.findall(r"^icl: (.*)", done.stderr, re.MULTILINE)
     reason = said[-1] if said else f"icl verify ended with exit code {done.returncode}"
     return {"reason": redact(reason.replace(str(bundle), bundle.name))}

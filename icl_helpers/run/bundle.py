@@ -108,8 +108,7 @@ class Bundle:
     @functools.cached_property
     def shown(self) -> dict[str, Any]:
         """What stages show that needs the model or the data."""
-        shown: dict[str, Any] = self.json("shown.json")
-        return shown
+        return self.json("shown.json")
 
     def cells(self) -> list[BundledCell]:
         """Every cell."""
@@ -459,8 +458,7 @@ def _published(info: Mapping[str, Any], name: str) -> dict[str, Any]:
     said["identity"] = info["identity"] | {"state": None}
     # Of a run that was evaluated without its stages there are none.
     said["seconds"] = info.get("seconds", {})
-    redacted: dict[str, Any] = json.loads(redact(json.dumps(said)))
-    return redacted
+    return json.loads(redact(json.dumps(said)))
 
 
 def _missing_rows(run: Any) -> int:

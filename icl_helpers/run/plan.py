@@ -279,8 +279,7 @@ def run_info(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     path = check_run_dir(run_dir) / "run.json"
     if not path.is_file():
         raise InputError(f"{path} does not exist; {run_dir} is not the directory of a run")
-    info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return info
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def stated_parameters(run_dir: str | os.PathLike[str]) -> StageParameters:

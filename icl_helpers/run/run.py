@@ -338,8 +338,7 @@ class Run:
             blocked = induction_pattern(prompt.context, self.tokenizer, categories=categories)
             return {"tokens": len(blocked), "blocked pairs": int(blocked.sum())}
 
-        counts: dict[str, int] = self._shown("knockout", [prompt.context, categories], compute)
-        return counts
+        return self._shown("knockout", [prompt.context, categories], compute)
 
     def text_tasks(self) -> pd.DataFrame:
         """Data, sizes and labels of the run's text tasks."""

@@ -81,7 +81,7 @@ def function_vectors(run: Any) -> Float[torch.Tensor, "layers heads"]:
     scores = []
     for task in (prompts.task for prompts in run.plan.analysis_sets()):
         of = [task, _SHOTS, _PROMPTS, seed, file_name(run.plan.data(task))]
-        values = run.measurement("function vectors", of, functools.partial(compute, task))
+        values = run.measurement("function vectors", of, compute, task)
         scores.append(torch.tensor(values))
     return torch.stack(scores).mean(0)
 
@@ -144,7 +144,7 @@ def token_losses(run: Any) -> pd.DataFrame:
     rows = []
     for removed in tqdm(_sets(run), desc="loss on text", unit="set", leave=False):
         of = [run.plan.means_parameters(), removed.heads, _TEXTS, length]
-        values = run.measurement("token losses", of, functools.partial(compute, removed.heads))
+        values = run.measurement("token losses", of, compute, removed.heads)
         rows.append((len(removed.heads), removed.chosen_by, np.array(values)))
     return pd.DataFrame(rows, columns=["heads", "chosen_by", "values"])
 
@@ -161,8 +161,7 @@ def circuits(run: Any) -> pd.DataFrame:
     heads, at ``rank`` among all ``of`` earlier heads.
     """
     heads = run.induction_heads()
-    compute = functools.partial(_circuits, run, heads)
-    values = run.measurement("circuits", [heads, _EARLIER], compute)
+    values = run.measurement("circuits", [heads, _EARLIER], _circuits, run, heads)
     prefix, vectors = run.prefix_scores().mean(0), function_vectors(run)
     alone, composition = torch.tensor(values["alone"]), torch.tensor(values["composition"])
     rows = []
@@ -231,10 +230,8 @@ def natural_text(run: Any) -> pd.DataFrame:
         )
         group = analysis_group(run, prompts)
         for name in ("none", *(kind + end for kind in PATTERNS for end in ("", CONTROL))):
-            blocked = run.measurement(
-                "natural text", [name, group.spec(), group.seed, heads],
-                functools.partial(_blocked_margins, run, group, heads, name),
-            )  # fmt: skip
+            of = [name, group.spec(), group.seed, heads]
+            blocked = run.measurement("natural text", of, _blocked_margins, run, group, heads, name)
             margins = np.array(blocked["margins"], dtype=np.float64)
             rows.append((task, name, blocked["pairs"], 100 * np.mean(margins > 0), margins))
     return pd.DataFrame(rows, columns=["task", "pattern", "pairs", "accuracy", "margins"])
@@ -289,7 +286,7 @@ def repair(run: Any) -> pd.DataFrame:
     rows = []
     for group in tqdm(analysis_groups(run), desc="direct effects", unit="task", leave=False):
         decided = [group.spec(), group.seed, run.plan.means_parameters(), heads]
-        margins = run.measurement("direct effects", decided, functools.partial(compute, group))
+        margins = run.measurement("direct effects", decided, compute, group)
         whole, *left = (np.array(margins[name], float) for name in ("whole", "direct", "total"))
         rows.append((group.task, *(whole - each for each in left)))
     return pd.DataFrame(rows, columns=["task", "direct", "total"])

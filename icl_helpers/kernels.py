@@ -128,8 +128,6 @@ class _Forking:
     def __init__(self) -> None:
         self._one_at_a_time = threading.Lock()
         self._process: int | None = None
-        self._orders: TextIO
-        self._answers: TextIO
 
     def begin(self, *, as_copy: bool = False) -> None:
         """Begin the process; as a copy of this one, it never returns from here."""

@@ -34,13 +34,11 @@ from icl_helpers.results.outcomes import (
     outcome_sentence,
     range_in_words,
     seed_doubts,
-    task_kind,
-    task_name,
     tasks_under,
 )
 from icl_helpers.results.viewer import PromptView, looks_in_words, query_followers, query_word
 from icl_helpers.run.plan import GROUPS
-from icl_helpers.tasks.specs import get_task_spec
+from icl_helpers.tasks.specs import get_task_spec, task_kind, task_name
 
 __all__ = ["in_short", "measured_section", "not_above_chance", "section", "what_came_out"]
 

@@ -36,7 +36,6 @@ from icl_helpers.results.outcomes import (
     listed,
     paired_tests,
     range_in_words,
-    task_name,
     task_outcomes,
     verdict,
 )
@@ -49,7 +48,7 @@ from icl_helpers.results.statistics import (
 )
 from icl_helpers.results.tables import published_more, published_ranges, published_rows
 from icl_helpers.run.plan import run_info, run_table
-from icl_helpers.tasks.specs import STAND_IN_TASKS
+from icl_helpers.tasks.specs import STAND_IN_TASKS, task_name
 
 __all__ = ["VERDICTS", "Claim", "Evidence", "Finding", "claims", "judged_lines"]
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from icl_helpers.attention.heads import Head, heads_in_words
 from icl_helpers.evaluation.store import CELL, keyed
-from icl_helpers.results.outcomes import chance_level, task_name
+from icl_helpers.tasks.specs import chance_level, task_name
 
 __all__ = [
     "accuracy_bars", "accuracy_lines", "attention_over_prompt", "bars_alt", "benefit_alt",

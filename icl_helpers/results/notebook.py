@@ -26,7 +26,6 @@ from icl_helpers.attention.heads import heads_in_words
 from icl_helpers.errors import InputError, NotMeasuredError
 from icl_helpers.evaluation.store import CELL, ROW
 from icl_helpers.results import comparison, figures
-from icl_helpers.results.outcomes import task_name
 from icl_helpers.results.statistics import benefit_changes, left_out_tasks
 from icl_helpers.results.tables import (
     annotated_table,
@@ -36,7 +35,13 @@ from icl_helpers.results.tables import (
     write_table,
 )
 from icl_helpers.tasks.data import load_splits
-from icl_helpers.tasks.specs import STAND_IN_TASKS, TextTaskSpec, get_task_spec, text_spec
+from icl_helpers.tasks.specs import (
+    STAND_IN_TASKS,
+    TextTaskSpec,
+    get_task_spec,
+    task_name,
+    text_spec,
+)
 
 __all__ = [
     "DESCRIPTION", "benefit_or_none", "describe_text_tasks", "said_where_not_measured",

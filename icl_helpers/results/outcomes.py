@@ -31,14 +31,20 @@ from icl_helpers.results.statistics import (
     filled_keys,
     is_distinguishable,
 )
-from icl_helpers.tasks.specs import TextTaskSpec, get_task_spec
+from icl_helpers.tasks.specs import (
+    TextTaskSpec,
+    chance_level,
+    get_task_spec,
+    task_kind,
+    task_name,
+)
 
 __all__ = [
     "CONDITION_NAMES", "Difference", "KindOutcome", "Said", "Span", "TaskOutcome", "Verdict",
-    "chance_level", "counted", "doubts", "findings", "headline", "kind_lines", "kind_outcomes",
-    "listed", "outcome_sentence", "paired_tests", "predicted", "range_in_words",
-    "read_measurements", "removal_caption", "removed_in_words", "seed_doubts", "side", "task_kind",
-    "task_name", "task_outcomes", "task_title", "tasks_under", "training_seed_doubts", "verdict",
+    "counted", "doubts", "findings", "headline", "kind_lines", "kind_outcomes", "listed",
+    "outcome_sentence", "paired_tests", "predicted", "range_in_words", "read_measurements",
+    "removal_caption", "removed_in_words", "seed_doubts", "side", "task_outcomes", "tasks_under",
+    "training_seed_doubts", "verdict",
 ]  # fmt: skip
 
 # Percent of documents from which on an answer is called that of all documents.
@@ -178,20 +184,6 @@ class KindOutcome:
         return Span.of(margins) if margins else None
 
 
-def task_kind(task: str, labels: str) -> str:
-    """Return the kind whose tasks may be summed up together.
-
-    ``letters``, ``words, two labels``, ``words, four labels``, ``text, semantic labels`` or
-    ``text, unrelated labels``.
-    """
-    spec = get_task_spec(task)
-    if isinstance(spec, TextTaskSpec):
-        return f"text, {labels} labels"
-    if spec.sampler == "balanced":
-        return "letters"
-    return f"words, {'four' if len(spec.choices) > 2 else 'two'} labels"
-
-
 def kind_outcomes(
     documents: pd.DataFrame, *, ablation: str = "mean", shots: str = "most"
 ) -> list[KindOutcome]:
@@ -286,11 +278,6 @@ def task_outcomes(
     return outcomes
 
 
-def chance_level(task: Any) -> float:
-    """Return the accuracy of guessing in a task, in percent."""
-    return 100 / len(get_task_spec(str(task)).choices)
-
-
 def _with_zero_shot(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Add ``zero_shot``, the full model's answer to the same document without examples."""
     if "chosen" not in cells:
@@ -351,25 +338,6 @@ def _disagree(rows: pd.DataFrame, conclusion: list[str]) -> bool:
     """Tell whether single seeds conclude differently, and not by a hair: intervals lie apart."""
     different = len(rows[conclusion].drop_duplicates()) > 1
     return different and bool(rows["low"].max() > rows["high"].min())
-
-
-_TASK_NAMES = {
-    "wordseq1_binary": "word sequences 1", "wordseq2_binary": "word sequences 2",
-    "wordseq1_4way": "four-way word sequences 1", "wordseq2_4way": "four-way word sequences 2",
-    "sst2": "SST-2", "subj": "Subj", "wic": "WiC", "rte": "RTE", "ethos": "ETHOS", "wsc": "WSC",
-    "boolq": "BoolQ",
-}  # fmt: skip
-
-
-def task_name(task: str) -> str:
-    """Name a task in a sentence, as on the page on the method."""
-    return _TASK_NAMES.get(task, task.replace("_", " "))
-
-
-def task_title(task: str) -> str:
-    """Name a task where a sentence begins."""
-    name = task_name(task)
-    return name[:1].upper() + name[1:]
 
 
 _CONDITIONS = {

@@ -23,7 +23,8 @@ from icl_helpers.errors import InputError
 
 __all__ = [
     "DESCRIPTION", "NLP_TASKS", "SAMPLINGS", "STAND_IN_TASKS", "HubSource", "Sampler", "TaskSpec",
-    "TextTaskSpec", "get_task_spec", "pattern_spec", "task_names", "text_spec",
+    "TextTaskSpec", "chance_level", "get_task_spec", "pattern_spec", "task_kind", "task_name",
+    "task_names", "task_title", "text_spec",
 ]  # fmt: skip
 
 DESCRIPTION = (
@@ -153,3 +154,41 @@ def text_spec(name: str) -> TextTaskSpec:
         names = ", ".join([*NLP_TASKS, *STAND_IN_TASKS])
         raise InputError(f"task {name!r} is an abstract task; needed: one of {names}")
     return spec
+
+
+def chance_level(task: object) -> float:
+    """Return the accuracy of guessing in a task, in percent."""
+    return 100 / len(get_task_spec(str(task)).choices)
+
+
+def task_kind(task: str, labels: str) -> str:
+    """Return the kind whose tasks may be summed up together.
+
+    ``letters``, ``words, two labels``, ``words, four labels``, ``text, semantic labels`` or
+    ``text, unrelated labels``.
+    """
+    spec = get_task_spec(task)
+    if isinstance(spec, TextTaskSpec):
+        return f"text, {labels} labels"
+    if spec.sampler == "balanced":
+        return "letters"
+    return f"words, {'four' if len(spec.choices) > 2 else 'two'} labels"
+
+
+_TASK_NAMES = {
+    "wordseq1_binary": "word sequences 1", "wordseq2_binary": "word sequences 2",
+    "wordseq1_4way": "four-way word sequences 1", "wordseq2_4way": "four-way word sequences 2",
+    "sst2": "SST-2", "subj": "Subj", "wic": "WiC", "rte": "RTE", "ethos": "ETHOS", "wsc": "WSC",
+    "boolq": "BoolQ",
+}  # fmt: skip
+
+
+def task_name(task: str) -> str:
+    """Name a task in a sentence, as on the page on the method."""
+    return _TASK_NAMES.get(task, task.replace("_", " "))
+
+
+def task_title(task: str) -> str:
+    """Name a task where a sentence begins."""
+    name = task_name(task)
+    return name[:1].upper() + name[1:]

@@ -15,11 +15,11 @@ from icl_helpers.results.outcomes import (
     doubts,
     kind_outcomes,
     outcome_sentence,
-    task_kind,
     task_outcomes,
     training_seed_doubts,
 )
 from icl_helpers.results.statistics import comparisons
+from icl_helpers.tasks.specs import task_kind
 
 N = 200
 HEADS = "4 of 64 heads (6.3 %)"

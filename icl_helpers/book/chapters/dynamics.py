@@ -17,8 +17,8 @@ import pandas as pd
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, heads_in_words
 from icl_helpers.results.comparison import count_induction_heads, published_head_scores
-from icl_helpers.results.outcomes import Span, listed, predicted, range_in_words, task_kind
-from icl_helpers.tasks.specs import get_task_spec
+from icl_helpers.results.outcomes import Span, listed, predicted, range_in_words
+from icl_helpers.tasks.specs import get_task_spec, task_kind
 
 __all__ = [
     "effect_summary", "episode_sentences", "loss_sentences", "penalty_sentences",

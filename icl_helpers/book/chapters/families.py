@@ -15,8 +15,9 @@ import pandas as pd
 import torch
 
 from icl_helpers.attention.heads import SCORE_THRESHOLD, Head, head_count, top_heads
-from icl_helpers.results.outcomes import Said, listed, predicted, side, task_title, verdict
+from icl_helpers.results.outcomes import Said, listed, predicted, side, verdict
 from icl_helpers.results.statistics import Interval, finite_interval
+from icl_helpers.tasks.specs import task_title
 
 __all__ = [
     "CONTROL", "EXCLUDED", "FAMILIES", "PATTERNS", "circuit_said", "circuit_table", "family_said",

@@ -29,17 +29,10 @@ from icl_helpers.analysis.measured import (
 from icl_helpers.attention.heads import Head, heads_in_words
 from icl_helpers.book.came_out import measured_section, not_above_chance
 from icl_helpers.evaluation.store import keyed
-from icl_helpers.results.outcomes import (
-    CONDITION_NAMES,
-    Said,
-    listed,
-    predicted,
-    side,
-    task_name,
-    task_title,
-)
+from icl_helpers.results.outcomes import CONDITION_NAMES, Said, listed, predicted, side
 from icl_helpers.results.statistics import LEVEL, Interval, finite_interval
 from icl_helpers.results.tables import bounds_in_words
+from icl_helpers.tasks.specs import task_name, task_title
 
 __all__ = [
     "bias_said", "dose_by_heads", "dose_said", "dose_table", "effects_said", "effects_table",

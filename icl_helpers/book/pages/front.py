@@ -33,11 +33,11 @@ from icl_helpers.results.outcomes import (
     listed,
     removed_in_words,
     seed_doubts,
-    task_name,
 )
 from icl_helpers.results.tables import abstract_results, markdown_table
 from icl_helpers.run.plan import run_heads, run_info, run_table
 from icl_helpers.tasks.prompts import build_prompts
+from icl_helpers.tasks.specs import task_name
 
 __all__ = ["drawing", "front_page"]
 

@@ -20,9 +20,10 @@ from icl_helpers.files import (
     notebooks_dir,
     stage_notebooks,
 )
-from icl_helpers.results.outcomes import listed, task_kind
+from icl_helpers.results.outcomes import listed
 from icl_helpers.results.tables import unsigned_zeros
 from icl_helpers.run.plan import Plan, run_info, shown_name
+from icl_helpers.tasks.specs import task_kind
 
 __all__ = [
     "RESULTS", "chapter_notebooks", "described_model", "filled_page", "model_of", "run_slug",

@@ -25,10 +25,11 @@ from icl_helpers.evaluation.store import ROW
 from icl_helpers.files import SMOLLM2, book_dir, imported_dir, project_root, stage_notebooks
 from icl_helpers.models.reference_text import PAPER_POSITIONS
 from icl_helpers.results.comparison import compare_runs, overlay, published_name
-from icl_helpers.results.outcomes import listed, task_name
+from icl_helpers.results.outcomes import listed
 from icl_helpers.results.tables import markdown_table
 from icl_helpers.run.costs import stage_tokens
 from icl_helpers.run.plan import GROUPS, Plan, run_heads, run_info, run_table, shown_name
+from icl_helpers.tasks.specs import task_name
 
 __all__ = [
     "citation_page", "claims_page", "comparison_page", "notebooks_page", "overlay_page",

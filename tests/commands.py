@@ -29,12 +29,19 @@ FORKING.set_forkserver_preload(
 
 
 class Command:
-    """A command that has begun; what it prints as errors is in a file."""
+    """A command that has begun; what it prints as errors is in a file.
 
-    def __init__(self, *arguments: str, errors: Path, **environment: str) -> None:
+    In its process ``before`` is called first.
+    """
+
+    def __init__(
+        self, *arguments: str, errors: Path, before: Callable[[], object] = bool, **environment: str
+    ) -> None:
         self._errors = errors
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        self._process = FORKING.Process(target=_run, args=(arguments, variables, str(errors)))
+        self._process = FORKING.Process(
+            target=_run, args=(arguments, variables, str(errors), before)
+        )
         self._process.start()
 
     @property
@@ -58,13 +65,16 @@ class Command:
         os.kill(self.pid, which)
 
 
-def _run(arguments: tuple[str, ...], variables: dict[str, str], errors: str) -> None:
+def _run(
+    arguments: tuple[str, ...], variables: dict[str, str], errors: str, before: Callable[[], object]
+) -> None:
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(ROOT)
     for stream, file in ((1, os.devnull), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    before()
     sys.argv[1:] = arguments
     sys.exit(main())
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -38,12 +38,19 @@ def as_in_a_program_of_its_own(monkeypatch):
     monkeypatch.setattr(kernels, "_ahead", None)
 
 
+def import_and_look() -> None:
+    for name in kernels._IMPORTED:
+        importlib.import_module(name)
+    sys.exit("matplotlib.pyplot" in sys.modules)
+
+
 @pytest.mark.slow
 def test_what_is_imported_before_draws_nothing():
     """As pyplot is imported it looks in which kernel it is, and what would draw there."""
-    code = f"import importlib, sys; [importlib.import_module(name) for name in {kernels._IMPORTED}]"
-    code += "; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    process = FORKING.Process(target=import_and_look)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.slow

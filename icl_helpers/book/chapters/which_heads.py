@@ -116,14 +116,11 @@ def dose_said(table: pd.DataFrame, removed: int) -> Said:
         )  # fmt: skip
         largest = part.iloc[-1]
         sets = part.loc[part["heads"].isin(counts), "random sets"].min()
+        rivals = "random sets of the same layers"
+        rivals = f"{sets} {rivals} (p = 1/{sets + 1}, uncorrected)" if counts else rivals
         said.append(
             f"{task_title(str(task))}: {when} the heads of highest score cost more margin than all "
-            + (
-                f"{sets} random sets of the same layers (p = 1/{sets + 1}, uncorrected)"
-                if counts
-                else "random sets of the same layers"
-            )
-            + f" and than nothing. {largest['heads']} heads cost {largest['loss']:+.1f} nats "
+            f"{rivals} and than nothing. {largest['heads']} heads cost {largest['loss']:+.1f} nats "
             f"({largest['low']:+.1f} to {largest['high']:+.1f}), the random sets at most "
             f"{largest['random largest']:+.1f}, the {largest['heads']} of lowest score, which may "
             f"lie in other layers, {largest['lowest']:+.1f}."

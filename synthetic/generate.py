@@ -39,9 +39,9 @@ TEXT_TASKS_ROWS = {"review_sentiment": 400, "fact_opinion": 120}
 Row = dict[str, str]
 
 
-def letter_rows(name: str, pattern: str) -> list[Row]:
+def letter_rows(name: str, pattern: str, *, seed: int = 0) -> list[Row]:
     """Distinct rows of a letter task, half with the pattern (Foo), half without (Bar), shuffled."""
-    rng = random.Random(f"{name}-0")
+    rng = random.Random(f"{name}-{seed}")
     rows: list[Row] = []
     for label, shape in (("Foo", pattern), ("Bar", string.ascii_uppercase[: len(pattern)])):
         seen: dict[str, None] = {}
@@ -52,9 +52,9 @@ def letter_rows(name: str, pattern: str) -> list[Row]:
     return rows
 
 
-def word_rows(name: str, classes: dict[str, list[str]]) -> list[Row]:
+def word_rows(name: str, classes: dict[str, list[str]], *, seed: int = 0) -> list[Row]:
     """Every pair of words of each class, shuffled."""
-    rng = random.Random(f"{name}-0")
+    rng = random.Random(f"{name}-{seed}")
     rows = [
         {"text": f"{first} {second}", "label": label}
         for label, pair in classes.items()

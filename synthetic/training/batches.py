@@ -48,9 +48,9 @@ class Batch:
     names: Int[torch.Tensor, "rows tokens"]
 
 
-def build_tokenizer(*, vocab_size: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(*, seed: int = 0, vocab_size: int = 1500) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on generated text; adds no BOS by itself."""
-    rng = random.Random("tokenizer-0")
+    rng = random.Random(f"tokenizer-{seed}")
     texts = [episode(rng, fresh=1.0).text for _ in range(4000)]
     texts += [text_episode(rng, n_shots=5).text for _ in range(1500)]
     texts += [reference_text(rng) for _ in range(1000)]

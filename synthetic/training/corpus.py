@@ -167,22 +167,25 @@ def naming_episode(rng: random.Random, *, lengths: Sequence[int] = LETTER_LENGTH
     return _written(f"{NAMING_DESCRIPTION}\n\n", blocks, codes)
 
 
-def episode(rng: random.Random, *, fresh: float, word_share: float = 0.4) -> Episode:
+def episode(
+    rng: random.Random, *, fresh: float, n_shots: int | None = None, word_share: float = 0.4
+) -> Episode:
     """One few-shot classification episode.
-
-    It labels 8 to 22 pairs of words, or 6 to 13 sequences of letters, before the last one.
 
     Parameters
     ----------
     fresh
         Probability that every instance is new; otherwise each class re-uses one to four
         instances, so that copying an earlier label suffices.
+    n_shots
+        Labelled instances; default 8 to 22 for words, 6 to 13 for letters.
     word_share
         Probability of word pairs; otherwise letters.
     """
     words = rng.random() < word_share
     makers = _word_classes(rng) if words else _letter_classes(rng)
-    n_shots = rng.randint(8, 22) if words else rng.randint(6, 13)
+    if n_shots is None:
+        n_shots = rng.randint(8, 22) if words else rng.randint(6, 13)
     if rng.random() >= fresh:
         makers = [_burst(rng, maker) for maker in makers]
     labels = draw_labels(rng, len(makers))
@@ -308,12 +311,14 @@ def training_sentence(rng: random.Random, task: TextTask, kind: int) -> str:
     return sentence
 
 
-def evaluation_rows(task: TextTask, *, n: int = 100) -> dict[str, list[dict[str, object]]]:
+def evaluation_rows(
+    task: TextTask, *, seed: int = 0, n: int = 100
+) -> dict[str, list[dict[str, object]]]:
     """Distinct rows of a stand-in task: ``validation`` held out of training, ``train`` not.
 
     Each row has ``text`` and ``label`` (0 or 1), half of each label.
     """
-    rng = random.Random(f"{task.name}-0")
+    rng = random.Random(f"{task.name}-{seed}")
     rows: dict[str, list[dict[str, object]]] = {"train": [], "validation": []}
     seen: set[str] = set()
     wanted = {(split, label): n // 2 for split in rows for label in (0, 1)}

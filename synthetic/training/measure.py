@@ -68,13 +68,13 @@ def load_checkpoint(path: str | os.PathLike[str], recipe: Recipe) -> LlamaForCau
 
 @torch.no_grad()
 def repeat_losses(
-    model: LlamaForCausalLM, sequences: Int[torch.Tensor, "sequences length"]
+    model: LlamaForCausalLM, sequences: Int[torch.Tensor, "sequences length"], *, repeats: int = 4
 ) -> tuple[float, float]:
-    """Mean loss (nats per token) in the first of four copies of sequences, and in the last.
+    """Mean loss (nats per token) in the first copy of repeated sequences, and in the last.
 
     A model that copies from context has a low loss in the last copy; the first cannot be predicted.
     """
-    ids = sequences.repeat(1, 4).to(model.device)
+    ids = sequences.repeat(1, repeats).to(model.device)
     logits = model(ids).logits[:, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     length = sequences.shape[1]

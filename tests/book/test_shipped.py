@@ -106,6 +106,7 @@ def test_absent_model_is_said_and_stops_nothing(bundles, tmp_path, executed):
     assert str(tmp_path) not in page
 
 
+@pytest.mark.slow
 def test_run_that_was_computed_here_stays(bundles, tmp_path, executed):
     run = tmp_path / "runs" / "a-model"
     run.mkdir(parents=True)

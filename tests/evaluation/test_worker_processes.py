@@ -142,6 +142,7 @@ def test_model_is_not_held_twice_while_workers_have_it(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(found, here.evaluate("full", "zero"))
 
 
+@pytest.mark.slow
 def test_processes_have_the_environment_of_their_start(monkeypatch):
     for value in ("one", "another"):
         monkeypatch.setenv("OF_TEST", value)
@@ -157,6 +158,7 @@ def begin_offline() -> None:
     assert constants.is_offline_mode()
 
 
+@pytest.mark.slow
 def test_process_is_offline_where_what_it_is_forked_from_was_not_yet():
     process = FORKING.Process(target=begin_offline)
     process.start()

@@ -136,6 +136,7 @@ def test_cells_come_back_byte_by_byte(made, tmp_path):
     assert import_bundle(made / "bundle", run) == run
 
 
+@pytest.mark.slow
 def test_run_goes_on_where_the_model_is(made, tmp_path):
     imported = run_at(import_bundle(made / "bundle", tmp_path / "imported"))
     before = {path.name for path in (imported.directory / "cells").iterdir()}
@@ -284,6 +285,7 @@ def test_bundle_cannot_ask_for_remote_code(bundle, tmp_path):
     assert not run_at(run).parameters.trust_remote_code
 
 
+@pytest.mark.slow
 def test_measurements_travel_and_are_made_in_an_imported_run_only_if_asked_for(made, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(made / "run", source)

@@ -68,6 +68,7 @@ def evaluated(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_rows_of_another_setting_in_the_same_directory_are_never_among_the_results(
     name, evaluated, tmp_path
@@ -159,6 +160,7 @@ def checkpoint(tmp_path, tokenizer):
     return {"model": str(tmp_path / "model"), "reference": str(tmp_path / "reference.txt")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_of_a_checkpoint_is_computed_anew_or_makes_no_difference(
     name, checkpoint, tmp_path
@@ -227,6 +229,7 @@ def test_remote_code_belongs_to_a_result(change, checkpoint, tmp_path):
         assert (before["margin"] == -numbers(fresh)["margin"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
 def test_quantised_weights_are_another_model_in_the_same_directory(kind, checkpoint, tmp_path):
     pytest.importorskip("bitsandbytes", reason="the optional extra 'quantized' is not installed")
@@ -270,6 +273,7 @@ def write_rows(folder, marker: str) -> dict[str, str]:
 KINDS = {"tasks": ("full", "mean", "zero"), "nlp_tasks": ("full", "mean")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data", "data_dir", "reference"])
 @pytest.mark.parametrize("how", ["edited", "elsewhere"])
 def test_what_the_users_files_hold_belongs_to_a_result_and_not_only_their_name(name, how, tmp_path):
@@ -312,6 +316,7 @@ def kinds_of(*kinds: str) -> set[str]:
     return {"none" if kind == "full" else kind for kind in kinds}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed", [{"labels": "unrelated"}, {"nlp_tasks": ["review_sentiment"]}, {"revision": "other"}]
 )
@@ -393,6 +398,7 @@ def note(directory: str, name: str) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_stages_side_by_side_leave_what_the_others_noted(tmp_path):
     with FORKING.Pool(2) as pool:
         pool.starmap(note, [(str(tmp_path), f"stage {number}") for number in range(4)])

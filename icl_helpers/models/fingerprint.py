@@ -82,11 +82,13 @@ def checkpoint_state(
     """
     path = Path(source)
     if not os.path.exists(source):
-        try:
+        config = None
+        with suppress(OSError, ValueError):
             # Asks the hub, where it can be reached, so that a moved branch is another folder.
-            path = Path(cached_file(source, "config.json", revision=revision)).parent
-        except (OSError, ValueError):
+            config = cached_file(source, "config.json", revision=revision)
+        if config is None:
             return None
+        path = Path(config).parent
     if trust_remote_code or (path / "adapter_config.json").exists():
         return None
     paths = [path] if path.is_file() else sorted(path.iterdir())

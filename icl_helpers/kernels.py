@@ -8,6 +8,7 @@ process fails, they start as Jupyter starts them.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -15,11 +16,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-__all__ = ["NEEDLESS", "can_fork", "fork_ahead", "forked_kernels", "preload"]
+from icl_helpers.models.hub import go_offline
+
+__all__ = [
+    "NEEDLESS", "can_fork", "fork_ahead", "forked_kernels", "preload", "take_environment",
+]  # fmt: skip
 
 # Notebooks are checked with jsonschema, which where this is installed takes a second to prepare for
 # addresses, of which notebooks have none.
@@ -39,10 +45,10 @@ _ahead: _Forking | None = None
 
 @contextmanager
 def forked_kernels() -> Iterator[type]:
-    """Give a class of managers whose kernels are forked from one process, which ends with this.
+    """Give a class of managers whose kernels are forked from one process.
 
-    So must the kernels: they watch whether it lives. The class is for
-    ``NotebookClient.kernel_manager_class`` of nbclient.
+    That is the copy of :func:`fork_ahead`, or one which ends with this, and so must its kernels:
+    they watch whether it lives. For ``NotebookClient.kernel_manager_class`` of nbclient.
     """
     # Of the extra 'book', which whoever has notebooks executed has.
     import psutil
@@ -100,12 +106,21 @@ def fork_ahead() -> None:
         forking = _Forking()
         with suppress(OSError):
             forking.begin(as_copy=True)
+            atexit.register(forking.end)
             _ahead = forking
 
 
 def can_fork() -> bool:
     """Whether a copy of a process that has imported can do what the process could."""
     return sys.platform == "linux" and not any(map(os.path.exists, _GPUS))
+
+
+def take_environment(environment: Mapping[str, str]) -> None:
+    """Do in a forked process what its environment would have done before it imported."""
+    os.environ.clear()
+    os.environ.update(environment)
+    if environment.get("HF_HUB_OFFLINE") == "1":
+        go_offline()
 
 
 def preload(*modules: str) -> None:
@@ -123,7 +138,7 @@ def preload(*modules: str) -> None:
 
 
 class _Forking:
-    """The process that kernels are forked from, begun when the first is asked for."""
+    """The process that kernels are forked from, begun at the latest when one is asked for."""
 
     def __init__(self) -> None:
         self._one_at_a_time = threading.Lock()
@@ -144,7 +159,13 @@ class _Forking:
                 os.setsid()
                 # This process ends where nobody else can give it orders any more.
                 os.close(orders)
-                _serve(os.fdopen(theirs), os.fdopen(ours, "w"))
+                os.close(answers)
+                try:
+                    _serve(os.fdopen(theirs), os.fdopen(ours, "w"))
+                except Exception:
+                    # Nor a kernel of it must go on as the program, whatever that suppresses.
+                    traceback.print_exc()
+                    os._exit(1)
                 raise SystemExit
         os.close(theirs)
         os.close(ours)
@@ -168,8 +189,10 @@ class _Forking:
 
     def end(self) -> None:
         if self._process:
-            os.kill(self._process, signal.SIGKILL)
-            os.waitpid(self._process, 0)
+            # Where this program was begun without SIGCHLD, the system has taken it away.
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self._process, signal.SIGKILL)
+                os.waitpid(self._process, 0)
             # It is not begun again.
             self._process = 0
             with suppress(BrokenPipeError), self._orders, self._answers:
@@ -181,6 +204,9 @@ def _serve(orders: TextIO, answers: TextIO) -> None:
 
     Ends where the orders do, that is with the program that gives them, and the kernels with it.
     """
+    # As ipykernel's launcher does: modules beside the program are not in the way.
+    if sys.path[0] in ("", os.getcwd(), os.path.dirname(sys.argv[0])):
+        del sys.path[0]
     # Kernels watch whether this process lives; their figures are drawn by the inline backend.
     os.environ["JPY_PARENT_PID"] = parent = str(os.getpid())
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
@@ -202,24 +228,19 @@ def _serve(orders: TextIO, answers: TextIO) -> None:
 
 
 def _become_kernel(options: list[str], directory: str | None, environment: dict[str, str]) -> None:
+    import torch
     from ipykernel.kernelapp import launch_new_instance
-    from threadpoolctl import threadpool_limits
 
     os.setpgid(0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv[1:] = options
-    os.environ.clear()
-    os.environ.update(environment)
+    take_environment(environment)
     if (threads := environment.get("OMP_NUM_THREADS", "")).isdigit():
-        # Libraries that read it when they were imported.
-        threadpool_limits(int(threads))
+        torch.set_num_threads(int(threads))
     os.chdir(directory or os.getcwd())
     launch_new_instance(argv=options)
 
 
 if __name__ == "__main__":
-    # As ipykernel's launcher does: modules beside the program are not in the way.
-    if sys.path[0] in ("", os.getcwd()):
-        del sys.path[0]
-    _serve(sys.stdin, os.fdopen(os.dup(1), "w"))
+    _serve(os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"))

@@ -84,8 +84,9 @@ class Kernels(kernels._Forking):
 
     def begin(self, *, as_copy: bool = False) -> None:
         here, there = FORKING.Pipe()
-        FORKING.Process(target=_serve_kernels, args=(there,)).start()
-        self._process = 1
+        process = FORKING.Process(target=_serve_kernels, args=(there,))
+        process.start()
+        self._process = process.pid
         self._orders, self._answers = (os.fdopen(os.dup(here.fileno()), mode) for mode in "wr")
 
     def end(self) -> None:
@@ -98,6 +99,14 @@ def _serve_kernels(given: Connection) -> None:
     orders, answers = (os.fdopen(os.dup(given.fileno()), mode) for mode in "rw")
     given.close()
     kernels._serve(orders, answers)
+
+
+def in_a_process(target: Callable[..., None], *arguments: object) -> None:
+    """Call a function in a process that has imported, and is not the tests'."""
+    process = FORKING.Process(target=target, args=arguments)
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
 
 
 def wait_for(

@@ -426,5 +426,5 @@ def _call(code: str, *arguments: str) -> str:
     if done.returncode:
         warnings = [line for line in log.splitlines() if re.search(r"WARNING|ERROR", line)]
         shown = "\n".join(warnings[:20]) or log[-3000:]
-        raise BookError(f"Sphinx failed (exit code {done.returncode}):\n{shown}")
+        raise BookError(f"{code} failed (exit code {done.returncode}):\n{shown}")
     return log

@@ -32,8 +32,7 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 
 from icl_helpers.errors import ICLError, InputError, MissingArtefactError
-from icl_helpers.kernels import can_fork
-from icl_helpers.models.hub import go_offline
+from icl_helpers.kernels import can_fork, take_environment
 from icl_helpers.redaction import redact
 
 __all__ = [
@@ -95,14 +94,12 @@ class Workers:
 def process_workers(count: int) -> Iterator[Workers]:
     """Processes on this machine, a GPU each where there are any.
 
-    They end at once when the block is left, and when this process is killed. Raises
-    :class:`InputError` for an impossible number.
+    They end at once when the block is left, and when this process is killed. What they are copies
+    of, where they are, ends with this process. Raises :class:`InputError` for an impossible number.
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
         raise InputError(f"workers must be a whole number from 1 to 1024, got {count!r}")
-    # Where they can be copies of one process that has imported, they need not import it all again.
-    context = multiprocessing.get_context("forkserver" if can_fork() else "spawn")
-    context.set_forkserver_preload(["icl_helpers.evaluation.cells"])
+    context = multiprocessing.get_context(_start_method())
     shared = context.Array("i", count), dict(os.environ)
 
     def new_pool() -> ProcessPool:
@@ -131,6 +128,22 @@ def process_workers(count: int) -> Iterator[Workers]:
         pool.join()
 
 
+def _start_method() -> str:
+    """Copies of one process that has imported, where they can be, need not import it all again."""
+    # Before, modules of the current directory could not be kept out of that process.
+    if not can_fork() or sys.version_info < (3, 11):
+        return "spawn"
+    from multiprocessing import forkserver
+
+    unsafe = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    forkserver.set_forkserver_preload(["icl_helpers.evaluation.cells"])
+    forkserver.ensure_running()
+    if unsafe is None:
+        del os.environ["PYTHONSAFEPATH"]
+    return "forkserver"
+
+
 def _call(function: Callable[[Any], ResultT], job: Any) -> ResultT:
     """Run a job in a process; an error that its parent may not know how to unpickle is text."""
     if not gc.isenabled():
@@ -146,10 +159,7 @@ def _call(function: Callable[[Any], ResultT], job: Any) -> ResultT:
 
 def _start_worker(pids: Any, environment: dict[str, str]) -> None:
     """Prepare a process: a GPU of its own, one CPU thread, an end with its parent."""
-    os.environ.clear()
-    os.environ.update(environment)
-    if environment.get("HF_HUB_OFFLINE") == "1":
-        go_offline()
+    take_environment(environment)
     # Until it has imported what its first job needs.
     gc.disable()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -18,10 +18,11 @@ import torch
 
 import icl_helpers as icl
 from icl_helpers.cli import main
+from icl_helpers.evaluation import workers as workers_module
 from icl_helpers.evaluation.evaluate import ModelSource, evaluate
 from icl_helpers.evaluation.store import KEYS
 from icl_helpers.evaluation.workers import _start_worker, _take_number, process_workers, run_jobs
-from tests.commands import FORKING, Command
+from tests.commands import FORKING, Command, in_a_process
 from tests.evaluation.numbered_jobs import (
     Numbers,
     fail_oddly_on_one,
@@ -160,10 +161,22 @@ def begin_offline() -> None:
 
 @pytest.mark.slow
 def test_process_is_offline_where_what_it_is_forked_from_was_not_yet():
-    process = FORKING.Process(target=begin_offline)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    in_a_process(begin_offline)
+
+
+def work_beside_a_module(folder: Path) -> None:
+    os.chdir(folder)
+    os.environ.pop("PYTHONSAFEPATH", None)
+    sys.path.insert(0, "")
+    with process_workers(1) as workers:
+        (folder / "answer").write_text(str(workers.submit(os.getenv, "PYTHONSAFEPATH").result()))
+
+
+@pytest.mark.slow
+def test_modules_of_the_current_directory_are_not_in_the_way_of_processes(tmp_path):
+    (tmp_path / "yaml.py").write_text("raise RuntimeError('a module of the user')")
+    in_a_process(work_beside_a_module, tmp_path)
+    assert (tmp_path / "answer").read_text() == "None"
 
 
 def children_in_state(state: str) -> list[str]:
@@ -214,45 +227,59 @@ def test_error_that_cannot_be_unpickled_costs_its_own_job_only(tmp_path):
 # Ends a worker as it starts, while the file LIVES lacks lines for it to live on.
 STILLBORN = """
 import os, sys
-if "--multiprocessing-fork" in sys.orig_argv:
+def die():
     with open(os.environ["DEATHS"], "a+") as file:
         file.write("died\\n")
         file.flush()
         file.seek(0)
         if len(file.readlines()) <= int(os.environ["MANY"]):
             os._exit(9)
+if "--multiprocessing-fork" in sys.orig_argv:
+    die()
+if "multiprocessing.forkserver" in " ".join(sys.orig_argv):
+    os.register_at_fork(after_in_child=die)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("deaths", [3, 1000])
-def test_processes_that_die_as_they_start_are_replaced_a_bounded_number_of_times(
-    tmp_path, monkeypatch, deaths
-):
-    """Each starts Python itself, as beside a GPU."""
-    monkeypatch.setattr("icl_helpers.evaluation.workers.can_fork", lambda: False)
-    (tmp_path / "site").mkdir()
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(STILLBORN)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(ROOT)]))
-    monkeypatch.setenv("DEATHS", str(tmp_path / "deaths"))
-    monkeypatch.setenv("MANY", str(deaths))
+def with_stillborn_workers(folder: Path, forked: bool, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    workers_module.can_fork = lambda: forked
     found: list[int] = []
     # More than a pipe holds, so that some jobs are still on their way when the pool breaks.
-    jobs = [Numbers(tmp_path / "jobs", (index,), load=bytes(10**6)) for index in range(40)]
+    jobs = [Numbers(folder / "jobs", (index,), load=bytes(10**6)) for index in range(40)]
     with process_workers(2) as workers:
         failures = run_jobs(
             jobs, workers, function=run_numbers, on_cells=lambda _, cells: found.extend(cells)
         )
-    given_up = [failure.job.cell_indices[0] for failure in failures]
-    assert sorted(found + given_up) == list(range(40))
+    given_up = [(failure.job.cell_indices[0], failure.reason) for failure in failures]
+    (folder / "answer").write_text(json.dumps([found, given_up]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deaths", [3, 1000])
+@pytest.mark.parametrize("forked", [True, False])
+def test_processes_that_die_as_they_start_are_replaced_a_bounded_number_of_times(
+    tmp_path, forked, deaths
+):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(STILLBORN)
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)]),
+        "DEATHS": str(tmp_path / "deaths"), "MANY": str(deaths),
+    }  # fmt: skip
+    in_a_process(with_stillborn_workers, tmp_path, forked, environment)
+    found, given_up = json.loads((tmp_path / "answer").read_text())
+    assert sorted(found + [index for index, _ in given_up]) == list(range(40))
+    died = len((tmp_path / "deaths").read_text().splitlines())
     if deaths == 3:
         assert not given_up
+        assert died > 3
     else:
         assert not found
-        assert "the worker died" in failures[0].reason
-        assert "as every worker did" in failures[-1].reason
-        assert len((tmp_path / "deaths").read_text().splitlines()) <= 40
+        assert "the worker died" in given_up[0][1]
+        assert "as every worker did" in given_up[-1][1]
+        assert died <= 40
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import icl_helpers as icl
 from icl_helpers.attention.hook import attention_layout
 from icl_helpers.files import content_key
-from icl_helpers.models.fingerprint import model_key, weights_fingerprint
+from icl_helpers.models.fingerprint import checkpoint_state, model_key, weights_fingerprint
 from tests.conftest import make_llama, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,6 +292,13 @@ def test_tokenizer_without_bos_pad_or_merges_goes_through_every_condition(kind, 
         batch_size=1,
     )  # fmt: skip
     assert one_by_one["accuracy"].iloc[0] == found["accuracy"].iloc[0]
+
+
+def test_repository_without_a_configuration_has_no_state(monkeypatch):
+    """That of an adapter, say: the hub's client finds nothing and raises nothing."""
+    monkeypatch.setattr("icl_helpers.models.fingerprint.cached_file", lambda *a, **k: None)
+    read = {"dtype": "auto", "device": None, "quantization": None, "trust_remote_code": False}
+    assert checkpoint_state("some/adapter", revision=None, **read) is None
 
 
 def assert_missing(done: subprocess.CompletedProcess, name: str) -> None:

@@ -19,7 +19,7 @@ from icl_helpers.models.internlm2 import (
     internlm2_settings,
 )
 from icl_helpers.run.stages import execute_stages
-from tests.commands import FORKING
+from tests.commands import in_a_process
 from tests.models.test_internlm2 import random_llama, write_checkpoint, write_sentencepiece
 
 # What the hub's configurations of the two generations say beyond the sizes.
@@ -137,7 +137,5 @@ def test_loading_takes_the_models_memory_and_little_more(layout, tmp_path):
         head_dim=64, vocab_size=4000,
     )  # fmt: skip
     write_checkpoint(tmp_path, llama, layout=layout)
-    process = FORKING.Process(target=measure, args=(tmp_path,))
-    process.start()
-    process.join()
+    in_a_process(measure, tmp_path)
     assert float((tmp_path / "peak").read_text()) < 1.3

@@ -182,6 +182,7 @@ def test_losses_are_those_of_each_token_alone(llama):
     assert (with_edit - found).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["removal_kinds", "attention_moved", "side_effects"])
 def test_what_needs_a_pattern_is_not_measured_on_text_alone(measure, tmp_path):
     parameters = icl.stage_parameters(

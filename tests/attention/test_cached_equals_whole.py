@@ -93,6 +93,7 @@ def test_a_right_padded_batch_equals_its_rows_alone(model, condition):
         assert equal(together[row : row + 1, :n], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generate_equals_one_pass_over_what_it_gave(model, condition, cache):
     ids = batch()[0][:1, :10]

@@ -129,6 +129,7 @@ def test_a_part_goes_on_only_with_the_same_plan(plan, tmp_path):
     assert Part(path, Plain, raw + b" ").content["cells"] == {}
 
 
+@pytest.mark.slow
 def test_what_only_one_library_needs_is_imported_by_it_alone():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['icl_helpers', 'lm_eval', 'nnsight', "

@@ -166,6 +166,7 @@ class MadeUpRun:
         return scores
 
 
+@pytest.mark.slow
 def test_every_stage_judges_the_claims_that_it_measures():
     made_up = MadeUpRun(run(OPPOSITE, blocked_is_zero_shot=True))
     first = came_out.what_came_out(made_up, 1)

@@ -149,6 +149,7 @@ def test_what_cannot_fail_is_not_reproduced():
         assert "left out: repetition" in found[name].reason, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "why"),
     [

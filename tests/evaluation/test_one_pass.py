@@ -121,6 +121,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize(("family", "implementation"), MODELS)
 def test_labels_score_as_sequences_of_their_own(tokenizer, family, implementation, ablation):

@@ -56,6 +56,7 @@ def alone(tokenizer) -> list[list[float]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(6))
 @pytest.mark.parametrize("batch_size", [1, 4, "auto"])
 def test_every_label_scores_as_it_does_alone(tokenizer, batch_size, first, alone):

@@ -119,6 +119,7 @@ def test_checkpoint_without_weights_or_with_weights_missing_is_refused(checkpoin
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", list(itertools.permutations(DTYPES)))
 @pytest.mark.parametrize("stored", DTYPES)
 def test_a_dtype_gives_the_same_model_however_and_whenever_it_is_asked_for(

@@ -85,6 +85,7 @@ def test_rows_of_another_setting_in_the_same_directory_are_never_among_the_resul
     pd.testing.assert_frame_equal(numbers(before), numbers(fresh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

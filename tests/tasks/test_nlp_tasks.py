@@ -363,6 +363,7 @@ def test_stand_in_prompt_has_the_form_the_model_was_trained_on(source):
     assert prompt.choices == tuple(" " + label for label in source.labels)
 
 
+@pytest.mark.slow
 def test_text_rows_are_regenerated_to_the_same_bytes(tmp_path):
     import subprocess
 

@@ -31,6 +31,7 @@ HASHES = SHARED / "reference" / "prompt_hashes_seed42.json"
 LETTERS = {"repetition": "0101", "recursion": "0111", "centre_embedding": "01210"}
 
 
+@pytest.mark.slow
 def test_regenerating_gives_the_same_bytes(tmp_path):
     script = synthetic_dir() / "generate.py"
     subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)

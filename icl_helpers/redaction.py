@@ -53,16 +53,12 @@ def check_leaks(directory: Path) -> None:
     for name, value in _environment_secrets().items():
         patterns[f"the value of {name}"] = re.escape(value).encode()
     if home := str(Path.home()).rstrip("/"):
-        escaped = re.escape(home).encode()
-        before = rb"(?<![A-Za-z0-9_.-]" + escaped + rb")"
-        patterns["the home directory"] = escaped + before + rb"(?![A-Za-z0-9_-])"
+        patterns["the home directory"] = _apart(home, "A-Za-z0-9_.-", "A-Za-z0-9_-")
     user = ""
     with suppress(KeyError, OSError):
         user = getpass.getuser()
     if len(user) >= _SHORTEST_NAME and user.lower() not in _COMMON_NAMES:
-        escaped = re.escape(user).encode()
-        before = rb"(?<![A-Za-z0-9]" + escaped + rb")"
-        patterns["the user's name"] = escaped + before + rb"(?![A-Za-z0-9])"
+        patterns["the user's name"] = _apart(user, "A-Za-z0-9", "A-Za-z0-9")
     leaks = [
         f"{path.relative_to(directory)}: {kind}"
         for path in sorted(directory.rglob("*"))
@@ -76,6 +72,12 @@ def check_leaks(directory: Path) -> None:
             f"not to be published as it is; remove this from the notebooks or pages and build "
             f"again: {'; '.join(leaks[:10])}{more}"
         )
+
+
+def _apart(value: str, before: str, after: str) -> bytes:
+    """Pattern of a value beside which none of these characters stand; the value comes first."""
+    escaped = re.escape(value)
+    return rf"{escaped}(?<![{before}]{escaped})(?![{after}])".encode()
 
 
 def redact(text: str) -> str:

@@ -24,7 +24,8 @@ from typing import Any, TextIO
 from icl_helpers.models.hub import go_offline
 
 __all__ = [
-    "NEEDLESS", "can_fork", "fork_ahead", "forked_kernels", "preload", "take_environment",
+    "NEEDLESS", "can_fork", "default_environment", "fork_ahead", "forked_kernels", "preload",
+    "take_environment",
 ]  # fmt: skip
 
 # Notebooks are checked with jsonschema, which where this is installed takes a second to prepare for
@@ -113,6 +114,18 @@ def fork_ahead() -> None:
 def can_fork() -> bool:
     """Whether a copy of a process that has imported can do what the process could."""
     return sys.platform == "linux" and not any(map(os.path.exists, _GPUS))
+
+
+@contextmanager
+def default_environment(name: str, value: str) -> Iterator[None]:
+    """Have processes that start inside find this variable, where it is not set otherwise."""
+    unset = name not in os.environ
+    os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        if unset:
+            del os.environ[name]
 
 
 def take_environment(environment: Mapping[str, str]) -> None:

@@ -32,7 +32,7 @@ import torch
 from pebble import ProcessExpired, ProcessPool
 
 from icl_helpers.errors import ICLError, InputError, MissingArtefactError
-from icl_helpers.kernels import can_fork, take_environment
+from icl_helpers.kernels import can_fork, default_environment, take_environment
 from icl_helpers.redaction import redact
 
 __all__ = [
@@ -135,12 +135,9 @@ def _start_method() -> str:
         return "spawn"
     from multiprocessing import forkserver
 
-    unsafe = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
     forkserver.set_forkserver_preload(["icl_helpers.evaluation.cells"])
-    forkserver.ensure_running()
-    if unsafe is None:
-        del os.environ["PYTHONSAFEPATH"]
+    with default_environment("PYTHONSAFEPATH", "1"):
+        forkserver.ensure_running()
     return "forkserver"
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from icl_helpers.errors import ICLError, InputError
 from icl_helpers.files import atomic_path, imported_dir, stage_notebooks, user_path
-from icl_helpers.kernels import forked_kernels
+from icl_helpers.kernels import default_environment, forked_kernels
 from icl_helpers.parameters import StageParameters, about, stage_parameters
 from icl_helpers.redaction import redact
 from icl_helpers.run.plan import Plan, check_same_model, run_info
@@ -119,8 +119,10 @@ def execute_notebooks(
     """
     bar = tqdm(total=len(jobs), desc="stages", unit="notebook", disable=not progress)
     workers = max(1, (os.cpu_count() or 1) - bool(in_order))
+    # Threads of two kernels that wait for each other take several times as long.
+    one_thread = default_environment("OMP_NUM_THREADS", "1")
     with (
-        bar, _one_thread(in_order < len(jobs)), forked_kernels() as kernels,
+        bar, one_thread if in_order < len(jobs) else nullcontext(), forked_kernels() as kernels,
         ThreadPoolExecutor(max_workers=workers) as pool,
     ):  # fmt: skip
         begun = [pool.submit(execute_notebook, *job, kernels=kernels) for job in jobs[in_order:]]
@@ -136,23 +138,6 @@ def execute_notebooks(
         finally:
             pool.shutdown(cancel_futures=True)
     return [target for _, target, _ in jobs]
-
-
-@contextmanager
-def _one_thread(beside: bool) -> Iterator[None]:
-    """Have kernels that start inside compute with one thread each, if several are side by side.
-
-    Threads of two kernels that wait for each other take several times as long.
-    """
-    name = "OMP_NUM_THREADS"
-    unset = beside and name not in os.environ
-    if unset:
-        os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if unset:
-            del os.environ[name]
 
 
 def execute_notebook(

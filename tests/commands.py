@@ -68,8 +68,7 @@ class Command:
 def _run(
     arguments: tuple[str, ...], variables: dict[str, str], errors: str, before: Callable[[], object]
 ) -> None:
-    os.environ.clear()
-    os.environ.update(variables)
+    kernels.take_environment(variables)
     os.chdir(ROOT)
     for stream, file in ((1, os.devnull), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
@@ -119,6 +118,11 @@ def wait_for(
         assert ended is None, getattr(process, "errors", "")[-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process started, and that are still there."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def still_there(*pids: int, seconds: float = 30) -> list[int]:

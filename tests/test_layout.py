@@ -66,7 +66,7 @@ def test_top_has_at_most_nine_files_and_a_folder_at_most_seven():
 
 def test_package_grows_no_further():
     # The goal is 8,600 lines and what new features take; this is how far it has come.
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 19_757
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 19_754
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -224,7 +224,7 @@ def test_error_that_cannot_be_unpickled_costs_its_own_job_only(tmp_path):
     assert len({path.name.split("-")[1] for path in tmp_path.iterdir()}) == 1
 
 
-# Ends a worker as it starts, while the file LIVES lacks lines for it to live on.
+# Ends a worker as it starts, until the file DEATHS has more than MANY lines.
 STILLBORN = """
 import os, sys
 def die():

@@ -29,7 +29,7 @@ from icl_helpers.evaluation.workers import (
     dask_workers,
     run_jobs,
 )
-from tests.commands import FORKING, Command, still_there, wait_for
+from tests.commands import FORKING, Command, children, still_there, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -250,10 +250,10 @@ def test_missing_scheduler_is_named(tmp_path):
         pass
 
 
-def children(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """Processes that descend from this one."""
-    direct = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return direct + [below for child in direct for below in children(child)]
+    direct = children(pid)
+    return direct + [below for child in direct for below in descendants(child)]
 
 
 ARGUMENTS = [
@@ -273,7 +273,7 @@ def test_stopped_command_leaves_no_worker_and_keeps_what_is_finished(tmp_path, h
     run = tmp_path / "run"
     process = start(run, "--workers", "2")
     wait_for(lambda: list(run.glob("cells/*.json")), process)
-    workers = children(process.pid)
+    workers = descendants(process.pid)
     assert len(workers) >= 2
     process.send_signal(how)
     assert process.wait(60) != 0

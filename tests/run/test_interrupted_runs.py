@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from icl_helpers.cli import main
-from tests.commands import Command, still_there, wait_for
+from tests.commands import Command, children, still_there, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = "03_full_model.ipynb"
@@ -49,10 +49,6 @@ def kernels(pid: int) -> list[int]:
         elif command == Path(f"/proc/{pid}/cmdline").read_bytes():
             found += children(child)
     return found
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def kernel_in_mid_stage(process: Command, run: Path) -> int:
